@@ -1,0 +1,51 @@
+# Each target sets up what it needs; nothing has to be run first.
+VENV ?= .venv
+BASE_PYTHON ?= python3
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.8
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: help install run test lab export lint lock clean
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## create .venv with the locked dependencies
+
+$(BIN)/uv:
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "mlkit needs Python 3.11 to 3.13; name one: make BASE_PYTHON=python3.11 install"; exit 1; }
+	@$(BASE_PYTHON) -c 'import ensurepip' 2>/dev/null \
+	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y python3-venv; }
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/uv
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+run: install  ## train on the built-in digits and archive the run
+	$(BIN)/mlkit run train
+
+test: install lint  ## everything CI checks
+	$(BIN)/nbdev-test --n_workers 2
+	$(BIN)/pytest
+
+lab: install  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+export: install  ## write mlkit/ from the notebooks
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+lint: install  ## lint and format, as CI does
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check nbs tests
+
+lock: $(BIN)/uv  ## resolve the dependencies anew
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes \
+	  --group dev --extra lab --upgrade --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+
+clean:  ## remove what can be made again; runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
