@@ -1,0 +1,49 @@
+"""Fixtures: projects in temporary folders, and the command line as a process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+ADULT = REPOSITORY.parent / "shared" / "data" / "adult.csv"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of this machine reaches a test."""
+    for name in [name for name in os.environ if name.startswith("MLKIT_")]:
+        monkeypatch.delenv(name)
+
+
+def run_cli(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """`mlkit ...` in a process of its own."""
+    command = [sys.executable, "-m", "mlkit", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """An empty folder to work in: what is archived goes to its runs/."""
+    return tmp_path
+
+
+@pytest.fixture
+def cli(project: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Type a command in the project."""
+    return lambda *arguments, **environment: run_cli(*arguments, folder=project, **environment)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A project in which the digits have been trained once, with the record of that run."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run_cli("run", "train", "-p", "epochs=12", "--json", folder=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads(result.stdout)
