@@ -3,6 +3,8 @@ VENV ?= .venv
 BASE_PYTHON ?= python3
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
+# Trust what the machine trusts (a company's proxy, say), where it keeps a list of certificates.
+export UV_SYSTEM_CERTS := $(if $(wildcard /etc/ssl/certs/*),true,false)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: help install run test lab export lint lock clean
