@@ -189,7 +189,7 @@ def epoch_lines(
             steps.setdefault(step, {})[name] = value
     return [f"epoch {step}  {_named(values)}" for step, values in sorted(steps.items())]
 
-# %% ../nbs/30_cli.ipynb #d0ee064c
+# %% ../nbs/30_cli.ipynb #61e70433
 @app.command(epilog="Example: mlkit run train -p dataset=wine -p epochs=50")
 def run(
     job: Annotated[str, typer.Argument(help="Name of a job, or path of a notebook.")],
@@ -261,17 +261,14 @@ def _close(run: Run) -> None:
 
 
 def _next_commands(run: Run) -> list[tuple[str, str]]:
+    """The three commands that make sense now, with their meaning."""
     short = run.id[-4:]
-    third = (
-        (f"mlkit run evaluate -p run={short}", "measure its model on other data")
-        if (run.folder / "saved_model").is_dir() and run.record.job != "evaluate"
-        else (f"mlkit show {short}", "everything that is known about it")
-    )
-    return [
-        (f"mlkit open {short}", "read the executed notebook"),
-        (f"mlkit board {short}", "curves in TensorBoard"),
-        third,
-    ]
+    commands = [(f"mlkit open {short}", "read the executed notebook")]
+    if (run.folder / "tensorboard").is_dir():
+        commands.append((f"mlkit board {short}", "curves in TensorBoard"))
+    if (run.folder / "saved_model").is_dir():
+        commands.append((f"mlkit run evaluate -p run={short}", "measure its model, on new data too"))
+    return [*commands, (f"mlkit show {short}", "everything that is known about it"), ("mlkit runs", "all runs")][:3]
 
 
 def _near(path: Path) -> Path:

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'PLOTS', 'binary_metrics', 'multiclass_metrics', 'regression_metrics', 'as_scores', 'Evaluation',
-           'plot_confusion', 'plot_multiclass', 'plot_binary', 'plot_regression', 'plot_mistakes', 'evaluate']
+           'find_mistakes', 'plot_confusion', 'plot_multiclass', 'plot_binary', 'plot_regression', 'plot_mistakes',
+           'evaluate']
 
-# %% ../nbs/16_evaluation.ipynb #0784b182
+# %% ../nbs/16_evaluation.ipynb #fa981b5b
+import html
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from .data import Dataset
 from .runs import format_number, html_table
 from .settings import DatasetError, ModelError, nearest
 
-# %% ../nbs/16_evaluation.ipynb #4456eb80
+# %% ../nbs/16_evaluation.ipynb #9712ec3f
 def binary_metrics(
     labels: np.ndarray,  # [rows], 0 or 1
     scores: np.ndarray,  # [rows, 2], probabilities
@@ -43,7 +45,7 @@ def binary_metrics(
         }
     return found
 
-
+# %% ../nbs/16_evaluation.ipynb #a1742b02
 def multiclass_metrics(
     labels: np.ndarray,  # [rows], class numbers
     scores: np.ndarray,  # [rows, classes], probabilities
@@ -104,7 +106,7 @@ def as_scores(
         )
     return scores
 
-# %% ../nbs/16_evaluation.ipynb #b159e9de
+# %% ../nbs/16_evaluation.ipynb #e2b06008
 @dataclass(frozen=True)
 class Evaluation:
     """A model's answers on one split, and what they are worth."""
@@ -117,13 +119,6 @@ class Evaluation:
     def labels(self) -> np.ndarray:
         """What would have been right, [rows]."""
         return self.dataset.labels[self.dataset.splits[self.split]]
-
-    @property
-    def errors(self) -> np.ndarray:
-        """How wrong each row is, [rows]: probability kept from the right class, or distance from the right number."""
-        if self.dataset.task == "regression":
-            return np.abs(self.scores - self.labels)
-        return 1 - self.scores[np.arange(len(self.labels)), self.labels]
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -139,11 +134,7 @@ class Evaluation:
 
     def mistakes(self) -> np.ndarray:
         """Row numbers of the data set, the worst first: wrongly classified ones, or all of a regression."""
-        wrong = np.full(len(self.labels), True)
-        if self.dataset.task != "regression":
-            wrong = self.scores.argmax(axis=1) != self.labels
-        order = np.argsort(-self.errors, kind="stable")
-        return self.dataset.splits[self.split][order[wrong[order]]]
+        return find_mistakes(self)
 
     def plot(self) -> Figure:
         """The picture of the task: confusion matrix, ROC and precision-recall curves, or predicted against actual."""
@@ -154,9 +145,26 @@ class Evaluation:
         return plot_mistakes(self, count)
 
     def _repr_html_(self) -> str:
-        rows = [(name.replace("_", " "), format_number(value)) for name, value in self.metrics.items()]
-        title = f"<p><b>{self.dataset.name}</b>, {self.split} split, {len(self.labels):,} rows</p>"
-        return title + html_table(("measure", "value"), rows)
+        return _evaluation_html(self)
+
+# %% ../nbs/16_evaluation.ipynb #78c9ea0e
+def find_mistakes(
+    evaluation: Evaluation,
+) -> np.ndarray:  # row numbers of the data set, the worst first
+    """The rows a classifier got wrong, or all rows of a regression, ordered by how wrong they are."""
+    labels, scores = evaluation.labels, evaluation.scores
+    if evaluation.dataset.task == "regression":
+        errors, wrong = np.abs(scores - labels), np.full(len(labels), True)
+    else:
+        errors, wrong = 1 - scores[np.arange(len(labels)), labels], scores.argmax(axis=1) != labels
+    order = np.argsort(-errors, kind="stable")
+    return evaluation.dataset.splits[evaluation.split][order[wrong[order]]]
+
+
+def _evaluation_html(evaluation: Evaluation) -> str:
+    rows = [(name.replace("_", " "), format_number(value)) for name, value in evaluation.metrics.items()]
+    about = f"{evaluation.split} split, {len(evaluation.labels):,} rows"
+    return f"<p><b>{html.escape(evaluation.dataset.name)}</b>, {about}</p>" + html_table(("measure", "value"), rows)
 
 # %% ../nbs/16_evaluation.ipynb #bf64e3f2
 def plot_confusion(

@@ -6,7 +6,7 @@
 __all__ = ['serving_outputs', 'Servable', 'serving_inputs', 'describe_model', 'check_exportable', 'export_saved_model',
            'ServedFeature', 'SavedModel', 'load_saved_model']
 
-# %% ../nbs/17_export.ipynb #5b4af18e
+# %% ../nbs/17_export.ipynb #a6f56b3b
 import json
 import os
 import shutil
@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__
 from .data import Dataset
 from .evaluation import as_scores
 from .runs import Run, storage_error, write_atomic
 from .settings import ModelError, NotFoundError, nearest
 
-# %% ../nbs/17_export.ipynb #dc39bf7b
-import mlkit.model  # noqa: F401  (before TensorFlow: it imports it quietly)
+# %% ../nbs/17_export.ipynb #0d5eabc0
+import mlkit.model  # before TensorFlow, which it imports quietly
 
 # %% ../nbs/17_export.ipynb #8ab7ed6c
 import keras
@@ -103,13 +102,13 @@ def _restore_names(folder: Path, dataset: Dataset) -> None:
     write_atomic(path, content.SerializeToString())
     fingerprinting_utils.write_fingerprint(str(folder))  # of the file as it is now
 
-# %% ../nbs/17_export.ipynb #35a8e8d9
+# %% ../nbs/17_export.ipynb #f776310b
 def describe_model(
     dataset: Dataset,  # what the model was trained on
 ) -> dict[str, Any]:  # ready for JSON
     """What a server has to know of a model beyond its graph."""
     return {
-        "mlkit": __version__,
+        "mlkit": mlkit.__version__,
         "task": dataset.task,
         "label": dataset.label,
         "classes": list(dataset.classes),
@@ -138,7 +137,7 @@ def check_exportable(model: keras.Model, dataset: Dataset) -> None:
             f"and a row sums to {scores[0].sum():.3g}. End it with a softmax (or a sigmoid for two classes)."
         )
 
-# %% ../nbs/17_export.ipynb #bf03cb01
+# %% ../nbs/17_export.ipynb #bb1cd022
 def _write(model: keras.Model, dataset: Dataset, folder: Path) -> None:
     """Write a SavedModel and its description into an empty folder."""
     servable = Servable(model, dataset)
@@ -167,7 +166,7 @@ def _write_beside(model: keras.Model, dataset: Dataset, target: Path) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
-
+# %% ../nbs/17_export.ipynb #af346938
 def export_saved_model(
     model: keras.Model,  # takes the data set's raw features; answers probabilities or a prediction
     dataset: Dataset,  # what it was trained on
@@ -246,7 +245,7 @@ class SavedModel:
     def __repr__(self) -> str:
         return f"SavedModel({self.task} of {self.label} from {len(self.features)} features, {self.path})"
 
-# %% ../nbs/17_export.ipynb #9a7d0106
+# %% ../nbs/17_export.ipynb #78e83db9
 def _as_array(values: tf.Tensor) -> np.ndarray:
     """Numbers as they are, texts as Python texts."""
     array = values.numpy()
@@ -274,7 +273,7 @@ def _load(path: Path) -> Any:
     except Exception as error:  # TensorFlow raises many kinds
         raise ModelError(f"{path} holds no model that can be loaded: {error}") from error
 
-
+# %% ../nbs/17_export.ipynb #4f531a33
 def load_saved_model(
     path: Path | str,  # a version folder, the folder of versions (the newest is taken), or a run's folder
 ) -> SavedModel:

@@ -6,12 +6,10 @@
 __all__ = ['FAMILIES', 'LayerNames', 'SeededLayers', 'encode_numeric', 'encode_category', 'EncodedTable', 'encode_table',
            'embedding_width', 'cnn', 'mlp', 'wide_deep', 'Family', 'build_model']
 
-# %% ../nbs/13_model.ipynb #39421424
-import importlib
+# %% ../nbs/13_model.ipynb #34ba4baf
 import inspect
 import itertools
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,36 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from .data import Dataset, FeatureSpec
+from .data import Dataset, FeatureSpec, import_tensorflow
 from .settings import MissingDependencyError, ModelError, nearest
 
-# %% ../nbs/13_model.ipynb #03b4c7d3
-def _import_tensorflow() -> None:
-    """Import TensorFlow without its greeting; raises MissingDependencyError for another Keras backend."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    if backend != "tensorflow":
-        raise MissingDependencyError(
-            f"mlkit trains and exports with Keras on TensorFlow, but KERAS_BACKEND is '{backend}'. "
-            "Unset KERAS_BACKEND and start Python again."
-        )
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        importlib.import_module("tensorflow")
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-_import_tensorflow()
+# %% ../nbs/13_model.ipynb #71bb3714
+import_tensorflow()
 
 # %% ../nbs/13_model.ipynb #81ed2743
 import keras
 from keras import layers, ops
 
-# %% ../nbs/13_model.ipynb #bc3919db
+# %% ../nbs/13_model.ipynb #521de388
 class LayerNames:
     """Hands out layer names: readable, unique within a model, acceptable to TensorFlow."""
 
@@ -65,6 +44,16 @@ class LayerNames:
         name = next(name for name in itertools.chain([safe], _numbered(safe)) if name.lower() not in self.taken)
         self.taken.add(name.lower())
         return name
+
+    def of_column(
+        self,
+        column: str,  # of a table
+    ) -> str:  # the same, unless Keras cannot have it
+        """A name for the input that takes a column: the column's own where that is possible."""
+        if "/" in column or column.lower() in self.taken:
+            return self(column)
+        self.taken.add(column.lower())
+        return column
 
 
 def _numbered(name: str) -> Iterator[str]:
@@ -139,7 +128,7 @@ def encode_category(
     rows = layers.StringLookup(vocabulary=known, num_oov_indices=1, name=name)(value)
     return ops.cast(ops.reshape(rows, (-1, 1)), "int32"), len(known) + 1
 
-# %% ../nbs/13_model.ipynb #d0732885
+# %% ../nbs/13_model.ipynb #05eef3c2
 @dataclass(frozen=True)
 class EncodedTable:
     """The front of a model for tables: raw inputs, and what became of them."""
@@ -156,7 +145,9 @@ def encode_table(
 ) -> EncodedTable:
     """Preprocess every column of a table inside the model."""
     types = {"numeric": "float32", "categorical": "string"}
-    inputs = {name: keras.Input((), name=make.name(name), dtype=types[spec.kind]) for name, spec in features.items()}
+    inputs = {
+        name: keras.Input((), name=make.name.of_column(name), dtype=types[spec.kind]) for name, spec in features.items()
+    }
     numeric = [spec for spec in features.values() if spec.kind == "numeric"]
     encoded = {
         name: encode_category(inputs[name], spec, make.name(f"{name}_lookup"))
@@ -207,7 +198,7 @@ def _finish(
         warnings.filterwarnings("ignore", message="When providing `inputs` as a dict")
         return keras.Model(inputs, result, name=name)
 
-# %% ../nbs/13_model.ipynb #dfb24039
+# %% ../nbs/13_model.ipynb #e41a5a4b
 def _image_blocks(height: int, width: int) -> tuple[int, ...]:
     """Filters of each block: one block for each halving down to two or three pixels, four at most."""
     return tuple(32 * 2**block for block in range(max(1, min(4, int(math.log2(max(2, min(height, width)))) - 1))))
@@ -225,7 +216,7 @@ def cnn(
     """Convolutional network for images (after LeCun et al., 1998, doi:10.1109/5.726791)."""
     spec = next(feature for feature in dataset.features.values() if feature.kind == "image")
     make = SeededLayers(seed)
-    image = keras.Input(spec.shape, name=make.name(spec.name))
+    image = keras.Input(spec.shape, name=make.name.of_column(spec.name))
     span = (spec.maximum - spec.minimum) or 1.0
     x = layers.Rescaling(1 / span, offset=-spec.minimum / span, name=make.name("pixels"))(image)
     for number, count in enumerate(filters or _image_blocks(*spec.shape[:2]), start=1):
@@ -341,7 +332,7 @@ class Family:
 
 FAMILIES = {"cnn": Family(cnn, "images"), "mlp": Family(mlp, "tables"), "wide_deep": Family(wide_deep, "tables")}
 
-# %% ../nbs/13_model.ipynb #8e318a1b
+# %% ../nbs/13_model.ipynb #81cc5503
 def _choose_family(name: str, dataset: Dataset) -> tuple[str, Family]:
     """Look a family up; raises ModelError when there is none or it does not fit the data."""
     data = "images" if any(spec.kind == "image" for spec in dataset.features.values()) else "tables"
@@ -364,7 +355,7 @@ def _check_sizes(name: str, family: Family, sizes: Mapping[str, Any]) -> None:
             taken = ", ".join(f"{known}={default}" for known, default in family.sizes.items())
             raise ModelError(f"{name} takes no size '{size}'.{nearest(size, family.sizes)} It takes {taken}.")
 
-
+# %% ../nbs/13_model.ipynb #115490c9
 def build_model(
     family: str,  # cnn, mlp, wide_deep; auto: cnn for images, mlp for tables
     dataset: Dataset,  # what the model is for: shapes, vocabularies and statistics come from it
