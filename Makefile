@@ -30,8 +30,8 @@ run: install  ## train on the built-in digits and archive the run
 	$(BIN)/mlkit run train
 
 test: install lint  ## everything CI checks
-	$(BIN)/nbdev-test --n_workers 2
-	$(BIN)/pytest
+	MLKIT_RUNS_ROOT=$$(mktemp -d) $(BIN)/nbdev-test --n-workers 2 --timing
+	$(BIN)/pytest --durations 10
 
 lab: install  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs/index.ipynb
