@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 # Trust what the machine trusts (a company's proxy, say), where it keeps a list of certificates.
 export UV_SYSTEM_CERTS := $(if $(wildcard /etc/ssl/certs/*),true,false)
+# JupyterLab asks root to say so.
+ALLOW_ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: help install run test lab export lint lock clean
@@ -34,7 +36,7 @@ test: install lint  ## everything CI checks
 	$(BIN)/pytest --durations 10
 
 lab: install  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab $(ALLOW_ROOT) --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 export: install  ## write mlkit/ from the notebooks
 	$(BIN)/nbdev-export
