@@ -1335,7 +1335,7 @@ def _rule_text(content: _Content, rule: str, key: str | None, fractions: Sequenc
     how = f"split by hash of {key}" if rule == "hash" else "split at random"
     return f"{how}, {shares}, seed {seed}" + (", published test set" if content.published_test else "")
 
-# %% ../nbs/10_data.ipynb #bc6a0355
+# %% ../nbs/10_data.ipynb #b280c156
 def load_dataset(
     source: str | Path | Sequence[str | Path],  # a built-in set's name, or a path, a pattern or a list of paths
     label: str | None = None,  # column to predict; built-in sets know theirs
@@ -1352,7 +1352,7 @@ def load_dataset(
 ) -> Dataset:
     """Load a data set, ready to learn from. Raises `DatasetError` for what cannot be learned from."""
     choices = {"label": label, "task": task, "split": split, "key": key, "fractions": list(fractions), "seed": seed}
-    arguments = _lasting(source) | choices | {"ignore": ignore, "max_vocabulary": max_vocabulary} | options
+    arguments = _lasting(source) | choices | {"ignore": list(ignore), "max_vocabulary": max_vocabulary} | options
     if seed < 0:
         raise DatasetError(f"seed= is a whole number from 0 on. Received: {seed}")
     fractions = _check_fractions(fractions)

@@ -81,7 +81,7 @@ def storage_error(
     }.get(error.errno, "Check the folder, or choose another with `--set runs.root=...`")
     return ArchiveError(f"Cannot write {path}: {error.strerror}. {advice}.")
 
-# %% ../nbs/01_runs.ipynb #9a9f9560
+# %% ../nbs/01_runs.ipynb #a53ce3aa
 Status = Literal["created", "running", "completed", "failed", "interrupted", "interactive"]
 
 
@@ -177,8 +177,9 @@ class Record(Part):
 
     @property
     def seconds(self) -> float | None:
-        """Wall time from start to end (or until now)."""
-        return ((self.ended or datetime.now(UTC)) - self.started).total_seconds() if self.started else None
+        """Wall time from start to end, or until now while it is running; None when neither applies."""
+        end = self.ended or (datetime.now(UTC) if self.status == "running" else None)
+        return (end - self.started).total_seconds() if self.started and end else None
 
 # %% ../nbs/01_runs.ipynb #c4a52177
 def current_owner() -> Owner:
@@ -556,7 +557,7 @@ def _fits_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
 
-# %% ../nbs/01_runs.ipynb #d891425e
+# %% ../nbs/01_runs.ipynb #ac5e46fe
 @dataclass(frozen=True)
 class RunSummary:
     """What a listing shows of a run."""
@@ -591,7 +592,7 @@ def _summarize(folder: Path) -> RunSummary:
         id=record.id,
         job=record.job,
         status=record.status,
-        created=record.created.isoformat(timespec="seconds"),
+        created=record.created.isoformat(),
         seconds=record.seconds if record.ended else None,
         metrics=record.metrics,
         parameters=record.parameters,
@@ -600,7 +601,7 @@ def _summarize(folder: Path) -> RunSummary:
         error=f"{record.failure.error}: {record.failure.message}" if record.failure else "",
     )
 
-# %% ../nbs/01_runs.ipynb #6e72af33
+# %% ../nbs/01_runs.ipynb #2cc9a4bf
 INDEX_FILE = ".index.sqlite"
 INDEX_TABLE = "CREATE TABLE IF NOT EXISTS runs (name TEXT PRIMARY KEY, stamp TEXT NOT NULL, summary TEXT NOT NULL)"
 
@@ -629,7 +630,13 @@ def _through_index(root: Path, file: Path | str) -> list[RunSummary]:
         index.executemany("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", fresh)
         index.executemany("DELETE FROM runs WHERE name = ?", [(name,) for name in known.keys() - present.keys()])
         rows = index.execute("SELECT summary FROM runs ORDER BY name").fetchall()
-    return [_as_of_now(RunSummary(**json.loads(text))) for (text,) in rows]
+    summaries = [_as_of_now(RunSummary(**json.loads(text))) for (text,) in rows]
+    return sorted(summaries, key=_age)
+
+
+def _age(summary: RunSummary) -> tuple[str, str]:
+    """Time of creation: the second is in the id, the record knows it to the microsecond."""
+    return summary.id[:15], summary.created
 
 
 def _stamps(root: Path) -> dict[str, str]:
@@ -920,7 +927,7 @@ class RunCreation:
 def _random_suffix() -> str:
     return "".join(secrets.choice("abcdefghijkmnpqrstuvwxyz23456789") for _ in range(4))
 
-# %% ../nbs/01_runs.ipynb #d9547e8c
+# %% ../nbs/01_runs.ipynb #f91325ef
 class RunArchive(RunCreation):
     """All runs under one folder."""
 
@@ -959,7 +966,8 @@ class RunArchive(RunCreation):
         names = [name for name in names if (self.root / name / having).exists()]
         kind = f"run with a {having}" if having else "run"
         if reference == "latest":
-            matching = names[-1:]
+            same_second = [name for name in names if name[:15] == names[-1][:15]]
+            matching = sorted(same_second, key=lambda name: _age(_summarize(self.root / name)))[-1:]
         else:
             exact = [name for name in names if name == reference]
             matching = exact or [name for name in names if name.startswith(reference) or name.endswith(reference)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import polars as pl
 import psutil
 import pytest
@@ -99,11 +100,10 @@ def test_training_tables_of_every_task(dataset: str, metric: str, least: float, 
 @pytest.fixture
 def shop(project: Path) -> Path:
     """A company's table as CSV: numbers, categories, missing values, an awkward column name."""
-    table = pl.DataFrame({"id": range(600)}).select(
-        pl.col("id").mod(7).cast(pl.Float64).alias("visits-last week"),
-        pl.when(pl.col("id").mod(5) == 0).then(None).otherwise(pl.col("id").mod(3).cast(pl.String)).alias("tier"),
-        pl.when((pl.col("id") % 7 + pl.col("id") % 3) > 4).then(pl.lit("yes")).otherwise(pl.lit("no")).alias("bought"),
-    )
+    generator = np.random.default_rng(0)
+    visits, tier = generator.gamma(2, 3, 900).round(3), generator.choice(["a", "b", "c", None], 900).tolist()
+    bought = visits + np.array([{"a": 6, "b": 0}.get(name, 3) for name in tier]) > 9
+    table = pl.DataFrame({"visits-last week": visits, "tier": tier, "bought": np.where(bought, "yes", "no")})
     table.write_csv(project / "shop.csv")
     return project
 
