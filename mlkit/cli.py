@@ -189,7 +189,7 @@ def epoch_lines(
             steps.setdefault(step, {})[name] = value
     return [f"epoch {step}  {_named(values)}" for step, values in sorted(steps.items())]
 
-# %% ../nbs/30_cli.ipynb #61e70433
+# %% ../nbs/30_cli.ipynb #8792c662
 @app.command(epilog="Example: mlkit run train -p dataset=wine -p epochs=50")
 def run(
     job: Annotated[str, typer.Argument(help="Name of a job, or path of a notebook.")],
@@ -241,7 +241,7 @@ def _explain_failure(run: Run) -> None:
     lines = failure.traceback.strip().splitlines()
     if failure.heading:
         errors.print(f"Failed in [bold]{escape(failure.heading)}[/] (cell {failure.cell} of the executed notebook)")
-    errors.print("\n".join(f"  {escape(line)}" for line in lines[-12:]), style="dim")
+    errors.print("\n".join(f"  {escape(line)}" for line in lines[-12:]), style="dim", soft_wrap=True)
     errors.print(f"Everything up to there: [bold]mlkit open {run.id}[/]")
 
 
@@ -275,7 +275,7 @@ def _near(path: Path) -> Path:
     """A path as one would type it here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
-# %% ../nbs/30_cli.ipynb #9b5413c7
+# %% ../nbs/30_cli.ipynb #877a59a7
 def _status(status: str) -> str:
     return f"[{STATUS_COLORS.get(status, 'default')}]{status}[/]"
 
@@ -290,7 +290,7 @@ def _runs_table(runs: list[RunSummary], metric_names: list[str]) -> Table:
     for run in runs:
         metrics = [format_number(run.metrics.get(name)) for name in metric_names]
         given = " ".join(f"{name}={value}" for name, value in run.parameters.items())
-        note = f"[red]{escape(run.error[:80])}[/]" if run.status in ("failed", "damaged") else ""
+        note = f"  [red]{escape(run.error[:80])}[/]" if run.status in ("failed", "damaged") else ""
         table.add_row(run.id, _status(run.status), format_seconds(run.seconds), *metrics, escape(given) + note)
     return table
 

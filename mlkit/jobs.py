@@ -8,7 +8,7 @@ __all__ = ['TYPES', 'ENGINE', 'logger', 'MARKER_CELLS', 'shipped_notebooks', 'li
            'keep_figures', 'running_kernel', 'register_engine', 'run_job', 'check_kernel', 'write_html', 'job_failed',
            'cell_failure', 'kernel_failure']
 
-# %% ../nbs/21_jobs.ipynb #94d0b57b
+# %% ../nbs/21_jobs.ipynb #fbfa50c3
 import ast
 import base64
 import contextlib
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
 import nbformat
+import pydantic
 import yaml
 from jupyter_client.kernelspec import KernelSpecManager
 from nbformat import NotebookNode
@@ -95,8 +96,11 @@ def read_notebook(
         raise ParameterError(f"{path} is not a Jupyter notebook: {str(error).splitlines()[0]}") from None
     return notebook
 
-# %% ../nbs/21_jobs.ipynb #08f24ee5
+# %% ../nbs/21_jobs.ipynb #da020cdf
 TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, tuple, Path)}
+TYPES |= {
+    kind: getattr(pydantic, kind) for kind in ("PositiveInt", "PositiveFloat", "NonNegativeInt", "NonNegativeFloat")
+}
 TYPES |= {"Any": Any, "Literal": Literal, "Optional": Optional, "Union": Union, "Annotated": Annotated, "Field": Field}
 
 
@@ -406,7 +410,7 @@ def register_engine() -> None:
 
     papermill_engines.register(ENGINE, RunEngine)
 
-# %% ../nbs/21_jobs.ipynb #a1012a29
+# %% ../nbs/21_jobs.ipynb #cc8f39e4
 def run_job(
     job: str,  # a name, or the path of a notebook
     parameters: Mapping[str, Any] | None = None,  # name -> value; texts are converted to the declared types
@@ -455,6 +459,7 @@ def _execute(path: Path, parameters: Mapping[str, Any], kernel: str, execution: 
     import papermill
 
     register_engine()
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # what it would warn of has been checked
     threading.Thread(
         target=import_module, args=("nbconvert",), daemon=True
     ).start()  # needed at the end; free until then
@@ -469,11 +474,10 @@ def _execute(path: Path, parameters: Mapping[str, Any], kernel: str, execution: 
         execution=execution,
     )
 
-# %% ../nbs/21_jobs.ipynb #39d97737
+# %% ../nbs/21_jobs.ipynb #e153244e
 @contextlib.contextmanager
 def _closing(execution: Execution) -> Iterator[None]:
     """Bring the run to the end that fits what happened inside."""
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     run = execution.run
@@ -489,14 +493,14 @@ def _closing(execution: Execution) -> Iterator[None]:
         failure = cell_failure(error, execution)
         _finish(execution, lambda: run.fail(failure))
         raise _with_run(job_failed(failure, run), run) from None
-    except (CellTimeoutError, DeadKernelError, RuntimeError) as error:
-        failure = kernel_failure(error, execution)
-        _finish(execution, lambda: run.fail(failure))
-        raise _with_run(JobFailed(f"{run.id} failed: {failure.message}"), run) from None
     except ArchiveError as error:  # the disk is full, say: the record is written if there is room for it
         with contextlib.suppress(ArchiveError):
             run.fail(Failure(error="ArchiveError", message=str(error)))
         raise _with_run(error, run) from None
+    except Exception as error:  # the kernel died, timed out or never started
+        failure = kernel_failure(error, execution)
+        _finish(execution, lambda: run.fail(failure))
+        raise _with_run(job_failed(failure, run), run) from error
 
 
 def _with_run(error: Exception, run: Run) -> Exception:
@@ -520,11 +524,13 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _finish(execution: Execution, close: Callable[[], None]) -> None:
-    """Write the notebook for the last time, as itself and as HTML, and close the run."""
-    if execution.notebook is not None:
-        execution.save()
-        write_html(execution.notebook, execution.run.folder / "notebook.html")
-    close()
+    """Write the notebook for the last time, as itself and as HTML, and close the run in any case."""
+    try:
+        if execution.notebook is not None:
+            execution.save()
+            write_html(execution.notebook, execution.run.folder / "notebook.html")
+    finally:
+        close()
 
 
 def write_html(
@@ -537,7 +543,7 @@ def write_html(
     body, _ = HTMLExporter(embed_images=True, log=logger).from_notebook_node(notebook)
     write_atomic(path, body, durable=False)
 
-# %% ../nbs/21_jobs.ipynb #3d2a15c3
+# %% ../nbs/21_jobs.ipynb #d1c94aea
 MARKER_CELLS = 2  # papermill's banner and anchor
 
 
@@ -577,7 +583,7 @@ def kernel_failure(
     heading = execution.headings()[at] if at is not None else ""
     log = execution.run.folder / "kernel.log"
     said = log.read_text(errors="replace")[-2000:] if log.exists() else ""
-    message = str(error).splitlines()[0] + (f" In '{heading}'." if heading else "")
+    message = (str(error) or type(error).__name__).splitlines()[0] + (f" In '{heading}'." if heading else "")
     return Failure(
         error=type(error).__name__, message=message, traceback=f"{error}\n{said}".strip(), cell=at, heading=heading
     )

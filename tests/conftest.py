@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,3 +47,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     result = run_cli("run", "train", "-p", "epochs=12", "--json", folder=folder)
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KB; needs the right to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

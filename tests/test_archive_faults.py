@@ -4,25 +4,12 @@ import contextlib
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mlkit.runs import INDEX_FILE, RUN_FILE, RunArchive
 from mlkit.settings import ArchiveError, NotFoundError
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KB; needs the right to mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
-    if mount.returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def fill_up(folder: Path) -> None:

@@ -106,7 +106,7 @@ def test_show_by_prefix_suffix_and_latest(cli: Callable, archive: RunArchive) ->
         (["run", "nowhere.ipynb"], "There is no notebook"),
         (["run", "train", "-p", "epochs"], "takes NAME=VALUE"),
         (["run", "train", "-p", "epoch=3"], "Did you mean 'epochs'?"),
-        (["run", "train", "-p", "epochs=0"], "greater than or equal to 1"),
+        (["run", "train", "-p", "epochs=0"], "greater than 0"),
         (["run", "train", "-f", "nowhere.yaml"], "cannot be read"),
         (["--set", "runs.rot=x", "runs"], "Did you mean 'runs.root'?"),
         (["--set", "jobs.cell_timeout=soon", "runs"], "valid integer"),
@@ -222,6 +222,20 @@ def test_a_stopped_job_is_interrupted(number: signal.Signals, code: int, project
     run = RunArchive(project / "runs").get("latest")
     assert (run.record.status, run.record.failure.error) == ("interrupted", "Interrupted")
     assert nbformat.read(run.folder / "notebook.ipynb", 4).cells[-1].metadata.papermill.status == "failed"
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_during_a_job(cli: Callable, project: Path, small_disk: Path) -> None:
+    fill = (
+        "from pathlib import Path\nfrom mlkit.runs import Run\n(Run.current().folder / 'big').write_bytes(bytes(10**7))"
+    )
+    write_notebook(project / "fills.ipynb", fill)
+    result = cli("--set", f"runs.root={small_disk}/runs", "run", "fills.ipynb")
+    assert result.returncode == 1
+    assert "disk is full" in result.stderr
+    run = RunArchive(small_disk / "runs").get("latest")
+    assert run.status in ("failed", "interrupted")
+    assert nbformat.read(run.folder / "notebook.ipynb", 4).cells
 
 
 @pytest.mark.slow
