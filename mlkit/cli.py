@@ -41,7 +41,7 @@ from mlkit.settings import (
     variable_name,
 )
 
-# %% ../nbs/30_cli.ipynb #25e360e2
+# %% ../nbs/30_cli.ipynb #61dc4801
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: half the time to show it
@@ -75,7 +75,7 @@ def print_json(value: Any) -> None:
     """Print a value as JSON on standard output."""
     sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
 
-
+# %% ../nbs/30_cli.ipynb #ea9c122b
 def _version(asked: bool) -> None:
     if asked:
         console.print(f"mlkit {mlkit.__version__}")
@@ -189,7 +189,7 @@ def epoch_lines(
             steps.setdefault(step, {})[name] = value
     return [f"epoch {step}  {_named(values)}" for step, values in sorted(steps.items())]
 
-# %% ../nbs/30_cli.ipynb #8792c662
+# %% ../nbs/30_cli.ipynb #13c92588
 @app.command(epilog="Example: mlkit run train -p dataset=wine -p epochs=50")
 def run(
     job: Annotated[str, typer.Argument(help="Name of a job, or path of a notebook.")],
@@ -220,7 +220,7 @@ def _record(run: Run) -> dict[str, Any]:
     """A run's record for a script: with its folder, and its state as of now."""
     return run.record.model_dump(mode="json") | {"status": run.status, "folder": str(run.folder)}
 
-
+# %% ../nbs/30_cli.ipynb #101e6d1b
 def _read_parameters(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
@@ -244,7 +244,7 @@ def _explain_failure(run: Run) -> None:
     errors.print("\n".join(f"  {escape(line)}" for line in lines[-12:]), style="dim", soft_wrap=True)
     errors.print(f"Everything up to there: [bold]mlkit open {run.id}[/]")
 
-
+# %% ../nbs/30_cli.ipynb #0645a400
 def _close(run: Run) -> None:
     """The closing table of a completed job."""
     record = run.record
@@ -275,7 +275,7 @@ def _near(path: Path) -> Path:
     """A path as one would type it here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
-# %% ../nbs/30_cli.ipynb #877a59a7
+# %% ../nbs/30_cli.ipynb #80b50c4c
 def _status(status: str) -> str:
     return f"[{STATUS_COLORS.get(status, 'default')}]{status}[/]"
 
@@ -294,7 +294,7 @@ def _runs_table(runs: list[RunSummary], metric_names: list[str]) -> Table:
         table.add_row(run.id, _status(run.status), format_seconds(run.seconds), *metrics, escape(given) + note)
     return table
 
-
+# %% ../nbs/30_cli.ipynb #e54ced0b
 @app.command(epilog="Example: mlkit runs --where 'val_accuracy > 0.97' --sort val_accuracy --limit 5")
 def runs(
     job: Annotated[str | None, typer.Option(help="Only runs of this job.")] = None,
@@ -322,7 +322,7 @@ def runs(
     if table.matching > len(table):
         console.print(f"[dim]{len(table)} of {table.matching}; --limit shows more[/]")
 
-
+# %% ../nbs/30_cli.ipynb #bc44e5f6
 @app.command(epilog="Example: mlkit show latest")
 def show(
     reference: RunArgument = "latest",
@@ -343,7 +343,7 @@ def show(
             console.print(f"\n[dim]{title}[/]")
             console.print(table)
 
-
+# %% ../nbs/30_cli.ipynb #24e53d64
 def _sections(record: Record) -> list[tuple[str, list[tuple]]]:
     """What `show` shows: titles with their rows."""
     failure, code, machine = record.failure, record.code, record.environment
@@ -372,7 +372,7 @@ def _sections(record: Record) -> list[tuple[str, list[tuple]]]:
         ("files", [(f"{len(record.artifacts)} files", f"{size / 1e6:.1f} MB")] if record.artifacts else []),
     ]
 
-# %% ../nbs/30_cli.ipynb #d8d91ab8
+# %% ../nbs/30_cli.ipynb #53913b37
 @app.command("open", epilog="Example: mlkit open latest")
 def open_run(
     reference: RunArgument = "latest",
@@ -389,7 +389,7 @@ def open_run(
     opened = webbrowser.open(page.as_uri())
     console.print(str(page) if opened else f"No browser to be had here; the notebook is at {page}")
 
-
+# %% ../nbs/30_cli.ipynb #f6babe5c
 @app.command(epilog="Example: mlkit board k3f9 x7p2  (without a run: the whole archive)")
 def board(
     references: Annotated[
@@ -417,7 +417,7 @@ def board(
             process.terminate()
             process.wait()
 
-
+# %% ../nbs/30_cli.ipynb #d9800511
 def _announce(process: subprocess.Popen, as_json: bool) -> None:
     """Pass on what TensorBoard says until it serves, then wait for its end."""
     said = []
@@ -435,7 +435,7 @@ def _announce(process: subprocess.Popen, as_json: bool) -> None:
     if process.wait() > 0:
         raise InputError(f"TensorBoard could not start: {''.join(said[-3:]).strip()}")
 
-
+# %% ../nbs/30_cli.ipynb #e52a585c
 @app.command(epilog="Example: mlkit rm k3f9 --yes")
 def rm(
     references: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs to delete.")],
@@ -466,7 +466,7 @@ def _is_running(run: Run) -> bool:
     except MlkitError:
         return False  # a damaged record has no say in its deletion
 
-# %% ../nbs/30_cli.ipynb #2a5cd28e
+# %% ../nbs/30_cli.ipynb #8886a451
 IGNORED_FILES = "runs/\n.ipynb_checkpoints/\n__pycache__/\n"
 
 
@@ -482,7 +482,7 @@ def settings_template() -> str:
         lines.append(f"# {field.description}\n{key} = {field.default}\n")
     return "".join(lines)
 
-
+# %% ../nbs/30_cli.ipynb #73e1eebc
 @app.command(epilog="Example: mlkit new churn && cd churn && mlkit run train")
 def new(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; it may exist if it is empty.")],
@@ -509,7 +509,7 @@ def new(
     for line in (f"cd {folder}", "mlkit run train", f"jupyter lab {first.name}"):
         console.print(f"  [bold]{line}[/]")
 
-
+# %% ../nbs/30_cli.ipynb #5d8885fe
 @app.command(epilog="Example: mlkit --set runs.root=/archive settings")
 def settings(as_json: JsonOption = False) -> None:
     """Show every setting, its value and where that came from."""

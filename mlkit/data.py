@@ -1335,7 +1335,7 @@ def _rule_text(content: _Content, rule: str, key: str | None, fractions: Sequenc
     how = f"split by hash of {key}" if rule == "hash" else "split at random"
     return f"{how}, {shares}, seed {seed}" + (", published test set" if content.published_test else "")
 
-# %% ../nbs/10_data.ipynb #b280c156
+# %% ../nbs/10_data.ipynb #cb292254
 def load_dataset(
     source: str | Path | Sequence[str | Path],  # a built-in set's name, or a path, a pattern or a list of paths
     label: str | None = None,  # column to predict; built-in sets know theirs
@@ -1370,7 +1370,7 @@ def load_dataset(
     told = (content.name, content.source, task, label, classes, labels, splits, rule)
     return Dataset(*told, features, inputs, table, tuple(notes), arguments)
 
-
+# %% ../nbs/10_data.ipynb #f7b75243
 def _lasting(source: str | Path | Sequence[str | Path]) -> dict[str, Any]:
     """A source as a record keeps it: paths hold wherever one stands later."""
     if isinstance(source, str) and source in _SOURCES:
@@ -1379,7 +1379,7 @@ def _lasting(source: str | Path | Sequence[str | Path]) -> dict[str, Any]:
         return {"source": str(Path(source).absolute())}
     return {"source": [str(Path(one).absolute()) for one in source]}
 
-# %% ../nbs/10_data.ipynb #ba9aa0eb
+# %% ../nbs/10_data.ipynb #3a0896dd
 def reload_dataset(
     record: Mapping[str, Any],  # of an earlier data set: Dataset.record()
     source: str | Path | Sequence[str | Path] | None = None,  # new data; None loads the recorded data again
@@ -1411,7 +1411,7 @@ def _new_data(record: Mapping[str, Any], source: Any, label: str, options: Mappi
     choices = {"task": record["task"], "fractions": (0, 0, 1), "classes": record["classes"] or None}
     return _like_recorded(load_dataset(source, label, **choices, **kept | dict(options)), record["features"])
 
-
+# %% ../nbs/10_data.ipynb #05445c60
 def _like_recorded(dataset: Dataset, kinds: Mapping[str, str]) -> Dataset:
     """Only the features a model was made for; one that is absent or of another kind is refused."""
     absent = [name for name in kinds if name not in dataset.features]

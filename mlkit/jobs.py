@@ -96,7 +96,7 @@ def read_notebook(
         raise ParameterError(f"{path} is not a Jupyter notebook: {str(error).splitlines()[0]}") from None
     return notebook
 
-# %% ../nbs/21_jobs.ipynb #da020cdf
+# %% ../nbs/21_jobs.ipynb #6a7e6f73
 TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, tuple, Path)}
 TYPES |= {
     kind: getattr(pydantic, kind) for kind in ("PositiveInt", "PositiveFloat", "NonNegativeInt", "NonNegativeFloat")
@@ -124,7 +124,7 @@ def parameters_cell(
         raise ParameterError(f"The notebook has {len(cells)} cells tagged 'parameters'; one is expected.")
     return cells[0].source if cells else None
 
-
+# %% ../nbs/21_jobs.ipynb #503fb7ca
 def read_parameters(
     source: str,  # of a parameters cell
 ) -> list[Parameter]:
@@ -156,7 +156,7 @@ def _parameter(statement: ast.Assign | ast.AnnAssign, line: str) -> Parameter:
     annotation = _annotation(statement.annotation) if isinstance(statement, ast.AnnAssign) else inferred
     return Parameter(_target(statement), annotation, default, comment, literal)
 
-
+# %% ../nbs/21_jobs.ipynb #1a92be2a
 def _annotation(node: ast.expr) -> Any:
     """The type an annotation names, out of the ones a parameter may have."""
     unknown = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} - TYPES.keys()
@@ -167,7 +167,7 @@ def _annotation(node: ast.expr) -> Any:
         )
     return eval(compile(ast.Expression(node), "parameters", "eval"), {"__builtins__": {}}, TYPES)
 
-# %% ../nbs/21_jobs.ipynb #cb60ccca
+# %% ../nbs/21_jobs.ipynb #14c1bccb
 class Contract:
     """What a job accepts: its parameters with types, ranges, defaults."""
 
@@ -218,7 +218,7 @@ class Contract:
         checked = self.model.model_construct(**values)
         return {name: checked.model_dump(mode="json", include={name})[name] for name in given}
 
-
+# %% ../nbs/21_jobs.ipynb #e2c6a064
 def convert(
     value: Any,  # a text from the command line, or a value with its type
     annotation: Any,  # the declared type
@@ -242,7 +242,7 @@ def convert(
             problem = problem or error
     raise problem
 
-# %% ../nbs/21_jobs.ipynb #18b9187c
+# %% ../nbs/21_jobs.ipynb #0392654d
 @dataclass(frozen=True)
 class CellStarted:
     """What a watcher is told when a cell begins."""
@@ -251,7 +251,7 @@ class CellStarted:
     total: int  # code cells in the notebook
     heading: str  # of the section it stands in
 
-
+# %% ../nbs/21_jobs.ipynb #a7db3d50
 @dataclass
 class Execution:
     """One execution of a notebook into a run."""
@@ -301,7 +301,7 @@ class Execution:
             record.cells = self.cells
         keep_figures(self.run, cell, name=f"{index:02d}-{heading}")
 
-
+# %% ../nbs/21_jobs.ipynb #abd18361
 def keep_figures(
     run: Run,
     cell: NotebookNode,  # an executed code cell
@@ -352,7 +352,7 @@ def running_kernel(
         if log.exists() and log.stat().st_size == 0:
             log.unlink()
 
-# %% ../nbs/21_jobs.ipynb #f1c097ad
+# %% ../nbs/21_jobs.ipynb #74657e47
 ENGINE = "mlkit"
 logger = logging.getLogger("mlkit")
 logger.addHandler(logging.NullHandler())  # what goes wrong is told by exceptions and the run; a log is for who asks
@@ -367,7 +367,7 @@ def _execute_cells(client_type: type, manager: Any, kernel: Any, execution: Exec
         if client.kc is not None:
             client.kc.stop_channels()
 
-
+# %% ../nbs/21_jobs.ipynb #8286ec05
 def register_engine() -> None:
     """Make papermill know our engine; papermill is imported here, not before, because it takes a second."""
     from papermill.clientwrap import PapermillNotebookClient
@@ -410,7 +410,7 @@ def register_engine() -> None:
 
     papermill_engines.register(ENGINE, RunEngine)
 
-# %% ../nbs/21_jobs.ipynb #cc8f39e4
+# %% ../nbs/21_jobs.ipynb #f95f47f2
 def run_job(
     job: str,  # a name, or the path of a notebook
     parameters: Mapping[str, Any] | None = None,  # name -> value; texts are converted to the declared types
@@ -442,7 +442,7 @@ def _shown(path: Path, settings: Settings) -> str:
     path = path.absolute()
     return str(path.relative_to(settings.project) if path.is_relative_to(settings.project) else path)
 
-
+# %% ../nbs/21_jobs.ipynb #5aaefccc
 def check_kernel(
     name: str,  # of a kernelspec
 ) -> None:
@@ -474,7 +474,7 @@ def _execute(path: Path, parameters: Mapping[str, Any], kernel: str, execution: 
         execution=execution,
     )
 
-# %% ../nbs/21_jobs.ipynb #e153244e
+# %% ../nbs/21_jobs.ipynb #70de2061
 @contextlib.contextmanager
 def _closing(execution: Execution) -> Iterator[None]:
     """Bring the run to the end that fits what happened inside."""
@@ -507,7 +507,7 @@ def _with_run(error: Exception, run: Run) -> Exception:
     error.run = run
     return error
 
-
+# %% ../nbs/21_jobs.ipynb #867b0ae9
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
@@ -543,7 +543,7 @@ def write_html(
     body, _ = HTMLExporter(embed_images=True, log=logger).from_notebook_node(notebook)
     write_atomic(path, body, durable=False)
 
-# %% ../nbs/21_jobs.ipynb #d1c94aea
+# %% ../nbs/21_jobs.ipynb #e80e5f1b
 MARKER_CELLS = 2  # papermill's banner and anchor
 
 
@@ -573,7 +573,7 @@ def cell_failure(
         heading=execution.headings()[index],
     )
 
-
+# %% ../nbs/21_jobs.ipynb #bfb5e3c3
 def kernel_failure(
     error: Exception,  # of nbclient or jupyter_client
     execution: Execution,

@@ -6,9 +6,9 @@
 __all__ = ['Status', 'RUN_FILE', 'INDEX_FILE', 'INDEX_TABLE', 'COMPARISONS', 'STATUS_COLORS', 'ID_PATTERN', 'write_atomic',
            'storage_error', 'Part', 'Owner', 'Environment', 'Code', 'Artifact', 'Cell', 'Failure', 'Record',
            'current_owner', 'is_alive', 'current_environment', 'current_code', 'RunFolder', 'read_record', 'RunLife',
-           'true_status', 'list_artifacts', 'RunLog', 'RunFiles', 'SavedFigure', 'Run', 'RunSummary', 'read_summaries',
-           'Condition', 'sparkline', 'status_html', 'format_number', 'format_seconds', 'html_table', 'run_html',
-           'RunTable', 'RunCreation', 'RunArchive']
+           'true_status', 'list_artifacts', 'RunLog', 'RunFiles', 'RunProducts', 'SavedFigure', 'Run', 'RunSummary',
+           'read_summaries', 'Condition', 'sparkline', 'status_html', 'format_number', 'format_seconds', 'html_table',
+           'run_html', 'RunTable', 'RunCreation', 'matching_names', 'newest_run', 'RunArchive']
 
 # %% ../nbs/01_runs.ipynb #c7b62834
 import ast
@@ -81,7 +81,7 @@ def storage_error(
     }.get(error.errno, "Check the folder, or choose another with `--set runs.root=...`")
     return ArchiveError(f"Cannot write {path}: {error.strerror}. {advice}.")
 
-# %% ../nbs/01_runs.ipynb #a53ce3aa
+# %% ../nbs/01_runs.ipynb #83969980
 Status = Literal["created", "running", "completed", "failed", "interrupted", "interactive"]
 
 
@@ -117,7 +117,7 @@ class Code(Part):
     uncommitted: bool  # when True, uncommitted.patch in the run folder holds the difference
     untracked: list[str] = []  # files git does not know; their content is not in the patch
 
-
+# %% ../nbs/01_runs.ipynb #5c05c135
 class Artifact(Part):
     """One file of the run folder."""
 
@@ -144,7 +144,7 @@ class Failure(Part):
     cell: int | None = None  # position in the executed notebook, from 0
     heading: str = ""
 
-
+# %% ../nbs/01_runs.ipynb #5720c0b2
 class Record(Part):
     """Everything `run.json` holds."""
 
@@ -236,7 +236,7 @@ def current_code(
         return None, ""
     return Code(commit=commit, branch=branch, uncommitted=bool(patch), untracked=untracked), patch
 
-# %% ../nbs/01_runs.ipynb #236248e4
+# %% ../nbs/01_runs.ipynb #0b3ec612
 RUN_FILE = "run.json"
 
 
@@ -267,7 +267,7 @@ class RunFolder:
             yield record
             write_atomic(self.folder / RUN_FILE, record.model_dump_json(indent=1), durable)
 
-
+# %% ../nbs/01_runs.ipynb #b39b9204
 def read_record(
     folder: Path,  # a run folder
 ) -> Record:
@@ -299,7 +299,7 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         os.close(descriptor)
 
-# %% ../nbs/01_runs.ipynb #5f362a72
+# %% ../nbs/01_runs.ipynb #ab0419a3
 class RunLife(RunFolder):
     """States of a run and the transitions between them."""
 
@@ -346,7 +346,7 @@ class RunLife(RunFolder):
         """The state, in which a run whose process has died reads as interrupted."""
         return true_status(self.record.status, self.record.owner)
 
-
+# %% ../nbs/01_runs.ipynb #65290f6c
 def true_status(
     status: str,  # as recorded
     owner: Owner | None,  # as recorded
@@ -426,7 +426,7 @@ class RunLog(RunFolder):
         """Runs and model versions this run builds on."""
         return self.record.parents
 
-# %% ../nbs/01_runs.ipynb #ab511dca
+# %% ../nbs/01_runs.ipynb #ef766c09
 class RunFiles(RunFolder):
     """Files of a run."""
 
@@ -456,6 +456,19 @@ class RunFiles(RunFolder):
             path = Path(shutil.copy2(path, self._subfolder("artifacts") / path.name))
         self._list(path)
         return path
+
+    def _list(self, *paths: Path) -> None:
+        added = [
+            Artifact(path=path.relative_to(self.folder).as_posix(), size=path.stat().st_size, sha256=_sha256(path))
+            for path in paths
+        ]
+        with self.edit() as record:
+            names = {artifact.path for artifact in added}
+            record.artifacts = [artifact for artifact in record.artifacts if artifact.path not in names] + added
+
+# %% ../nbs/01_runs.ipynb #e268fa45
+class RunProducts(RunFiles):
+    """What a job leaves behind."""
 
     def save_figure(
         self,
@@ -490,16 +503,7 @@ class RunFiles(RunFolder):
         self._list(*(path for path in sorted(final.rglob("*")) if path.is_file()))
         return final
 
-    def _list(self, *paths: Path) -> None:
-        added = [
-            Artifact(path=path.relative_to(self.folder).as_posix(), size=path.stat().st_size, sha256=_sha256(path))
-            for path in paths
-        ]
-        with self.edit() as record:
-            names = {artifact.path for artifact in added}
-            record.artifacts = [artifact for artifact in record.artifacts if artifact.path not in names] + added
-
-
+# %% ../nbs/01_runs.ipynb #d5166ee3
 @dataclass(frozen=True)
 class SavedFigure:
     """A figure on disk that shows itself in a notebook."""
@@ -509,8 +513,8 @@ class SavedFigure:
     def _repr_png_(self) -> bytes:
         return self.path.read_bytes()
 
-# %% ../nbs/01_runs.ipynb #8199b990
-class Run(RunLife, RunLog, RunFiles):
+# %% ../nbs/01_runs.ipynb #4c68ecea
+class Run(RunLife, RunLog, RunProducts):
     """One run of the archive; all it knows is on disk, so any number of processes may hold it."""
 
     _current: "Run | None" = None
@@ -542,7 +546,7 @@ def _interactive_run(job: str) -> Run:
         record.status, record.started = "interactive", record.created
     return run
 
-
+# %% ../nbs/01_runs.ipynb #bded3077
 def _notebook_parameters() -> dict[str, Any]:
     """Annotated variables of the notebook we live in, as far as JSON can hold them."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -557,7 +561,7 @@ def _fits_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
 
-# %% ../nbs/01_runs.ipynb #ac5e46fe
+# %% ../nbs/01_runs.ipynb #5fe4d4fd
 @dataclass(frozen=True)
 class RunSummary:
     """What a listing shows of a run."""
@@ -581,7 +585,7 @@ class RunSummary:
         own = {key: getattr(self, key) for key in ("id", "job", "status", "created", "seconds")}
         return next((source[name] for source in (self.metrics, self.values, own) if name in source), None)
 
-
+# %% ../nbs/01_runs.ipynb #1f585dae
 def _summarize(folder: Path) -> RunSummary:
     """Read one record; a damaged one is a summary, too."""
     try:
@@ -601,7 +605,7 @@ def _summarize(folder: Path) -> RunSummary:
         error=f"{record.failure.error}: {record.failure.message}" if record.failure else "",
     )
 
-# %% ../nbs/01_runs.ipynb #2cc9a4bf
+# %% ../nbs/01_runs.ipynb #be7f5bda
 INDEX_FILE = ".index.sqlite"
 INDEX_TABLE = "CREATE TABLE IF NOT EXISTS runs (name TEXT PRIMARY KEY, stamp TEXT NOT NULL, summary TEXT NOT NULL)"
 
@@ -633,7 +637,7 @@ def _through_index(root: Path, file: Path | str) -> list[RunSummary]:
     summaries = [_as_of_now(RunSummary(**json.loads(text))) for (text,) in rows]
     return sorted(summaries, key=_age)
 
-
+# %% ../nbs/01_runs.ipynb #11056b6b
 def _age(summary: RunSummary) -> tuple[str, str]:
     """Time of creation: the second is in the id, the record knows it to the microsecond."""
     return summary.id[:15], summary.created
@@ -659,7 +663,7 @@ def _as_of_now(summary: RunSummary) -> RunSummary:
     status = true_status(summary.status, owner)
     return summary if status == summary.status else replace(summary, status=status)
 
-# %% ../nbs/01_runs.ipynb #a99742c0
+# %% ../nbs/01_runs.ipynb #97296a5b
 COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -671,7 +675,7 @@ COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.NotIn: lambda left, right: left not in right,
 }
 
-
+# %% ../nbs/01_runs.ipynb #945fb26e
 class Condition:
     """A `where` expression, ready to be asked of any run; raises InputError when it cannot be understood."""
 
@@ -729,7 +733,7 @@ class Condition:
             "Compare metrics, parameters, job, status or seconds, for example: val_accuracy > 0.97 and epochs <= 20"
         )
 
-# %% ../nbs/01_runs.ipynb #83464a0b
+# %% ../nbs/01_runs.ipynb #72262cb2
 STATUS_COLORS = {
     "completed": "#2e9e5b",
     "running": "#3b82d0",
@@ -764,7 +768,7 @@ def status_html(
     """A state in its colour."""
     return f'<b style="color:{STATUS_COLORS.get(status, "inherit")}">{html.escape(status)}</b>'
 
-
+# %% ../nbs/01_runs.ipynb #050cf312
 def format_number(
     value: float | None,
 ) -> str:
@@ -783,7 +787,7 @@ def format_seconds(
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
-# %% ../nbs/01_runs.ipynb #9714f90a
+# %% ../nbs/01_runs.ipynb #4d5a1693
 def html_table(
     head: Iterable[str],  # column titles
     rows: Iterable[Iterable[str]],  # cells, as HTML
@@ -795,7 +799,7 @@ def html_table(
     )
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
-
+# %% ../nbs/01_runs.ipynb #1ad94339
 def run_html(
     run: Run,
 ) -> str:
@@ -822,7 +826,7 @@ def run_html(
     )
     return "".join(parts)
 
-
+# %% ../nbs/01_runs.ipynb #db231d56
 @dataclass(frozen=True)
 class RunTable:
     """Runs that were asked for, in order."""
@@ -861,10 +865,10 @@ class RunTable:
         more = f"<p><small>{len(self)} of {self.matching} runs in {html.escape(str(self.root))}</small></p>"
         return html_table(("run", "status", "time", *names, "parameters given"), rows) + more
 
-# %% ../nbs/01_runs.ipynb #0f60b5ff
+# %% ../nbs/01_runs.ipynb #efb3a46f
 ID_PATTERN = re.compile(r"\d{8}-\d{6}-.+-[a-z0-9]{4}")
 
-
+# %% ../nbs/01_runs.ipynb #fa7d0b07
 class RunCreation:
     """The part of an archive that makes runs."""
 
@@ -923,11 +927,28 @@ class RunCreation:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-
+# %% ../nbs/01_runs.ipynb #6afc0e30
 def _random_suffix() -> str:
     return "".join(secrets.choice("abcdefghijkmnpqrstuvwxyz23456789") for _ in range(4))
 
-# %% ../nbs/01_runs.ipynb #f91325ef
+# %% ../nbs/01_runs.ipynb #b1eb4aef
+def matching_names(
+    reference: str,  # id, or beginning or end of one
+    names: list[str],  # ids of runs
+) -> list[str]:  # the id itself where there is one, else all that begin or end so
+    """Runs that a reference may mean."""
+    return [reference] if reference in names else [n for n in names if n.startswith(reference) or n.endswith(reference)]
+
+
+def newest_run(
+    root: Path,  # the archive's folder
+    names: list[str],  # ids of runs, at least one
+) -> str:
+    """The run created last; the record tells runs of the same second apart."""
+    same_second = [name for name in names if name[:15] == max(names)[:15]]
+    return max(same_second, key=lambda name: _age(_summarize(root / name)))
+
+# %% ../nbs/01_runs.ipynb #a08f4235
 class RunArchive(RunCreation):
     """All runs under one folder."""
 
@@ -964,14 +985,11 @@ class RunArchive(RunCreation):
         """Find one run; raises NotFoundError when none or several answer to the reference."""
         names = sorted(entry.name for entry in os.scandir(self.root) if _is_run(entry)) if self.root.is_dir() else []
         names = [name for name in names if (self.root / name / having).exists()]
-        kind = f"run with a {having}" if having else "run"
-        if reference == "latest":
-            same_second = [name for name in names if name[:15] == names[-1][:15]]
-            matching = sorted(same_second, key=lambda name: _age(_summarize(self.root / name)))[-1:]
-        else:
-            exact = [name for name in names if name == reference]
-            matching = exact or [name for name in names if name.startswith(reference) or name.endswith(reference)]
+        matching = (
+            [newest_run(self.root, names)] if reference == "latest" and names else matching_names(reference, names)
+        )
         if not matching:
+            kind = f"run with a {having}" if having else "run"
             raise NotFoundError(f"There is no {kind} '{reference}' in {self.root} ({len(names)} such runs).")
         if len(matching) > 1:
             shown = ", ".join(matching[:5]) + (", ..." if len(matching) > 5 else "")
@@ -998,7 +1016,7 @@ class RunArchive(RunCreation):
     def _repr_html_(self) -> str:
         return self.list(limit=20)._repr_html_()
 
-
+# %% ../nbs/01_runs.ipynb #7a079e05
 def _is_run(entry: os.DirEntry) -> bool:
     named_so = entry.name[0] != "." and entry.is_dir()
     return named_so and (bool(ID_PATTERN.fullmatch(entry.name)) or os.path.exists(f"{entry.path}/{RUN_FILE}"))

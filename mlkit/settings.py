@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-# %% ../nbs/00_settings.ipynb #53d1dda2
+# %% ../nbs/00_settings.ipynb #7df7eda1
 class MlkitError(Exception):
     """Root of every error the kit raises on purpose."""
 
@@ -56,7 +56,7 @@ class NotFoundError(InputError):
 class MissingDependencyError(InputError):
     """An optional package is needed; the message holds the `pip install` line."""
 
-
+# %% ../nbs/00_settings.ipynb #84d69851
 class ArchiveError(MlkitError):
     """The archive of runs cannot be read or written."""
 
@@ -200,7 +200,7 @@ def read_environment(
             raise SettingsError(f"Unknown environment variable {key}.{nearest(key, names)} Known: {', '.join(names)}.")
     return {names[key]: Given(text, f"environment variable {key}", Path.cwd()) for key, text in found.items()}
 
-# %% ../nbs/00_settings.ipynb #946ff730
+# %% ../nbs/00_settings.ipynb #629e6cbb
 def load_settings(
     overrides: Mapping[str, str] | None = None,  # from the command line, by dotted name
     start: Path | None = None,  # folder from which settings.ini is looked for
@@ -236,7 +236,7 @@ def _refuse_unknown(given: Mapping[str, Given]) -> None:
                 f"{value.origin}: unknown setting '{name}'.{nearest(name, known)} Accepted: {', '.join(known)}."
             )
 
-
+# %% ../nbs/00_settings.ipynb #89d3c40d
 def _explain(error: ValidationError, given: Mapping[str, Given]) -> str:
     """Pydantic's findings, one line each, with the place to mend."""
     lines = []
