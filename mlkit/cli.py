@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'console', 'errors', 'JsonOption', 'RunArgument', 'IGNORED_FILES', 'main', 'print_json', 'options', 'Watch',
-           'progress_line', 'epoch_lines', 'run', 'runs', 'show', 'open_run', 'board', 'rm', 'settings_template', 'new',
-           'settings']
+           'progress_line', 'epoch_lines', 'run', 'jobs', 'runs', 'show', 'open_run', 'board', 'rm',
+           'settings_template', 'new', 'settings']
 
 # %% ../nbs/30_cli.ipynb #693403e7
 import json
@@ -189,7 +189,7 @@ def epoch_lines(
             steps.setdefault(step, {})[name] = value
     return [f"epoch {step}  {_named(values)}" for step, values in sorted(steps.items())]
 
-# %% ../nbs/30_cli.ipynb #13c92588
+# %% ../nbs/30_cli.ipynb #60b8de0c
 @app.command(epilog="Example: mlkit run train -p dataset=wine -p epochs=50")
 def run(
     job: Annotated[str, typer.Argument(help="Name of a job, or path of a notebook.")],
@@ -197,7 +197,7 @@ def run(
     file: Annotated[Path | None, typer.Option("-f", metavar="FILE", help="Read parameters from YAML.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Execute a job notebook into a new run."""
+    """Execute a job notebook into a new run; `mlkit jobs JOB` tells its parameters."""
     from mlkit.jobs import run_job
 
     given = _read_parameters(file) | dict(_pair(text, "-p") for text in parameters)
@@ -219,6 +219,41 @@ def run(
 def _record(run: Run) -> dict[str, Any]:
     """A run's record for a script: with its folder, and its state as of now."""
     return run.record.model_dump(mode="json") | {"status": run.status, "folder": str(run.folder)}
+
+# %% ../nbs/30_cli.ipynb #320874d6
+@app.command(epilog="Example: mlkit jobs train")
+def jobs(
+    job: Annotated[
+        str | None, typer.Argument(help="Name of a job, or path of a notebook; all jobs by default.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List jobs, or the parameters of one."""
+    from mlkit.jobs import Contract, find_job, job_summary, list_jobs, read_notebook
+
+    if job is None:
+        rows = [(name, job_summary(read_notebook(path))) for name, path in list_jobs().items()]
+        _print_rows(("job", "what it does"), rows, as_json)
+        return
+    contract = Contract.of(read_notebook(find_job(job)))
+    if as_json:
+        print_json(contract.model.model_json_schema())
+        return
+    rows = [(p.name, p.written, repr(p.default) if p.literal else "...", p.help) for p in contract.parameters.values()]
+    _print_rows(("parameter", "type", "default", "meaning"), rows)
+
+
+def _print_rows(titles: tuple[str, ...], rows: list[tuple[str, ...]], as_json: bool = False) -> None:
+    """A plain table of texts, or the same as JSON."""
+    if as_json:
+        print_json([dict(zip(titles, row, strict=True)) for row in rows])
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 # %% ../nbs/30_cli.ipynb #101e6d1b
 def _read_parameters(file: Path | None) -> dict[str, Any]:
@@ -509,17 +544,8 @@ def new(
     for line in (f"cd {folder}", "mlkit run train", f"jupyter lab {first.name}"):
         console.print(f"  [bold]{line}[/]")
 
-# %% ../nbs/30_cli.ipynb #5d8885fe
+# %% ../nbs/30_cli.ipynb #5870c125
 @app.command(epilog="Example: mlkit --set runs.root=/archive settings")
 def settings(as_json: JsonOption = False) -> None:
     """Show every setting, its value and where that came from."""
-    rows = load_settings().rows()
-    if as_json:
-        print_json([dict(zip(("name", "value", "from", "meaning"), row, strict=True)) for row in rows])
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("setting", "value", "from", "meaning"):
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    _print_rows(("setting", "value", "from", "meaning"), load_settings().rows(), as_json)

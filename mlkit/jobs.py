@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'ENGINE', 'logger', 'MARKER_CELLS', 'shipped_notebooks', 'list_jobs', 'find_job', 'read_notebook',
-           'Parameter', 'parameters_cell', 'read_parameters', 'Contract', 'convert', 'CellStarted', 'Execution',
-           'keep_figures', 'running_kernel', 'register_engine', 'run_job', 'check_kernel', 'write_html', 'job_failed',
-           'cell_failure', 'kernel_failure']
+           'Parameter', 'parameters_cell', 'read_parameters', 'Contract', 'convert', 'job_summary', 'CellStarted',
+           'Execution', 'keep_figures', 'running_kernel', 'register_engine', 'run_job', 'check_kernel', 'write_html',
+           'job_failed', 'cell_failure', 'kernel_failure']
 
-# %% ../nbs/21_jobs.ipynb #fbfa50c3
+# %% ../nbs/21_jobs.ipynb #71aa1cb3
 import ast
 import base64
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
@@ -24,13 +25,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 
-import nbformat
 import pydantic
 import yaml
-from jupyter_client.kernelspec import KernelSpecManager
-from nbformat import NotebookNode
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 import mlkit.settings
@@ -46,6 +44,9 @@ from mlkit.settings import (
     load_settings,
     nearest,
 )
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 # %% ../nbs/21_jobs.ipynb #dd46e4dc
 def shipped_notebooks(
@@ -82,21 +83,25 @@ def find_job(
         )
     return jobs[job]
 
-# %% ../nbs/21_jobs.ipynb #6788f2f9
+# %% ../nbs/21_jobs.ipynb #56aaa603
 def read_notebook(
     path: Path,  # of an .ipynb file
-) -> NotebookNode:
+) -> dict[str, Any]:  # with cells whose sources are texts
     """Read a notebook; raises ParameterError when it is not one."""
     try:
-        notebook = nbformat.read(path, as_version=4)
-        nbformat.validate(notebook)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path} cannot be read: {error}") from error
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError, TypeError) as error:
-        raise ParameterError(f"{path} is not a Jupyter notebook: {str(error).splitlines()[0]}") from None
-    return notebook
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        cells = [cell | {"source": "".join(cell["source"])} for cell in notebook["cells"]]
+        kinds = {cell["cell_type"] for cell in cells} | {type(cell["metadata"]) for cell in cells}
+    except OSError as error:
+        raise ParameterError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it has no list of cells with sources and metadata"
+        raise ParameterError(f"{path} is not a Jupyter notebook of format 4: {reason}.") from None
+    if unknown := kinds - {"code", "markdown", "raw", dict}:
+        raise ParameterError(f"{path} is not a Jupyter notebook: it has cells of type {unknown}.")
+    return notebook | {"cells": cells}
 
-# %% ../nbs/21_jobs.ipynb #6a7e6f73
+# %% ../nbs/21_jobs.ipynb #d8d4b15e
 TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, tuple, Path)}
 TYPES |= {
     kind: getattr(pydantic, kind) for kind in ("PositiveInt", "PositiveFloat", "NonNegativeInt", "NonNegativeFloat")
@@ -113,18 +118,19 @@ class Parameter:
     default: Any  # None also when the default is not a literal
     help: str  # the comment behind it
     literal: bool = True  # False for a default that only executing the cell would tell
+    written: str = ""  # the type as the notebook has it
 
 
 def parameters_cell(
-    notebook: NotebookNode,
+    notebook: Mapping[str, Any],
 ) -> str | None:  # its source; None when there is none
     """The cell that papermill would take as the parameters; raises ParameterError when there are several."""
-    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) > 1:
         raise ParameterError(f"The notebook has {len(cells)} cells tagged 'parameters'; one is expected.")
-    return cells[0].source if cells else None
+    return cells[0]["source"] if cells else None
 
-# %% ../nbs/21_jobs.ipynb #503fb7ca
+# %% ../nbs/21_jobs.ipynb #c65246ce
 def read_parameters(
     source: str,  # of a parameters cell
 ) -> list[Parameter]:
@@ -153,8 +159,10 @@ def _parameter(statement: ast.Assign | ast.AnnAssign, line: str) -> Parameter:
     except ValueError:
         default, literal = None, False
     inferred = Any if default is None else type(default)
-    annotation = _annotation(statement.annotation) if isinstance(statement, ast.AnnAssign) else inferred
-    return Parameter(_target(statement), annotation, default, comment, literal)
+    if not isinstance(statement, ast.AnnAssign):
+        return Parameter(_target(statement), inferred, default, comment, literal, getattr(inferred, "__name__", "Any"))
+    written = ast.unparse(statement.annotation)
+    return Parameter(_target(statement), _annotation(statement.annotation), default, comment, literal, written)
 
 # %% ../nbs/21_jobs.ipynb #1a92be2a
 def _annotation(node: ast.expr) -> Any:
@@ -167,7 +175,7 @@ def _annotation(node: ast.expr) -> Any:
         )
     return eval(compile(ast.Expression(node), "parameters", "eval"), {"__builtins__": {}}, TYPES)
 
-# %% ../nbs/21_jobs.ipynb #14c1bccb
+# %% ../nbs/21_jobs.ipynb #678f12e7
 class Contract:
     """What a job accepts: its parameters with types, ranges, defaults."""
 
@@ -178,11 +186,11 @@ class Contract:
     ):
         self.parameters = {parameter.name: parameter for parameter in parameters}
         self.declared = declared
-        fields = {name: (parameter.annotation, parameter.default) for name, parameter in self.parameters.items()}
+        fields = {p.name: (p.annotation, Field(p.default, description=p.help)) for p in self.parameters.values()}
         self.model: type[BaseModel] = create_model("Parameters", __config__=ConfigDict(extra="forbid"), **fields)
 
     @classmethod
-    def of(cls, notebook: NotebookNode) -> "Contract":
+    def of(cls, notebook: Mapping[str, Any]) -> "Contract":
         """The contract of a notebook."""
         source = parameters_cell(notebook)
         return cls(read_parameters(source or ""), declared=source is not None)
@@ -242,6 +250,15 @@ def convert(
             problem = problem or error
     raise problem
 
+# %% ../nbs/21_jobs.ipynb #4d50bfb4
+def job_summary(
+    notebook: Mapping[str, Any],
+) -> str:  # "" when the notebook does not say
+    """The sentence under a notebook's title."""
+    texts = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    quoted = [line for text in texts[:1] for line in text.splitlines() if line.startswith("> ")]
+    return quoted[0].removeprefix("> ").strip() if quoted else ""
+
 # %% ../nbs/21_jobs.ipynb #0392654d
 @dataclass(frozen=True)
 class CellStarted:
@@ -251,7 +268,7 @@ class CellStarted:
     total: int  # code cells in the notebook
     heading: str  # of the section it stands in
 
-# %% ../nbs/21_jobs.ipynb #a7db3d50
+# %% ../nbs/21_jobs.ipynb #535f5d27
 @dataclass
 class Execution:
     """One execution of a notebook into a run."""
@@ -260,12 +277,14 @@ class Execution:
     watch: Callable[[CellStarted], None]
     cell_timeout: int  # seconds; 0 for none
     start_timeout: int  # seconds
-    notebook: NotebookNode | None = None  # as it is being executed
+    notebook: "NotebookNode | None" = None  # as it is being executed
     current: int | None = None  # position of the code cell at work
     cells: list[Cell] = field(default_factory=list)
 
     def save(self) -> None:
         """Write the notebook as it stands into the run."""
+        import nbformat
+
         write_atomic(self.run.folder / "notebook.ipynb", nbformat.writes(self.notebook), durable=False)
 
     def headings(self) -> list[str]:
@@ -301,10 +320,10 @@ class Execution:
             record.cells = self.cells
         keep_figures(self.run, cell, name=f"{index:02d}-{heading}")
 
-# %% ../nbs/21_jobs.ipynb #abd18361
+# %% ../nbs/21_jobs.ipynb #fe28af99
 def keep_figures(
     run: Run,
-    cell: NotebookNode,  # an executed code cell
+    cell: "NotebookNode",  # an executed code cell
     name: str,  # for the files
 ) -> None:
     """Keep each picture a cell shows under plots/, unless the job has kept it already."""
@@ -367,14 +386,14 @@ def _execute_cells(client_type: type, manager: Any, kernel: Any, execution: Exec
         if client.kc is not None:
             client.kc.stop_channels()
 
-# %% ../nbs/21_jobs.ipynb #8286ec05
+# %% ../nbs/21_jobs.ipynb #7ddf01e9
 def register_engine() -> None:
     """Make papermill know our engine; papermill is imported here, not before, because it takes a second."""
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
 
     class RunExecutionManager(NotebookExecutionManager):
-        def __init__(self, nb: NotebookNode, execution: Execution):
+        def __init__(self, nb: "NotebookNode", execution: Execution):
             super().__init__(nb, progress_bar=False, autosave_cell_every=5)
             self.execution = execution
             execution.notebook = nb
@@ -383,19 +402,19 @@ def register_engine() -> None:
             self.execution.save()
             self.last_save_time = self.now()
 
-        def cell_start(self, cell: NotebookNode, cell_index: int | None = None, **kwargs: Any) -> None:
+        def cell_start(self, cell: "NotebookNode", cell_index: int | None = None, **kwargs: Any) -> None:
             super().cell_start(cell, cell_index, **kwargs)
             self.execution.started(cell_index)
 
-        def cell_complete(self, cell: NotebookNode, cell_index: int | None = None, **kwargs: Any) -> None:
+        def cell_complete(self, cell: "NotebookNode", cell_index: int | None = None, **kwargs: Any) -> None:
             super().cell_complete(cell, cell_index, **kwargs)
             self.execution.finished(cell_index)
 
     class RunEngine(Engine):
         @classmethod
         def execute_notebook(
-            cls, nb: NotebookNode, kernel_name: str, *, execution: Execution, **ignored: Any
-        ) -> NotebookNode:
+            cls, nb: "NotebookNode", kernel_name: str, *, execution: Execution, **ignored: Any
+        ) -> "NotebookNode":
             manager = RunExecutionManager(nb, execution)
             manager.notebook_start()
             try:
@@ -442,11 +461,13 @@ def _shown(path: Path, settings: Settings) -> str:
     path = path.absolute()
     return str(path.relative_to(settings.project) if path.is_relative_to(settings.project) else path)
 
-# %% ../nbs/21_jobs.ipynb #5aaefccc
+# %% ../nbs/21_jobs.ipynb #35c9ecb2
 def check_kernel(
     name: str,  # of a kernelspec
 ) -> None:
     """Refuse a kernel that is not installed; raises NotFoundError naming those that are."""
+    from jupyter_client.kernelspec import KernelSpecManager
+
     installed = KernelSpecManager().find_kernel_specs()
     if name not in installed:
         raise NotFoundError(
@@ -507,7 +528,7 @@ def _with_run(error: Exception, run: Run) -> Exception:
     error.run = run
     return error
 
-# %% ../nbs/21_jobs.ipynb #867b0ae9
+# %% ../nbs/21_jobs.ipynb #0bb4f978
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
@@ -534,7 +555,7 @@ def _finish(execution: Execution, close: Callable[[], None]) -> None:
 
 
 def write_html(
-    notebook: NotebookNode,  # executed
+    notebook: "NotebookNode",  # executed
     path: Path,  # of the HTML file
 ) -> None:
     """The notebook as one HTML file with its pictures inside."""

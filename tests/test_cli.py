@@ -41,7 +41,7 @@ def write_notebook(path: Path, *sources: str, parameters: str | None = "count: i
     return path
 
 
-@pytest.mark.parametrize("command", ["", "run", "runs", "show", "open", "board", "rm", "new", "settings"])
+@pytest.mark.parametrize("command", ["", "run", "jobs", "runs", "show", "open", "board", "rm", "new", "settings"])
 def test_every_command_has_help_with_an_example(command: str, project: Path) -> None:
     result = run_cli(*command.split(), "--help", folder=project)
     assert result.returncode == 0
@@ -104,6 +104,7 @@ def test_show_by_prefix_suffix_and_latest(cli: Callable, archive: RunArchive) ->
         (["rm", "latest"], "add --yes"),
         (["run", "trian"], "Did you mean 'train'?"),
         (["run", "nowhere.ipynb"], "There is no notebook"),
+        (["jobs", "trian"], "Did you mean 'train'?"),
         (["run", "train", "-p", "epochs"], "takes NAME=VALUE"),
         (["run", "train", "-p", "epoch=3"], "Did you mean 'epochs'?"),
         (["run", "train", "-p", "epochs=0"], "greater than 0"),
@@ -121,6 +122,16 @@ def test_what_cannot_be_done_is_refused_with_2_and_a_way_out(
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
     assert len(archive.list()) == 5
+
+
+def test_jobs_are_listed_with_their_parameters(cli: Callable) -> None:
+    jobs = {job["job"]: job["what it does"] for job in json.loads(cli("jobs", "--json").stdout)}
+    assert jobs.keys() >= {"train", "evaluate"}
+    assert all(jobs.values())
+    schema = json.loads(cli("jobs", "train", "--json").stdout)["properties"]
+    assert (schema["epochs"]["default"], schema["epochs"]["exclusiveMinimum"]) == (20, 0)
+    assert schema["split"]["enum"] == ["random", "hash", "time"]
+    assert "most passes over the training data" in cli("jobs", "train").stdout
 
 
 def test_settings_come_from_file_environment_and_command_line(cli: Callable, project: Path) -> None:
