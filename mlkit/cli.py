@@ -220,7 +220,7 @@ def _record(run: Run) -> dict[str, Any]:
     """A run's record for a script: with its folder, and its state as of now."""
     return run.record.model_dump(mode="json") | {"status": run.status, "folder": str(run.folder)}
 
-# %% ../nbs/30_cli.ipynb #320874d6
+# %% ../nbs/30_cli.ipynb #413d27a7
 @app.command(epilog="Example: mlkit jobs train")
 def jobs(
     job: Annotated[
@@ -233,14 +233,14 @@ def jobs(
 
     if job is None:
         rows = [(name, job_summary(read_notebook(path))) for name, path in list_jobs().items()]
-        _print_rows(("job", "what it does"), rows, as_json)
+        _print_rows(("name", "summary"), rows, as_json)
         return
     contract = Contract.of(read_notebook(find_job(job)))
     if as_json:
         print_json(contract.model.model_json_schema())
         return
     rows = [(p.name, p.written, repr(p.default) if p.literal else "...", p.help) for p in contract.parameters.values()]
-    _print_rows(("parameter", "type", "default", "meaning"), rows)
+    _print_rows(("name", "type", "default", "meaning"), rows)
 
 
 def _print_rows(titles: tuple[str, ...], rows: list[tuple[str, ...]], as_json: bool = False) -> None:
@@ -544,8 +544,8 @@ def new(
     for line in (f"cd {folder}", "mlkit run train", f"jupyter lab {first.name}"):
         console.print(f"  [bold]{line}[/]")
 
-# %% ../nbs/30_cli.ipynb #5870c125
+# %% ../nbs/30_cli.ipynb #f0604675
 @app.command(epilog="Example: mlkit --set runs.root=/archive settings")
 def settings(as_json: JsonOption = False) -> None:
     """Show every setting, its value and where that came from."""
-    _print_rows(("setting", "value", "from", "meaning"), load_settings().rows(), as_json)
+    _print_rows(("name", "value", "from", "meaning"), load_settings().rows(), as_json)

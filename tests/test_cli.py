@@ -125,7 +125,7 @@ def test_what_cannot_be_done_is_refused_with_2_and_a_way_out(
 
 
 def test_jobs_are_listed_with_their_parameters(cli: Callable) -> None:
-    jobs = {job["job"]: job["what it does"] for job in json.loads(cli("jobs", "--json").stdout)}
+    jobs = {job["name"]: job["summary"] for job in json.loads(cli("jobs", "--json").stdout)}
     assert jobs.keys() >= {"train", "evaluate"}
     assert all(jobs.values())
     schema = json.loads(cli("jobs", "train", "--json").stdout)["properties"]
