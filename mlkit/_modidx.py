@@ -339,6 +339,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mlkit.runs.SavedFigure': ('runs.html#savedfigure', 'mlkit/runs.py'),
                             'mlkit.runs.SavedFigure._repr_png_': ('runs.html#savedfigure._repr_png_', 'mlkit/runs.py'),
                             'mlkit.runs._age': ('runs.html#_age', 'mlkit/runs.py'),
+                            'mlkit.runs._artifact': ('runs.html#_artifact', 'mlkit/runs.py'),
                             'mlkit.runs._as_of_now': ('runs.html#_as_of_now', 'mlkit/runs.py'),
                             'mlkit.runs._check_names': ('runs.html#_check_names', 'mlkit/runs.py'),
                             'mlkit.runs._fits_json': ('runs.html#_fits_json', 'mlkit/runs.py'),

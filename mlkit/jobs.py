@@ -320,17 +320,19 @@ class Execution:
             record.cells = self.cells
         keep_figures(self.run, cell, name=f"{index:02d}-{heading}")
 
-# %% ../nbs/21_jobs.ipynb #fe28af99
+# %% ../nbs/21_jobs.ipynb #3672bc0e
 def keep_figures(
     run: Run,
     cell: "NotebookNode",  # an executed code cell
     name: str,  # for the files
 ) -> None:
     """Keep each picture a cell shows under plots/, unless the job has kept it already."""
-    kept = {artifact.sha256 for artifact in run.record.artifacts}
     pictures = [
         base64.b64decode(output.data["image/png"]) for output in cell.outputs if "image/png" in output.get("data", {})
     ]
+    if not pictures:
+        return
+    kept = {artifact.sha256 for artifact in run.record.artifacts}
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-").lower()
     for number, picture in enumerate(pictures):
         if hashlib.sha256(picture).hexdigest() not in kept:

@@ -346,7 +346,7 @@ class RunLife(RunFolder):
         """The state, in which a run whose process has died reads as interrupted."""
         return true_status(self.record.status, self.record.owner)
 
-# %% ../nbs/01_runs.ipynb #65290f6c
+# %% ../nbs/01_runs.ipynb #2ae68b65
 def true_status(
     status: str,  # as recorded
     owner: Owner | None,  # as recorded
@@ -361,12 +361,17 @@ def list_artifacts(
 ) -> list[Artifact]:
     """Every file of a run with size and sha256; the record itself, hidden files and checkpoints aside."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    relative = [path.relative_to(folder) for path in files]
-    kept = [path for path in relative if path.parts[0] not in (RUN_FILE, "checkpoints") and path.name[0] != "."]
+    outside = (RUN_FILE, "checkpoints")
     return [
-        Artifact(path=path.as_posix(), size=(folder / path).stat().st_size, sha256=_sha256(folder / path))
-        for path in kept
+        _artifact(folder, path)
+        for path in files
+        if path.relative_to(folder).parts[0] not in outside and path.name[0] != "."
     ]
+
+
+def _artifact(folder: Path, path: Path) -> Artifact:
+    """What the record says of one file."""
+    return Artifact(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=_sha256(path))
 
 
 def _sha256(path: Path) -> str:
@@ -426,7 +431,7 @@ class RunLog(RunFolder):
         """Runs and model versions this run builds on."""
         return self.record.parents
 
-# %% ../nbs/01_runs.ipynb #ef766c09
+# %% ../nbs/01_runs.ipynb #fdaa05ef
 class RunFiles(RunFolder):
     """Files of a run."""
 
@@ -458,10 +463,7 @@ class RunFiles(RunFolder):
         return path
 
     def _list(self, *paths: Path) -> None:
-        added = [
-            Artifact(path=path.relative_to(self.folder).as_posix(), size=path.stat().st_size, sha256=_sha256(path))
-            for path in paths
-        ]
+        added = [_artifact(self.folder, path) for path in paths]
         with self.edit() as record:
             names = {artifact.path for artifact in added}
             record.artifacts = [artifact for artifact in record.artifacts if artifact.path not in names] + added
