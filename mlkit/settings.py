@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESERVED_VARIABLES', 'MlkitError', 'InputError', 'SettingsError', 'DatasetError', 'ModelError', 'ParameterError',
            'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'JobFailed', 'JobInterrupted', 'nearest',
-           'Section', 'RunsSettings', 'JobsSettings', 'Settings', 'known_settings', 'Given', 'find_settings_file',
-           'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
+           'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings', 'Settings', 'known_settings', 'Given',
+           'find_settings_file', 'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
 
 # %% ../nbs/00_settings.ipynb #d9033dba
 import configparser
@@ -78,7 +78,7 @@ def nearest(
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     return f" Did you mean '{lowered[close[0]]}'?" if close else ""
 
-# %% ../nbs/00_settings.ipynb #3bcf5225
+# %% ../nbs/00_settings.ipynb #a2273138
 class Section(BaseModel):
     """Base of the sections: nothing unknown, nothing changed after loading."""
 
@@ -95,16 +95,26 @@ class JobsSettings(Section):
     """`[jobs]`: how job notebooks are found and executed."""
 
     folder: Path = Field(Path("jobs"), description="folder in which job notebooks are looked up by name")
-    kernel: str = Field("python3", description="Jupyter kernel that executes jobs", min_length=1)
+    kernel: str = Field("mlkit", description="Jupyter kernel that executes jobs", min_length=1)
     start_timeout: int = Field(120, description="seconds a kernel may take to start", ge=1)
     cell_timeout: int = Field(0, description="seconds one cell may run; 0 means as long as it takes", ge=0)
 
-# %% ../nbs/00_settings.ipynb #550ec100
+
+class KernelsSettings(Section):
+    """`[kernels]`: kernels in which the libraries are already imported."""
+
+    preload: str = Field(
+        "tensorflow,keras,numpy,matplotlib.pyplot,polars", description="modules that warm kernels have imported"
+    )
+    idle_timeout: int = Field(1800, description="seconds `mlkit warm start` keeps them after their last use", ge=1)
+
+# %% ../nbs/00_settings.ipynb #c1815ed4
 class Settings(Section):
     """All settings of the kit, validated."""
 
     runs: RunsSettings = RunsSettings()
     jobs: JobsSettings = JobsSettings()
+    kernels: KernelsSettings = KernelsSettings()
     project: Path = Field(default_factory=Path.cwd, exclude=True)  # folder of settings.ini, else the working folder
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)  # "runs.root" -> "settings.ini, line 4"
 
