@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Status', 'RUN_FILE', 'INDEX_FILE', 'INDEX_TABLE', 'COMPARISONS', 'STATUS_COLORS', 'ID_PATTERN', 'write_atomic',
-           'storage_error', 'Part', 'Owner', 'Environment', 'Code', 'Artifact', 'Cell', 'Failure', 'Record',
+           'storage_error', 'Part', 'Owner', 'Environment', 'Code', 'Artifact', 'Cell', 'Failure', 'Point', 'Record',
            'current_owner', 'is_alive', 'current_environment', 'current_code', 'RunFolder', 'read_record', 'RunLife',
            'true_status', 'list_artifacts', 'RunLog', 'RunFiles', 'RunProducts', 'SavedFigure', 'Run', 'RunSummary',
            'read_summaries', 'Condition', 'sparkline', 'status_html', 'format_number', 'format_seconds', 'html_table',
@@ -144,7 +144,14 @@ class Failure(Part):
     cell: int | None = None  # position in the executed notebook, from 0
     heading: str = ""
 
-# %% ../nbs/01_runs.ipynb #5720c0b2
+# %% ../nbs/01_runs.ipynb #d42f93de
+class Point(Part):
+    """One combination of parameters in a sweep."""
+
+    parameters: dict[str, Any]
+    run: str | None = None  # the run that has executed it, or is executing it
+
+
 class Record(Part):
     """Everything `run.json` holds."""
 
@@ -154,10 +161,13 @@ class Record(Part):
     created: datetime
     started: datetime | None = None
     ended: datetime | None = None
+    attempts: int = 0  # how often it was started: once, and once for each resume
     notebook: str = ""  # path of the job notebook
+    working_folder: str = ""  # in which its kernel runs
     parameters: dict[str, Any] = {}  # as given
     defaults: dict[str, Any] = {}  # as the notebook has them
     parents: list[str] = []  # runs and model versions this one builds on
+    points: list[Point] = []  # of a sweep
     metrics: dict[str, float] = {}
     history: dict[str, list[tuple[int, float]]] = {}  # metric -> [(step, value), ...]
     progress: dict[str, Any] = {}  # what the job is doing right now
@@ -299,7 +309,7 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         os.close(descriptor)
 
-# %% ../nbs/01_runs.ipynb #ab0419a3
+# %% ../nbs/01_runs.ipynb #5588b373
 class RunLife(RunFolder):
     """States of a run and the transitions between them."""
 
@@ -307,7 +317,21 @@ class RunLife(RunFolder):
         """Say that this process is now executing the run."""
         with self.edit() as record:
             record.status, record.started, record.owner = "running", datetime.now(UTC), current_owner()
+            record.attempts += 1
         return self
+
+    def restart(self) -> Self:
+        """Start a run again that did not complete, in its own folder; raises InputError when it did, or still runs.
+
+        What the notebook will record again is emptied; files stay, checkpoints among them.
+        """
+        with self.edit() as record:
+            status = true_status(record.status, record.owner)
+            if status not in ("interrupted", "failed"):
+                raise InputError(f"{self.id} is {status}; only an interrupted or failed run can be resumed.")
+            record.status, record.owner, record.failure, record.ended = "created", current_owner(), None, None
+            record.metrics, record.history, record.data, record.cells, record.seeds = {}, {}, [], [], {}
+        return self.start()
 
     def complete(self) -> None:
         """Close the run in peace: list its files, drop the checkpoints that only a resume would need."""
@@ -870,7 +894,7 @@ class RunTable:
 # %% ../nbs/01_runs.ipynb #efb3a46f
 ID_PATTERN = re.compile(r"\d{8}-\d{6}-.+-[a-z0-9]{4}")
 
-# %% ../nbs/01_runs.ipynb #fa7d0b07
+# %% ../nbs/01_runs.ipynb #32717575
 class RunCreation:
     """The part of an archive that makes runs."""
 
@@ -898,6 +922,7 @@ class RunCreation:
             status="created",
             created=now,
             notebook=notebook,
+            working_folder=str(Path.cwd()),
             parameters=dict(parameters or {}),
             defaults=dict(defaults or {}),
             parents=list(parents),
