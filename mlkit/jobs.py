@@ -525,12 +525,11 @@ def remove_secrets(
         write_atomic(path, content)
     return removed
 
-# %% ../nbs/21_jobs.ipynb #d0b976a5
+# %% ../nbs/21_jobs.ipynb #b7393d0f
 @contextlib.contextmanager
 def running_kernel(
     kernel_name: str,  # of an installed kernelspec
     execution: Execution,
-    environment: Mapping[str, str],  # variables besides those of this process
     warm: bool | None = None,  # fork from a warm server; None: where one is running
 ) -> Iterator[Any]:  # a started AsyncKernelManager
     """A kernel for one run, gone with all its children afterwards."""
@@ -547,8 +546,9 @@ def running_kernel(
         transport="ipc",
         connection_file=f"{sockets}/kernel.json",
     )
-    variables = kernel_environment({**os.environ, **environment, "MLKIT_RUN": str(run.folder)})
-    launch = {"env": variables, "cwd": run.record.working_folder or os.getcwd()}
+    record = run.record
+    variables = kernel_environment({**os.environ, **record.variables, "MLKIT_RUN": str(run.folder)})
+    launch = {"env": variables, "cwd": record.working_folder or os.getcwd()}
     if kernel_name == KERNEL_NAME:
         launch["warm"] = WarmServer.fitting(variables).is_running() if warm is None else warm
     log = run.folder / "kernel.log"
@@ -682,7 +682,7 @@ def register_engine() -> None:
 
     papermill_engines.register(ENGINE, RunEngine)
 
-# %% ../nbs/21_jobs.ipynb #64076a33
+# %% ../nbs/21_jobs.ipynb #8de71cad
 Watcher = Callable[[Run, CellStarted | None], None]
 
 
@@ -692,8 +692,8 @@ def run_job(
     *,
     archive: RunArchive | None = None,  # by default the one in settings
     parents: Iterable[str] = (),  # runs this one builds on
-    watch: Watcher = lambda run, cell: None,  # told of the run, then of each cell
-    **how: Any,  # timeout, stop, environment, warm: see execute_run
+    variables: Mapping[str, str] | None = None,  # of the kernel's environment, besides those of this process
+    **how: Any,  # watch, timeout, stop, warm: see execute_run
 ) -> Run:
     """Execute a job into a new run; raises JobFailed or JobInterrupted, whose `run` holds what there was."""
     settings = load_settings()
@@ -704,9 +704,14 @@ def run_job(
     check_kernel(settings.jobs.kernel)
     archive = archive or RunArchive(settings.runs.root)
     run = archive.create(
-        path.stem, notebook=_shown(path, settings), parameters=given, defaults=contract.defaults, parents=parents
+        path.stem,
+        notebook=_shown(path, settings),
+        parameters=given,
+        defaults=contract.defaults,
+        parents=parents,
+        variables=variables,
     )
-    return execute_run(run, path, secrets=secrets, watch=watch, **how)
+    return execute_run(run, path, secrets=secrets, **how)
 
 
 def _shown(path: Path, settings: Settings) -> str:
@@ -714,7 +719,7 @@ def _shown(path: Path, settings: Settings) -> str:
     path = path.absolute()
     return str(path.relative_to(settings.project) if path.is_relative_to(settings.project) else path)
 
-# %% ../nbs/21_jobs.ipynb #49b4a249
+# %% ../nbs/21_jobs.ipynb #4a466c1f
 def execute_run(
     run: Run,  # created, or to be resumed
     path: Path,  # of the notebook
@@ -723,7 +728,6 @@ def execute_run(
     watch: Watcher = lambda run, cell: None,  # told of the run, then of each cell
     timeout: float | None = None,  # seconds after which the run fails
     stop: Stop | None = None,  # to end it from another thread
-    environment: Mapping[str, str] | None = None,  # variables for the kernel
     warm: bool | None = None,  # fork the kernel from a warm server; None: where one is running
 ) -> Run:
     """Execute a notebook into a run that exists; raises JobFailed or JobInterrupted."""
@@ -736,7 +740,7 @@ def execute_run(
         if run.record.status == "created":
             run.start()
         watch(run, None)
-        with running_kernel(jobs.kernel, execution, environment or {}, warm) as kernel:
+        with running_kernel(jobs.kernel, execution, warm) as kernel:
             _execute(path, run.record.parameters, execution, kernel)
             execution.report()
     return run
@@ -927,10 +931,10 @@ def _at_work(execution: Execution, error: str, message: str) -> Failure:
     message += f" In '{heading}'." if heading else ""
     return Failure(error=error, message=message, traceback=f"{message}\n{said}".strip(), cell=at, heading=heading)
 
-# %% ../nbs/21_jobs.ipynb #f04bbc41
+# %% ../nbs/21_jobs.ipynb #3472f98a
 def resume_run(
     run: Run,  # interrupted or failed
-    **how: Any,  # watch, timeout, stop, environment, warm: see execute_run
+    **how: Any,  # watch, timeout, stop, warm: see execute_run
 ) -> Run:
     """Go on with a run that did not complete; raises InputError when it did, or when nothing is left to execute."""
     path = archived_notebook(run)

@@ -198,10 +198,18 @@ def _finish(
         warnings.filterwarnings("ignore", message="When providing `inputs` as a dict")
         return keras.Model(inputs, result, name=name)
 
-# %% ../nbs/13_model.ipynb #e41a5a4b
+# %% ../nbs/13_model.ipynb #87928efd
 def _image_blocks(height: int, width: int) -> tuple[int, ...]:
     """Filters of each block: one block for each halving down to two or three pixels, four at most."""
     return tuple(32 * 2**block for block in range(max(1, min(4, int(math.log2(max(2, min(height, width)))) - 1))))
+
+
+def _pixels(dataset: Dataset, make: "SeededLayers") -> tuple[FeatureSpec, keras.KerasTensor, keras.KerasTensor]:
+    """The image feature, its input, and its pixels between 0 and 1."""
+    spec = next(feature for feature in dataset.features.values() if feature.kind == "image")
+    image = keras.Input(spec.shape, name=make.name.of_column(spec.name))
+    span = (spec.maximum - spec.minimum) or 1.0
+    return spec, image, layers.Rescaling(1 / span, offset=-spec.minimum / span, name=make.name("pixels"))(image)
 
 
 def cnn(
@@ -214,11 +222,8 @@ def cnn(
     dropout: float = 0.3,  # share of units silenced in training before the last layer
 ) -> keras.Model:
     """Convolutional network for images (after LeCun et al., 1998, doi:10.1109/5.726791)."""
-    spec = next(feature for feature in dataset.features.values() if feature.kind == "image")
     make = SeededLayers(seed)
-    image = keras.Input(spec.shape, name=make.name.of_column(spec.name))
-    span = (spec.maximum - spec.minimum) or 1.0
-    x = layers.Rescaling(1 / span, offset=-spec.minimum / span, name=make.name("pixels"))(image)
+    spec, image, x = _pixels(dataset, make)
     for number, count in enumerate(filters or _image_blocks(*spec.shape[:2]), start=1):
         x = make.convolution(count, kernel_size, f"convolution_{number}")(x)
         x = layers.MaxPooling2D(padding="same", name=make.name(f"pooling_{number}"))(x)
@@ -228,7 +233,7 @@ def cnn(
     x = make.dropout(dropout, "dropout")(x)
     return _finish({spec.name: image}, make.logits(_outputs(dataset))(x), dataset, "cnn")
 
-# %% ../nbs/13_model.ipynb #2db3292d
+# %% ../nbs/13_model.ipynb #52ff0ecd
 def _hidden_layers(
     x: keras.KerasTensor, make: SeededLayers, hidden: Sequence[int], dropout: float
 ) -> keras.KerasTensor:
@@ -240,18 +245,27 @@ def _hidden_layers(
 
 
 def mlp(
-    dataset: Dataset,  # a table
+    dataset: Dataset,  # a table, or images
     seed: int = 42,  # decides the initial weights
     *,
     hidden: Sequence[int] = (64, 32),  # units of each dense layer; () gives a linear model
     dropout: float = 0.0,  # share of units silenced in training after each dense layer
     embedding: int | None = None,  # vector length of a category; by default from the number of categories
 ) -> keras.Model:
-    """Multilayer perceptron for tables: numbers, embedded categories, dense layers."""
+    """Multilayer perceptron: numbers and embedded categories, or the pixels of an image, then dense layers."""
     make = SeededLayers(seed)
-    table = encode_table(dataset.features, make)
-    x = _hidden_layers(_deep_input(table, make, embedding), make, hidden, dropout)
-    return _finish(table.inputs, make.logits(_outputs(dataset))(x), dataset, "mlp")
+    if _holds_images(dataset):
+        spec, image, x = _pixels(dataset, make)
+        inputs, x = {spec.name: image}, layers.Flatten(name=make.name("flat"))(x)
+    else:
+        table = encode_table(dataset.features, make)
+        inputs, x = table.inputs, _deep_input(table, make, embedding)
+    x = _hidden_layers(x, make, hidden, dropout)
+    return _finish(inputs, make.logits(_outputs(dataset))(x), dataset, "mlp")
+
+
+def _holds_images(dataset: Dataset) -> bool:
+    return any(spec.kind == "image" for spec in dataset.features.values())
 
 # %% ../nbs/13_model.ipynb #11ca0e1e
 def _choose_crosses(
@@ -315,13 +329,13 @@ def wide_deep(
         )
     return _finish(table.inputs, layers.Add(name="logits")(halves), dataset, "wide_deep")
 
-# %% ../nbs/13_model.ipynb #3a4fee07
+# %% ../nbs/13_model.ipynb #852a191f
 @dataclass(frozen=True)
 class Family:
     """A way to build models, and the data it is for."""
 
     build: Callable[..., keras.Model]
-    data: str  # "images" or "tables"
+    data: tuple[str, ...]  # "images", "tables", or both
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -330,20 +344,24 @@ class Family:
         return {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-FAMILIES = {"cnn": Family(cnn, "images"), "mlp": Family(mlp, "tables"), "wide_deep": Family(wide_deep, "tables")}
+FAMILIES = {
+    "cnn": Family(cnn, ("images",)),
+    "mlp": Family(mlp, ("tables", "images")),
+    "wide_deep": Family(wide_deep, ("tables",)),
+}
 
-# %% ../nbs/13_model.ipynb #81cc5503
+# %% ../nbs/13_model.ipynb #7d1be866
 def _choose_family(name: str, dataset: Dataset) -> tuple[str, Family]:
     """Look a family up; raises ModelError when there is none or it does not fit the data."""
-    data = "images" if any(spec.kind == "image" for spec in dataset.features.values()) else "tables"
-    fitting = [known for known, family in FAMILIES.items() if family.data == data]
+    data = "images" if _holds_images(dataset) else "tables"
+    fitting = [known for known, family in FAMILIES.items() if data in family.data]
     name = fitting[0] if name == "auto" else name
     if name not in FAMILIES:
         known = ", ".join(["auto", *FAMILIES])
         raise ModelError(f"Unknown model family '{name}'.{nearest(name, FAMILIES)} Families: {known}.")
-    if FAMILIES[name].data != data:
+    if data not in FAMILIES[name].data:
         raise ModelError(
-            f"The family '{name}' is for {FAMILIES[name].data}, but {dataset.name} holds {data}. "
+            f"The family '{name}' is for {FAMILIES[name].data[0]}, but {dataset.name} holds {data}. "
             f"Families for {data}: {', '.join(fitting)}."
         )
     return name, FAMILIES[name]

@@ -10,7 +10,7 @@ __all__ = ['Status', 'RUN_FILE', 'INDEX_FILE', 'INDEX_TABLE', 'COMPARISONS', 'ST
            'read_summaries', 'Condition', 'sparkline', 'status_html', 'format_number', 'format_seconds', 'html_table',
            'run_html', 'RunTable', 'RunCreation', 'matching_names', 'newest_run', 'RunArchive']
 
-# %% ../nbs/01_runs.ipynb #c7b62834
+# %% ../nbs/01_runs.ipynb #834ac0be
 import ast
 import contextlib
 import errno
@@ -41,6 +41,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+import mlkit
 from .settings import ArchiveError, InputError, NotFoundError, load_settings, nearest
 
 # %% ../nbs/01_runs.ipynb #926daa77
@@ -81,7 +82,7 @@ def storage_error(
     }.get(error.errno, "Check the folder, or choose another with `--set runs.root=...`")
     return ArchiveError(f"Cannot write {path}: {error.strerror}. {advice}.")
 
-# %% ../nbs/01_runs.ipynb #83969980
+# %% ../nbs/01_runs.ipynb #3028a96b
 Status = Literal["created", "running", "completed", "failed", "interrupted", "interactive"]
 
 
@@ -107,6 +108,7 @@ class Environment(Part):
     processors: int
     memory: int  # bytes
     packages: dict[str, str]  # name -> version
+    library: str = ""  # sha256 over the kit's own code
 
 
 class Code(Part):
@@ -144,7 +146,7 @@ class Failure(Part):
     cell: int | None = None  # position in the executed notebook, from 0
     heading: str = ""
 
-# %% ../nbs/01_runs.ipynb #d42f93de
+# %% ../nbs/01_runs.ipynb #222fb9f4
 class Point(Part):
     """One combination of parameters in a sweep."""
 
@@ -164,6 +166,7 @@ class Record(Part):
     attempts: int = 0  # how often it was started: once, and once for each resume
     notebook: str = ""  # path of the job notebook
     working_folder: str = ""  # in which its kernel runs
+    variables: dict[str, str] = {}  # of the kernel's environment, set for this run
     parameters: dict[str, Any] = {}  # as given
     defaults: dict[str, Any] = {}  # as the notebook has them
     parents: list[str] = []  # runs and model versions this one builds on
@@ -191,7 +194,7 @@ class Record(Part):
         end = self.ended or (datetime.now(UTC) if self.status == "running" else None)
         return (end - self.started).total_seconds() if self.started and end else None
 
-# %% ../nbs/01_runs.ipynb #c4a52177
+# %% ../nbs/01_runs.ipynb #1f3278e1
 def current_owner() -> Owner:
     """This process, as an owner of runs."""
     import psutil  # listing an archive of finished runs does without it
@@ -225,7 +228,13 @@ def current_environment() -> Environment:
         processors=os.cpu_count() or 1,
         memory=psutil.virtual_memory().total,
         packages=dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        library=_library_fingerprint(),
     )
+
+
+def _library_fingerprint() -> str:
+    files = sorted(Path(mlkit.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 # %% ../nbs/01_runs.ipynb #05439658
 def _git(folder: Path, *arguments: str) -> str:
@@ -894,7 +903,7 @@ class RunTable:
 # %% ../nbs/01_runs.ipynb #efb3a46f
 ID_PATTERN = re.compile(r"\d{8}-\d{6}-.+-[a-z0-9]{4}")
 
-# %% ../nbs/01_runs.ipynb #32717575
+# %% ../nbs/01_runs.ipynb #eb75ed72
 class RunCreation:
     """The part of an archive that makes runs."""
 
@@ -912,6 +921,8 @@ class RunCreation:
         parameters: Mapping[str, Any] | None = None,  # as given
         defaults: Mapping[str, Any] | None = None,  # as the notebook has them
         parents: Iterable[str] = (),  # runs and model versions it builds on
+        working_folder: Path | str | None = None,  # in which its kernel runs; by default this process's
+        variables: Mapping[str, str] | None = None,  # of the kernel's environment, set for this run
     ) -> Run:
         """Make a new run of status created; raises ArchiveError when the folder cannot be written."""
         now = datetime.now(UTC)
@@ -922,7 +933,8 @@ class RunCreation:
             status="created",
             created=now,
             notebook=notebook,
-            working_folder=str(Path.cwd()),
+            working_folder=str(working_folder or Path.cwd()),
+            variables=dict(variables or {}),
             parameters=dict(parameters or {}),
             defaults=dict(defaults or {}),
             parents=list(parents),

@@ -210,7 +210,7 @@ def _with_run(error: MlkitError, run: Run) -> MlkitError:
     error.run = run
     return error
 
-# %% ../nbs/26_sweeps.ipynb #adbe2ee3
+# %% ../nbs/26_sweeps.ipynb #5d4ffbc5
 class _Work:
     """The points of a sweep being executed."""
 
@@ -254,11 +254,11 @@ class _Work:
         self.stops.add(stop)
         if self.ending:
             stop(self.ending)
-        how = {"stop": stop, "timeout": self.timeout, "environment": share, "warm": True}
+        how = {"stop": stop, "timeout": self.timeout, "warm": True}
         again = False
         try:
             state.status = "running"
-            self._run(state, how)
+            self._run(state, share, how)
         except MlkitError as error:
             state.run = getattr(error, "run", state.run)
             state.error = str(error)
@@ -271,7 +271,7 @@ class _Work:
             self.changed()
         return again
 
-    def _run(self, state: PointState, how: dict[str, Any]) -> None:
+    def _run(self, state: PointState, share: dict[str, str], how: dict[str, Any]) -> None:
         def watch(run: Run, cell: CellStarted | None) -> None:
             if state.run is None:
                 with self.sweep.edit() as record:
@@ -280,6 +280,8 @@ class _Work:
             self.changed()
 
         if state.run is not None:
+            with state.run.edit() as record:
+                record.variables |= {name: value for name, value in share.items() if name.startswith("CUDA")}
             resume_run(state.run, watch=watch, **how)
             return
         run_job(
@@ -287,6 +289,7 @@ class _Work:
             state.parameters,
             archive=self.archive,
             parents=[self.sweep.id],
+            variables=share,
             watch=watch,
             **how,
         )
