@@ -1052,7 +1052,7 @@ def _gatherer(packed: _Packed, labels: np.ndarray, order: Sequence[str]) -> Call
 
     return gather
 
-# %% ../nbs/10_data.ipynb #937baa0c
+# %% ../nbs/10_data.ipynb #722b7013
 def _batches(
     gather: Callable, rows: np.ndarray, batch_size: int, shuffle: bool, seed: int, drop_remainder: bool
 ) -> "tf.data.Dataset":
@@ -1060,20 +1060,44 @@ def _batches(
     used = len(rows) // batch_size * batch_size if drop_remainder else len(rows)
     with tf.device("CPU:0"):
         rows = tf.constant(rows)
-
-    def walk(order):
-        @tf.autograph.experimental.do_not_convert
-        def batch(start):
-            return gather(order[start : tf.minimum(start + batch_size, used)])
-
-        return tf.data.Dataset.range(0, used, batch_size).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
-
+    walk = _walker(gather, batch_size, used)
     if not shuffle:
         return walk(rows).prefetch(tf.data.AUTOTUNE)
     seeds = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).batch(2).take(1)
     passes = seeds.flat_map(lambda pair: walk(tf.random.experimental.stateless_shuffle(rows, pair)))
     counted = passes.apply(tf.data.experimental.assert_cardinality(-(-used // batch_size)))
     return counted.prefetch(tf.data.AUTOTUNE)
+
+
+def _walker(gather: Callable, batch_size: int, used: int) -> Callable:
+    """From an order of rows to its batches, the first ones left out if wanted."""
+    tf = import_tensorflow()
+
+    def walk(order, skipped=0):
+        @tf.autograph.experimental.do_not_convert
+        def batch(start):
+            return gather(order[start : tf.minimum(start + batch_size, used)])
+
+        starts = tf.data.Dataset.range(skipped * batch_size, used, batch_size)
+        return starts.map(batch, num_parallel_calls=tf.data.AUTOTUNE)
+
+    return walk
+
+# %% ../nbs/10_data.ipynb #50063683
+def _stream(
+    gather: Callable, rows: np.ndarray, batch_size: int, seed: int, epochs: range, step: int
+) -> "tf.data.Dataset":
+    tf = import_tensorflow()
+    with tf.device("CPU:0"):
+        rows = tf.constant(rows)
+    walk = _walker(gather, batch_size, len(rows))
+
+    @tf.autograph.experimental.do_not_convert
+    def shuffled(epoch):
+        order = tf.random.experimental.stateless_shuffle(rows, tf.stack([tf.constant(seed, tf.int64), epoch]))
+        return walk(order, tf.where(epoch == epochs.start, tf.constant(step, tf.int64), 0))
+
+    return tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(shuffled).prefetch(tf.data.AUTOTUNE)
 
 # %% ../nbs/10_data.ipynb #999e88c8
 def _number(value: float) -> str:
@@ -1213,7 +1237,7 @@ class _Shown:
             f"Dataset({self.name!r}, task={self.task!r}, label={self.label!r}, features={len(self.features)}, {sizes})"
         )
 
-# %% ../nbs/10_data.ipynb #b4f0448a
+# %% ../nbs/10_data.ipynb #6edd0871
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset(_Rows, _Shown):
     """Features, labels and splits of one set of rows, and what is needed to repeat them."""
@@ -1252,6 +1276,18 @@ class Dataset(_Rows, _Shown):
         return _batches(
             self._gather, rows, batch_size, split == "train" if shuffle is None else shuffle, seed, drop_remainder
         )
+
+    def stream(
+        self,
+        split: str = "train",  # train, validation, test or all
+        *,
+        epochs: range,  # numbers of the epochs that follow one another, counted from 0
+        batch_size: int = 32,  # rows; the last batch of an epoch may be smaller
+        seed: int = 42,  # the order of an epoch follows from it and the number of the epoch
+        step: int = 0,  # batches of the first epoch to leave out, because they have been seen
+    ) -> "tf.data.Dataset":  # batches of ({feature: values}, labels)
+        """Shuffled batches of epochs in a row, from any place on. Raises `DatasetError` for an unknown split."""
+        return _stream(self._gather, self.rows(split), batch_size, seed, epochs, step)
 
 # %% ../nbs/10_data.ipynb #87f71521
 def _retail(

@@ -412,9 +412,9 @@ def choose_backend() -> None:
             matplotlib.rcParams.update(matplotlib.rc_params())
         matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]
 
-# %% ../nbs/20_kernels.ipynb #2934730e
+# %% ../nbs/20_kernels.ipynb #8227edfb
 SERVER_CODE = (
-    "import sys; path = list(sys.path); sys.path.append({package!r}); "
+    "import sys; path = sys.path[1:]; sys.path[:] = [*path, {package!r}]; "
     "from mlkit.kernels import run_server; run_server({socket!r}, {preload!r}, path)"
 )
 
@@ -497,7 +497,7 @@ class WarmServer:
             code = SERVER_CODE.format(package=str(KIT.parent), socket=str(self.socket_path), preload=self.preload)
             with self.log_path.open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", code],
+                    [sys.executable, "-c", code],
                     env=self.environment,
                     cwd="/",
                     stdin=subprocess.DEVNULL,

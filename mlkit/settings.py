@@ -78,7 +78,7 @@ def nearest(
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     return f" Did you mean '{lowered[close[0]]}'?" if close else ""
 
-# %% ../nbs/00_settings.ipynb #a2273138
+# %% ../nbs/00_settings.ipynb #af8e58dd
 class Section(BaseModel):
     """Base of the sections: nothing unknown, nothing changed after loading."""
 
@@ -89,6 +89,9 @@ class RunsSettings(Section):
     """`[runs]`: the archive."""
 
     root: Path = Field(Path("runs"), description="folder in which every run is archived")
+    mirror: str = Field(
+        "", description="URL through which runs reach the archive from cluster nodes that do not see it"
+    )
 
 
 class JobsSettings(Section):

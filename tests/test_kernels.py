@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -236,7 +237,9 @@ def test_a_busy_kernel_that_holds_the_interpreter_ends_with_its_owner(start: Cal
     client.execute("import numpy; numpy.linalg.svd(numpy.random.rand(6000, 6000))")
     pid = manager.provisioner.pid
     wait_until(lambda: psutil.Process(pid).cpu_times().user > 0.3)
-    manager.provisioner.process.connection.close()  # as the operating system does when the owner is killed
+    manager.provisioner.process.connection.shutdown(
+        socket.SHUT_RDWR
+    )  # as the operating system does when the owner is killed
     wait_until(lambda: gone(pid), 20)
 
 
@@ -278,6 +281,7 @@ def test_the_kernelspecs_command_line_gives_a_warm_kernel(number: signal.Signals
     argv = json.loads((Path(kernel_specs().get_kernel_spec("mlkit").resource_dir) / "kernel.json").read_text())["argv"]
     command = [sys.executable, *(word.replace("{connection_file}", str(connection)) for word in argv[1:])]
     process = subprocess.Popen(command)
+    wait_until((connection.parent / "socket-5").exists)  # the kernel listens
     client = BlockingKernelClient(connection_file=str(connection))
     client.load_connection_file()
     client.start_channels()
