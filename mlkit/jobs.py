@@ -6,11 +6,11 @@
 __all__ = ['TYPES', 'SHORTEST_SECRET', 'KEPT_TEXT', 'BLOT', 'ENGINE', 'logger', 'Watcher', 'MARKER_CELLS', 'shipped_notebooks',
            'list_jobs', 'find_job', 'read_notebook', 'Parameter', 'parameters_cell', 'read_parameters', 'Contract',
            'convert', 'read_secret', 'job_summary', 'CellStarted', 'Stop', 'Execution', 'keep_figures', 'FoldedText',
-           'without_secrets', 'remove_secrets', 'running_kernel', 'client_class', 'register_engine', 'run_job',
-           'execute_run', 'check_kernel', 'interrupt_on_sigterm', 'write_html', 'job_failed', 'failure_of',
+           'secret_forms', 'without_secrets', 'remove_secrets', 'running_kernel', 'client_class', 'register_engine',
+           'run_job', 'execute_run', 'check_kernel', 'interrupt_on_sigterm', 'write_html', 'job_failed', 'failure_of',
            'resume_run', 'archived_notebook']
 
-# %% ../nbs/21_jobs.ipynb #9729e4cc
+# %% ../nbs/21_jobs.ipynb #85b06656
 import ast
 import base64
 import contextlib
@@ -26,6 +26,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
@@ -366,7 +367,7 @@ class Stop:
         if self.reason:
             end()
 
-# %% ../nbs/21_jobs.ipynb #c69b6032
+# %% ../nbs/21_jobs.ipynb #c712cff6
 @dataclass
 class Execution:
     """One execution of a notebook into a run."""
@@ -381,6 +382,11 @@ class Execution:
     current: int | None = None  # position of the code cell at work
     exit_code: int | None = None  # of a kernel that ended by itself; negative: the signal that ended it
     cells: list[Cell] = field(default_factory=list)
+
+    @cached_property
+    def forms(self) -> list[str]:
+        """What must not be written anywhere."""
+        return secret_forms(self.secrets.values())
 
     def save(self) -> None:
         """Write the notebook as it stands into the run."""
@@ -483,46 +489,54 @@ class FoldedText:
         note = f"\n... {self.left_out:,} characters left out ...\n" if self.left_out else ""
         return "".join((self.head, note, *self._recent, self.line[-KEPT_TEXT:]))
 
-# %% ../nbs/21_jobs.ipynb #deaebdc1
+# %% ../nbs/21_jobs.ipynb #397acdb2
 BLOT = "*****"
+
+
+def secret_forms(
+    secrets: Iterable[str],
+) -> list[str]:  # the longest first
+    """Secrets as they may be found in files: as they are, and as Python, JSON and HTML write them, one in another."""
+    writings = (lambda text: text, lambda text: repr(text)[1:-1], lambda text: json.dumps(text)[1:-1])
+    writings += (lambda text: json.dumps(text, ensure_ascii=False)[1:-1], lambda text: html.escape(text, quote=False))
+    writings += (html.escape,)
+    forms = set(secrets)
+    for _ in range(2):
+        forms = {write(form) for form in forms for write in writings}
+    return sorted(forms, key=len, reverse=True)
 
 
 def without_secrets(
     value: Any,  # text, or lists and mappings of texts
-    secrets: Iterable[str],
+    forms: Iterable[str],  # of secrets
 ) -> Any:
     """The same with every secret blotted out."""
     if isinstance(value, str):
-        for secret in secrets:
-            value = value.replace(secret, BLOT)
+        for form in forms:
+            value = value.replace(form, BLOT)
         return value
     if isinstance(value, list):
-        return [without_secrets(item, secrets) for item in value]
+        return [without_secrets(item, forms) for item in value]
     if isinstance(value, dict):
-        return type(value)({key: without_secrets(item, secrets) for key, item in value.items()})
+        return type(value)({key: without_secrets(item, forms) for key, item in value.items()})
     return value
 
 
 def remove_secrets(
     folder: Path,  # of a run
-    secrets: Iterable[str],
+    forms: Iterable[str],  # of secrets
 ) -> list[str]:  # files that could only be removed as a whole
     """Blot secrets out of the files of a run; a file that is not text and holds one is removed."""
-    forms = {form.encode() for secret in secrets for form in (secret, json.dumps(secret)[1:-1], html.escape(secret))}
-    removed = []
+    forms, removed = [form.encode() for form in forms], []
     for path in (path for path in folder.rglob("*") if forms and path.is_file() and not path.is_symlink()):
         content = path.read_bytes()
         if not any(form in content for form in forms):
             continue
         try:
-            content.decode()
+            write_atomic(path, without_secrets(content.decode(), map(bytes.decode, forms)))
         except UnicodeDecodeError:
             path.unlink()
             removed.append(str(path.relative_to(folder)))
-            continue
-        for form in forms:
-            content = content.replace(form, BLOT.encode())
-        write_atomic(path, content)
     return removed
 
 # %% ../nbs/21_jobs.ipynb #b7393d0f
@@ -579,7 +593,7 @@ def _kill_group(group: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
 
-# %% ../nbs/21_jobs.ipynb #a6406385
+# %% ../nbs/21_jobs.ipynb #26b54c41
 ENGINE = "mlkit"
 logger = logging.getLogger("mlkit")
 logger.addHandler(logging.NullHandler())  # what goes wrong is told by exceptions and the run; a log is for who asks
@@ -600,7 +614,7 @@ def client_class() -> type:
                 return None
             if out.output_type == "stream":
                 out = self._fold(outs)
-            out.update(without_secrets(out, self.execution.secrets.values()))
+            out.update(without_secrets(out, self.execution.forms))
             return out
 
         def _fold(self, outs: list) -> Any:
@@ -797,7 +811,7 @@ def _execute(path: Path, parameters: Mapping[str, Any], execution: Execution, ke
     )
     run_sync(kernel.request_shutdown)()
 
-# %% ../nbs/21_jobs.ipynb #0c9b1aaa
+# %% ../nbs/21_jobs.ipynb #915be38c
 @contextlib.contextmanager
 def _closing(execution: Execution) -> Iterator[None]:
     """Bring the run to the end that fits what happened inside."""
@@ -821,7 +835,7 @@ def _failed(execution: Execution, error: Exception) -> Exception:
     """Close the run as failed; the error that tells so."""
     failure = failure_of(error, execution)
     for name in ("message", "traceback"):
-        setattr(failure, name, without_secrets(getattr(failure, name), execution.secrets.values()))
+        setattr(failure, name, without_secrets(getattr(failure, name), execution.forms))
     _close(execution, lambda: execution.run.fail(failure))
     return _with_run(job_failed(failure, execution.run), execution.run)
 
@@ -843,7 +857,7 @@ def _close(execution: Execution, close: Callable[[], None]) -> None:
     try:
         if execution.run.record.status == "running" and not (execution.run.folder / "notebook.html").exists():
             execution.report()
-        remove_secrets(execution.run.folder, execution.secrets.values())
+        remove_secrets(execution.run.folder, execution.forms)
     finally:
         close()
 
