@@ -23,9 +23,10 @@ $(BIN)/uv:
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-$(VENV)/.installed: requirements.lock pyproject.toml | $(BIN)/uv
+$(VENV)/.installed: requirements.lock pyproject.toml jupyter/kernels/mlkit/kernel.json | $(BIN)/uv
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@$(BIN)/jupyter kernelspec install --sys-prefix --name mlkit --log-level ERROR jupyter/kernels/mlkit
 	@touch $@
 
 run: install  ## train on the built-in digits and archive the run
@@ -48,7 +49,7 @@ lint: install  ## lint and format, as CI does
 
 lock: $(BIN)/uv  ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes \
-	  --group dev --extra lab --upgrade --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	  --group dev --extra lab --extra ray --upgrade --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:  ## remove what can be made again; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

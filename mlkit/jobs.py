@@ -10,7 +10,7 @@ __all__ = ['TYPES', 'SHORTEST_SECRET', 'KEPT_TEXT', 'BLOT', 'ENGINE', 'logger', 
            'run_job', 'execute_run', 'check_kernel', 'interrupt_on_sigterm', 'write_html', 'job_failed', 'failure_of',
            'resume_run', 'archived_notebook']
 
-# %% ../nbs/21_jobs.ipynb #85b06656
+# %% ../nbs/21_jobs.ipynb #1d22c218
 import ast
 import base64
 import contextlib
@@ -26,7 +26,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
@@ -539,7 +539,7 @@ def remove_secrets(
             removed.append(str(path.relative_to(folder)))
     return removed
 
-# %% ../nbs/21_jobs.ipynb #b7393d0f
+# %% ../nbs/21_jobs.ipynb #c8046ca5
 @contextlib.contextmanager
 def running_kernel(
     kernel_name: str,  # of an installed kernelspec
@@ -550,7 +550,7 @@ def running_kernel(
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
 
-    from mlkit.kernels import KERNEL_NAME, WarmServer, kernel_environment, kernel_specs
+    from mlkit.kernels import KERNEL_NAME, is_warm, kernel_environment, kernel_specs
 
     run = execution.run
     sockets = tempfile.mkdtemp(prefix="mlkit-")
@@ -564,7 +564,7 @@ def running_kernel(
     variables = kernel_environment({**os.environ, **record.variables, "MLKIT_RUN": str(run.folder)})
     launch = {"env": variables, "cwd": record.working_folder or os.getcwd()}
     if kernel_name == KERNEL_NAME:
-        launch["warm"] = WarmServer.fitting(variables).is_running() if warm is None else warm
+        launch["warm"] = is_warm(variables) if warm is None else warm
     log = run.folder / "kernel.log"
     try:
         with log.open("wb") as output:
@@ -861,7 +861,7 @@ def _close(execution: Execution, close: Callable[[], None]) -> None:
     finally:
         close()
 
-# %% ../nbs/21_jobs.ipynb #2279110e
+# %% ../nbs/21_jobs.ipynb #63115e8e
 @contextlib.contextmanager
 def interrupt_on_sigterm() -> Iterator[None]:
     """Treat SIGTERM like Ctrl-C, in the main thread."""
@@ -884,10 +884,20 @@ def write_html(
     path: Path,  # of the HTML file
 ) -> None:
     """The notebook as one HTML file with its pictures inside."""
+    with _exporting:
+        body, _ = _exporter().from_notebook_node(notebook)
+    write_atomic(path, body, durable=False)
+
+
+_exporting = threading.Lock()  # sweeps have several threads, the exporter has one state
+
+
+@cache
+def _exporter() -> Any:
+    """The exporter, which compiles its templates once."""
     from nbconvert import HTMLExporter
 
-    body, _ = HTMLExporter(embed_images=True, log=logger).from_notebook_node(notebook)
-    write_atomic(path, body, durable=False)
+    return HTMLExporter(embed_images=True, log=logger)
 
 # %% ../nbs/21_jobs.ipynb #3b08dc14
 MARKER_CELLS = 2  # papermill's banner and anchor

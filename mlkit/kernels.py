@@ -6,7 +6,7 @@
 __all__ = ['READ_AT_IMPORT', 'READ_LATER', 'KIT', 'KERNEL_NAME', 'CAN_FORK', 'PR_SET_CHILD_SUBREAPER', 'KERNEL_MODULES',
            'SERVER_CODE', 'kernel_environment', 'server_key', 'servers_folder', 'send', 'receive', 'Birth',
            'birth_request', 'ForkServer', 'adopt_orphans', 'run_server', 'become', 'run_kernel', 'changeable_modules',
-           'reseed', 'choose_backend', 'WarmServer', 'running_servers', 'ForkedKernel', 'hold_server',
+           'reseed', 'choose_backend', 'WarmServer', 'running_servers', 'ForkedKernel', 'hold_server', 'is_warm',
            'WarmProvisioner', 'fork_kernel', 'main', 'kernel_specs']
 
 # %% ../nbs/20_kernels.ipynb #2b818ef6
@@ -584,7 +584,7 @@ class ForkedKernel:
         """End it."""
         self.send_signal(signal.SIGKILL)
 
-# %% ../nbs/20_kernels.ipynb #6d06e4b2
+# %% ../nbs/20_kernels.ipynb #b270b7e1
 _holds: dict[str, socket.socket] = {}  # of this process, until it ends
 _holding = threading.Lock()
 
@@ -601,6 +601,15 @@ def hold_server(
         if held is None or select.select([held], [], [], 0)[0]:  # never had, or ended since
             _holds[server.key] = server.hold()
     return server
+
+
+def is_warm(
+    environment: Mapping[str, str],
+) -> bool:
+    """Whether a fitting server runs already."""
+    with suppress(MlkitError, OSError):
+        return CAN_FORK and WarmServer.fitting(environment).is_running()
+    return False
 
 
 class WarmProvisioner(LocalProvisioner):

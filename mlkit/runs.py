@@ -194,7 +194,7 @@ class Record(Part):
         end = self.ended or (datetime.now(UTC) if self.status == "running" else None)
         return (end - self.started).total_seconds() if self.started and end else None
 
-# %% ../nbs/01_runs.ipynb #1f3278e1
+# %% ../nbs/01_runs.ipynb #95b6ab5f
 def current_owner() -> Owner:
     """This process, as an owner of runs."""
     import psutil  # listing an archive of finished runs does without it
@@ -221,7 +221,7 @@ def current_environment() -> Environment:
     """Python, machine and installed packages."""
     import psutil
 
-    packages = {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name}
+    packages = dict(filter(None, map(_name_and_version, importlib.metadata.distributions())))
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -230,6 +230,13 @@ def current_environment() -> Environment:
         packages=dict(sorted(packages.items(), key=lambda item: item[0].lower())),
         library=_library_fingerprint(),
     )
+
+
+def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str] | None:
+    """Read the two lines that matter; parsing the whole of two hundred metadata files takes a fifth of a second."""
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    found = dict(re.findall(r"^(Name|Version): *(.+)$", text.partition("\n\n")[0], re.MULTILINE))
+    return (found["Name"], found["Version"]) if len(found) == 2 else None
 
 
 def _library_fingerprint() -> str:

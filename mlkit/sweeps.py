@@ -180,7 +180,7 @@ def resume_sweep(
         sweep.restart()
         return execute_sweep(sweep, engine=engine, **how)
 
-# %% ../nbs/26_sweeps.ipynb #57680548
+# %% ../nbs/26_sweeps.ipynb #28b07658
 def execute_sweep(
     sweep: Run,  # running
     *,
@@ -205,7 +205,7 @@ def execute_sweep(
             raise _with_run(JobInterrupted(f"{sweep.id} was interrupted ({reason})."), sweep) from None
     return _conclude(sweep, states)
 
-
+# %% ../nbs/26_sweeps.ipynb #5bff789b
 @contextlib.contextmanager
 def ready_engine(
     name: str,  # "local" or "ray"
@@ -217,7 +217,7 @@ def ready_engine(
     with contextlib.nullcontext() if name == "local" else ray_cluster():
         yield engines[name]
 
-
+# %% ../nbs/26_sweeps.ipynb #84ba3239
 def _states(sweep: Run) -> list[PointState]:
     """The points as the record has them, with the state of their runs."""
     archive = RunArchive(sweep.folder.parent)
@@ -351,7 +351,7 @@ class _Work:
             **how,
         )
 
-# %% ../nbs/26_sweeps.ipynb #56f51697
+# %% ../nbs/26_sweeps.ipynb #ec460799
 RAY_EXTRA = "pip install 'mlkit[ray]'"
 
 
@@ -363,7 +363,7 @@ def import_ray() -> Any:  # the module
         raise MissingDependencyError(f"Sweeps over a cluster need Ray ({error}). It comes with: {RAY_EXTRA}") from error
     return ray
 
-
+# %% ../nbs/26_sweeps.ipynb #dc92998a
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[Any]:  # the module ray, connected
     """The running cluster, left at the end if it was joined here; raises MlkitError when there is none."""
@@ -383,10 +383,11 @@ def ray_cluster() -> Iterator[Any]:  # the module ray, connected
 
 
 def _no_cluster(reason: str) -> MlkitError:
-    return MlkitError(
-        f"There is no Ray cluster to run on: {reason.rstrip('.')}. Start one with `ray start --head`, join it on each other "
-        "machine with `ray start --address=HOST:6379`; where there are several, RAY_ADDRESS=HOST:6379 says which."
+    advice = (
+        "Start one with `ray start --head`, and join it on other machines with `ray start --address=HOST:6379`; "
+        "RAY_ADDRESS=HOST:6379 says which, where there are several."
     )
+    return MlkitError(f"There is no Ray cluster to run on: {reason.rstrip('.')}. {advice}")
 
 # %% ../nbs/26_sweeps.ipynb #70186a6a
 def _cluster_address() -> str:  # "auto" where Ray has to look for one
@@ -439,7 +440,7 @@ def task_demand(
         demand["memory"] = 2_000_000_000
     return demand
 
-# %% ../nbs/26_sweeps.ipynb #280764f8
+# %% ../nbs/26_sweeps.ipynb #1da08fcd
 TRAVELLING = ("TF_", "KERAS_", "XLA_", "OMP_NUM_THREADS")  # and every setting
 
 
@@ -459,7 +460,7 @@ class Assignment:
     parameters: Mapping[str, Any] | None = None
     run: str = ""  # to go on with, if it is within reach
 
-
+# %% ../nbs/26_sweeps.ipynb #230849cc
 def travelling_environment() -> dict[str, str]:  # name -> value
     """The settings in effect as environment variables, and the variables that change what is computed."""
     settings = load_settings()
@@ -480,7 +481,7 @@ class News:
     error: str = ""  # why it ended, if that was not in peace
     again: bool = False  # whether another attempt could help
 
-# %% ../nbs/26_sweeps.ipynb #896a3209
+# %% ../nbs/26_sweeps.ipynb #7a31eb86
 def open_mirror(
     url: str,  # setting runs.mirror
 ) -> tuple[Any, str]:  # fsspec's file system, and the folder in it
@@ -496,7 +497,7 @@ def open_mirror(
         raise SettingsError(f"runs.mirror = '{url}' cannot be written: {error}. It takes a URL for fsspec.") from error
     return system, folder.rstrip("/")
 
-
+# %% ../nbs/26_sweeps.ipynb #1ae1632e
 def push_run(
     run: Run,  # ended
     mirror: str,  # URL
@@ -513,7 +514,7 @@ def push_run(
     except Exception as error:
         raise ArchiveError(f"{run.id} could not be copied to {mirror}: {error}") from error
 
-
+# %% ../nbs/26_sweeps.ipynb #0502da93
 def pull_run(
     name: str,  # id of a run
     archive: RunArchive,  # where it is to go
@@ -539,7 +540,7 @@ def pull_run(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/26_sweeps.ipynb #24e2c20b
+# %% ../nbs/26_sweeps.ipynb #a24f72db
 def carry_out(
     assignment: Assignment,
 ) -> Iterator[News]:
@@ -558,7 +559,7 @@ def carry_out(
         stop("The sweep was stopped.")
         thread.join()
 
-
+# %% ../nbs/26_sweeps.ipynb #b5ad1079
 def _carry_out(assignment: Assignment, stop: Stop, tell: Callable[[News], None]) -> None:
     """Execute a point and tell how it went, whatever happens."""
     latest = News()
@@ -583,7 +584,7 @@ def _carry_out(assignment: Assignment, stop: Stop, tell: Callable[[News], None])
         message = str(error) if isinstance(error, MlkitError) else f"{type(error).__name__}: {error}"
         tell(News(latest.run, ended=True, error=message, again=again))
 
-# %% ../nbs/26_sweeps.ipynb #4b22327a
+# %% ../nbs/26_sweeps.ipynb #5975027a
 @contextlib.contextmanager
 def _workplace(assignment: Assignment) -> Iterator[tuple[Path, Path]]:  # archive's folder, notebook
     """Environment and folders as where the sweep was started; raises SettingsError when no run could come home."""
@@ -618,7 +619,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
 
-
+# %% ../nbs/26_sweeps.ipynb #2ddbbdb9
 def _execute_point(assignment: Assignment, root: Path, notebook: Path, **how: Any) -> None:
     """Go on with the run where its folder can be reached, else make a new one."""
     if assignment.run and (root / assignment.run / RUN_FILE).exists():

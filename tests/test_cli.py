@@ -41,7 +41,28 @@ def write_notebook(path: Path, *sources: str, parameters: str | None = "count: i
     return path
 
 
-@pytest.mark.parametrize("command", ["", "run", "jobs", "runs", "show", "open", "board", "rm", "new", "settings"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "run",
+        "resume",
+        "reproduce",
+        "jobs",
+        "runs",
+        "show",
+        "diff",
+        "compare",
+        "open",
+        "board",
+        "rm",
+        "new",
+        "settings",
+        "warm start",
+        "warm status",
+        "warm stop",
+    ],
+)
 def test_every_command_has_help_with_an_example(command: str, project: Path) -> None:
     result = run_cli(*command.split(), "--help", folder=project)
     assert result.returncode == 0

@@ -56,9 +56,7 @@ def private(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
     yield folder
-    for held in kernels._holds.values():
-        held.close()
-    kernels._holds.clear()
+    kernels.release_servers()
     try:
         wait_until(lambda: not running_servers(), 20)
     finally:
