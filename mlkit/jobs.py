@@ -10,7 +10,7 @@ __all__ = ['TYPES', 'SHORTEST_SECRET', 'KEPT_TEXT', 'BLOT', 'ENGINE', 'logger', 
            'run_job', 'execute_run', 'check_kernel', 'interrupt_on_sigterm', 'write_html', 'job_failed', 'failure_of',
            'resume_run', 'archived_notebook']
 
-# %% ../nbs/21_jobs.ipynb #1d22c218
+# %% ../nbs/21_jobs.ipynb #1315b213
 import ast
 import base64
 import contextlib
@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -539,7 +540,7 @@ def remove_secrets(
             removed.append(str(path.relative_to(folder)))
     return removed
 
-# %% ../nbs/21_jobs.ipynb #c8046ca5
+# %% ../nbs/21_jobs.ipynb #7860f0ec
 @contextlib.contextmanager
 def running_kernel(
     kernel_name: str,  # of an installed kernelspec
@@ -578,6 +579,8 @@ def running_kernel(
             run_sync(manager.shutdown_kernel)(now=True)
             raise
         else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                manager.provisioner.process.wait(5)  # Jupyter's own waiting looks only now and then
             run_sync(manager.finish_shutdown)()
             run_sync(manager.cleanup_resources)()
         finally:

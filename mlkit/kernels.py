@@ -7,7 +7,7 @@ __all__ = ['READ_AT_IMPORT', 'READ_LATER', 'KIT', 'KERNEL_NAME', 'CAN_FORK', 'PR
            'SERVER_CODE', 'kernel_environment', 'server_key', 'servers_folder', 'send', 'receive', 'Birth',
            'birth_request', 'ForkServer', 'adopt_orphans', 'run_server', 'become', 'run_kernel', 'changeable_modules',
            'reseed', 'choose_backend', 'WarmServer', 'running_servers', 'ForkedKernel', 'hold_server', 'is_warm',
-           'WarmProvisioner', 'fork_kernel', 'main', 'kernel_specs']
+           'release_servers', 'WarmProvisioner', 'fork_kernel', 'main', 'kernel_specs']
 
 # %% ../nbs/20_kernels.ipynb #2b818ef6
 import asyncio
@@ -43,7 +43,7 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 import mlkit
 from .settings import MlkitError, load_settings
 
-# %% ../nbs/20_kernels.ipynb #d18c4564
+# %% ../nbs/20_kernels.ipynb #5f855fce
 READ_AT_IMPORT = (
     *("TF_", "XLA_", "CUDA_", "NVIDIA_", "ROCM_", "HIP_", "KERAS_", "OMP_", "MKL_", "OPENBLAS_", "POLARS_"),
     *("PYTHON", "PYDEVD_", "LD_", "MALLOC_", "MPLCONFIGDIR", "LANG", "LC_", "HOME", "XDG_CONFIG_HOME"),
@@ -73,7 +73,8 @@ def server_key(
     }
     folders = [*site.getsitepackages(), site.getusersitepackages(), KIT / "kernels.py"]
     changed = [os.stat(folder).st_mtime_ns for folder in folders if os.path.exists(folder)]
-    identity = [sys.executable, sys.version, platform.node(), preload, decisive, changed]
+    files = os.readlink("/proc/self/ns/mnt") if CAN_FORK else ""  # a container sees other files
+    identity = [sys.executable, sys.version, platform.node(), files, preload, decisive, changed]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 # %% ../nbs/20_kernels.ipynb #b1d6e0ed
@@ -412,7 +413,7 @@ def choose_backend() -> None:
             matplotlib.rcParams.update(matplotlib.rc_params())
         matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]
 
-# %% ../nbs/20_kernels.ipynb #8227edfb
+# %% ../nbs/20_kernels.ipynb #464b6cf9
 SERVER_CODE = (
     "import sys; path = sys.path[1:]; sys.path[:] = [*path, {package!r}]; "
     "from mlkit.kernels import run_server; run_server({socket!r}, {preload!r}, path)"
@@ -493,7 +494,7 @@ class WarmServer:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.is_running():
                 return
-            self.socket_path.unlink(missing_ok=True)  # left by a server that was killed
+            _remove_leftovers()
             code = SERVER_CODE.format(package=str(KIT.parent), socket=str(self.socket_path), preload=self.preload)
             with self.log_path.open("wb") as log:
                 process = subprocess.Popen(
@@ -524,6 +525,14 @@ class WarmServer:
                     return ForkedKernel(connection, answer["pid"])
             connection.close()
         raise MlkitError("The warm server does not answer.")
+
+
+def _remove_leftovers() -> None:
+    """Remove what servers have left that were killed."""
+    for path in servers_folder().glob("*.sock"):
+        if not WarmServer(path.stem).is_running():
+            path.unlink(missing_ok=True)
+            path.with_suffix(".log").unlink(missing_ok=True)
 
 
 def _last_line(path: Path) -> str:
@@ -584,7 +593,7 @@ class ForkedKernel:
         """End it."""
         self.send_signal(signal.SIGKILL)
 
-# %% ../nbs/20_kernels.ipynb #b270b7e1
+# %% ../nbs/20_kernels.ipynb #f5c78958
 _holds: dict[str, socket.socket] = {}  # of this process, until it ends
 _holding = threading.Lock()
 
@@ -610,6 +619,14 @@ def is_warm(
     with suppress(MlkitError, OSError):
         return CAN_FORK and WarmServer.fitting(environment).is_running()
     return False
+
+
+def release_servers() -> None:
+    """Let go of all servers this process holds; kernels that live go on."""
+    with _holding:
+        for held in _holds.values():
+            held.close()
+        _holds.clear()
 
 
 class WarmProvisioner(LocalProvisioner):
@@ -652,14 +669,17 @@ def fork_kernel(
     launch: Mapping[str, Any],  # keyword arguments of a launch: env, cwd, stdout, stderr
 ) -> ForkedKernel:
     """A kernel from the fitting server, which is started if need be; raises MlkitError."""
-    environment = launch.get("env") or os.environ
-    server = hold_server(environment)
+    environment, folder = launch.get("env") or os.environ, launch.get("cwd") or os.getcwd()
     with open(os.devnull, "rb") as nothing:
         streams = (nothing, launch.get("stdout") or 1, launch.get("stderr") or 2)
         descriptors = tuple(stream if isinstance(stream, int) else stream.fileno() for stream in streams)
         if min(descriptors) < 0:
             raise MlkitError("standard output into a pipe is not supported")
-        return server.start_kernel(arguments, environment, launch.get("cwd") or os.getcwd(), descriptors)
+        try:
+            return hold_server(environment).start_kernel(arguments, environment, folder, descriptors)
+        except MlkitError:  # it may just have died; the next one is a new one
+            release_servers()
+            return hold_server(environment).start_kernel(arguments, environment, folder, descriptors)
 
 # %% ../nbs/20_kernels.ipynb #a1f7a961
 def main() -> None:

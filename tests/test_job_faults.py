@@ -1,7 +1,6 @@
 """Jobs that misbehave: each ends in a true record, tells what happened, and leaves nothing running."""
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
