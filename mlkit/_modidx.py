@@ -466,6 +466,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mlkit.kernels.is_warm': ('kernels.html#is_warm', 'mlkit/kernels.py'),
                                'mlkit.kernels.kernel_environment': ('kernels.html#kernel_environment', 'mlkit/kernels.py'),
                                'mlkit.kernels.kernel_specs': ('kernels.html#kernel_specs', 'mlkit/kernels.py'),
+                               'mlkit.kernels.leave': ('kernels.html#leave', 'mlkit/kernels.py'),
                                'mlkit.kernels.main': ('kernels.html#main', 'mlkit/kernels.py'),
                                'mlkit.kernels.receive': ('kernels.html#receive', 'mlkit/kernels.py'),
                                'mlkit.kernels.release_servers': ('kernels.html#release_servers', 'mlkit/kernels.py'),

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['READ_AT_IMPORT', 'READ_LATER', 'KIT', 'KERNEL_NAME', 'CAN_FORK', 'PR_SET_CHILD_SUBREAPER', 'KERNEL_MODULES',
            'SERVER_CODE', 'kernel_environment', 'server_key', 'servers_folder', 'send', 'receive', 'Birth',
-           'birth_request', 'ForkServer', 'adopt_orphans', 'run_server', 'become', 'run_kernel', 'changeable_modules',
-           'reseed', 'choose_backend', 'WarmServer', 'running_servers', 'ForkedKernel', 'hold_server', 'is_warm',
-           'release_servers', 'WarmProvisioner', 'fork_kernel', 'main', 'kernel_specs']
+           'birth_request', 'ForkServer', 'adopt_orphans', 'run_server', 'become', 'run_kernel', 'leave',
+           'changeable_modules', 'reseed', 'choose_backend', 'WarmServer', 'running_servers', 'ForkedKernel',
+           'hold_server', 'is_warm', 'release_servers', 'WarmProvisioner', 'fork_kernel', 'main', 'kernel_specs']
 
-# %% ../nbs/20_kernels.ipynb #2b818ef6
+# %% ../nbs/20_kernels.ipynb #8b3321c9
 import asyncio
+import atexit
 import fcntl
 import gc
 import hashlib
@@ -35,7 +36,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
@@ -339,7 +340,7 @@ def run_server(
             return
     become(birth, import_path, changeable)
 
-# %% ../nbs/20_kernels.ipynb #22b02fe0
+# %% ../nbs/20_kernels.ipynb #52dc2bd2
 def become(
     birth: Birth,
     import_path: list[str],  # sys.path of a kernel
@@ -386,6 +387,16 @@ def run_kernel(
     from ipykernel.kernelapp import launch_new_instance
 
     launch_new_instance(argv=[*arguments, "--IPKernelApp.parent_handle=1"])
+    leave()
+
+
+def leave() -> NoReturn:
+    """End this process when its threads and exit handlers have; taking apart what was imported takes half a second."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        stream.flush()
+    os._exit(0)
 
 # %% ../nbs/20_kernels.ipynb #10a8f322
 def changeable_modules() -> list[str]:  # names

@@ -198,6 +198,23 @@ def test_restart_and_interrupt(start: Callable) -> None:
     assert wait_until(interrupted)["ename"] == "KeyboardInterrupt"
 
 
+def test_exit_handlers_and_threads_of_a_kernel_come_to_their_end(start: Callable, tmp_path: Path) -> None:
+    manager, client = start(cwd=str(tmp_path))
+    code = """
+    import atexit, concurrent.futures, threading, time
+    atexit.register(lambda: open("handler", "w").write("done"))
+    def write():
+        time.sleep(1)
+        open("thread", "w").write("done")
+    threading.Thread(target=write).start()
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    future = pool.submit(lambda: (time.sleep(1), open("pool", "w").write("done")))
+    """
+    assert ask(client, code) == ""
+    manager.shutdown_kernel()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["handler", "pool", "thread"]
+
+
 OWNER = """
 import json, os, sys, time
 from jupyter_client import KernelManager
