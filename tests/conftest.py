@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,16 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of this machine reaches a test."""
     for name in [name for name in os.environ if name.startswith("MLKIT_")]:
         monkeypatch.delenv(name)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """Poll until something is true; fail when it does not become so in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.02)
+    raise AssertionError("it did not happen in time")
 
 
 def run_cli(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -4,10 +4,8 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import psutil
@@ -16,18 +14,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mlkit.runs import Run, RunArchive
 
+from .conftest import wait_until
+
 pytestmark = pytest.mark.slow
 KERNELSPEC = {"name": "python3", "display_name": "python3", "language": "python"}
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """Poll until something is true; fail when it does not become so in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := condition():
-            return result
-        time.sleep(0.02)
-    raise AssertionError("it did not happen in time")
 
 
 def write_job(folder: Path, *sources: str, parameters: str = "count: int = 3", metadata: dict | None = None) -> str:

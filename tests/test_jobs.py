@@ -6,10 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import numpy as np
@@ -19,20 +16,10 @@ import pytest
 
 from mlkit.runs import RunArchive
 
-from .conftest import ADULT, REPOSITORY, run_cli
+from .conftest import ADULT, REPOSITORY, run_cli, wait_until
 
 pytestmark = pytest.mark.slow
 JOBS = REPOSITORY / "nbs" / "jobs"
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """Poll until something is true; fail when it does not become so in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := condition():
-            return result
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
 
 
 def run_job(folder: Path, job: str, *parameters: str) -> dict:

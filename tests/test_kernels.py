@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,19 +27,9 @@ from mlkit import kernels
 from mlkit.kernels import WarmServer, kernel_specs, running_servers, servers_folder
 from mlkit.settings import MlkitError
 
-from .conftest import run_cli
+from .conftest import run_cli, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not kernels.CAN_FORK, reason="warm kernels need Linux")]
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Poll until something is true; fail when it does not become so in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := condition():
-            return result
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
 
 
 def gone(*pids: int) -> bool:

@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from mlkit.kernels import running_servers
 from mlkit.runs import Run, RunArchive
 from mlkit.settings import MissingDependencyError, MlkitError
 from mlkit.sweeps import run_sweep
+
+from .conftest import wait_until
 
 pytestmark = pytest.mark.slow
 PARAMETERS = 'number: int = 0\nmeeting: str = ""\nnodes: int = 0\nheld: str = ""\nfail: bool = False'
@@ -53,16 +54,6 @@ try:
 except MlkitError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Poll until something is true, and return it."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := condition():
-            return result
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
 
 
 def free_port() -> int:

@@ -7,10 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import psutil
@@ -20,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mlkit.runs import Run, RunArchive
 
-from .conftest import run_cli
+from .conftest import run_cli, wait_until
 
 pytestmark = pytest.mark.slow
 PARAMETERS = 'rate: float = 0.1  # step size\nsteps: int = 3  # how many\nwait: float = 0.0\nnote: str = ""'
@@ -35,16 +33,6 @@ for step in range(steps):
     time.sleep(wait)
 assert abs(x) < 10, "it diverged"
 """
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    """Poll until something is true; fail when it does not become so in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if result := condition():
-            return result
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from .conftest import REPOSITORY
 
@@ -70,3 +72,12 @@ def test_the_library_is_there_without_the_tools_of_its_developers(installed: Pat
     code += "print(importlib.util.find_spec('nbdev'))"
     result = run(installed / "python", "-c", code, folder=tmp_path)
     assert result.stdout == "None\n", result.stderr
+
+
+def test_the_warm_kernel_comes_with_it(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
+    kernelspec = {"name": "mlkit", "display_name": "mlkit", "language": "python"}
+    cells = [new_code_cell("import sys\nassert 'numpy' in sys.modules")]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernelspec}), tmp_path / "in.ipynb")
+    result = run(installed / "papermill", "in.ipynb", "out.ipynb", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
