@@ -8,7 +8,7 @@ __all__ = ['app', 'console', 'errors', 'JsonOption', 'EngineOption', 'RunArgumen
            'jobs', 'runs', 'show', 'diff', 'compare', 'open_run', 'board', 'rm', 'warm_start', 'warm_status',
            'warm_stop', 'settings_template', 'new', 'settings']
 
-# %% ../nbs/30_cli.ipynb #9ca95c64
+# %% ../nbs/30_cli.ipynb #215b5311
 import json
 import os
 import re
@@ -32,7 +32,6 @@ from rich.table import Table
 from rich.text import Text
 
 import mlkit
-from .comparison import lower_is_better
 from mlkit.runs import (
     STATUS_COLORS,
     Record,
@@ -322,7 +321,7 @@ def _close_sweep(sweep: Run, watch: "SweepWatch", as_json: bool) -> None:
     for command, meaning in commands:
         console.print(f"  [bold]{command:42}[/] [dim]{meaning}[/]")
 
-# %% ../nbs/30_cli.ipynb #818aaff7
+# %% ../nbs/30_cli.ipynb #5ba1fb4d
 class SweepWatch:
     """What a person sees while a sweep runs."""
 
@@ -398,6 +397,8 @@ def headline(
     record: Record,
 ) -> tuple[str, float] | None:  # None when the run has measured nothing
     """The metric that matters most in a run, with its best value so far."""
+    from mlkit.comparison import lower_is_better
+
     names = RunTable([_summary(record)], 1, Path()).metric_names(most=1)
     if not names:
         return None
@@ -411,6 +412,8 @@ def _summary(record: Record) -> RunSummary:
 
 def _rank(state: Any) -> tuple[bool, float]:
     """Order of the closing table."""
+    from mlkit.comparison import lower_is_better
+
     record = _readable(state.run)
     found = headline(record) if record else None
     if not found or found[1] != found[1]:
