@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'LayerNames', 'SeededLayers', 'encode_numeric', 'encode_category', 'EncodedTable', 'encode_table',
            'embedding_width', 'cnn', 'mlp', 'wide_deep', 'Family', 'build_model']
 
-# %% ../nbs/13_model.ipynb #34ba4baf
+# %% ../nbs/13_model.ipynb #0d3debaf
 import inspect
 import itertools
 import math
@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from .data import Dataset, FeatureSpec, import_tensorflow
+from .data import Dataset
+from .feature_specs import FeatureSpec
 from .settings import MissingDependencyError, ModelError, nearest
+from .sources import import_tensorflow
 
 # %% ../nbs/13_model.ipynb #71bb3714
 import_tensorflow()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESERVED_VARIABLES', 'MlkitError', 'InputError', 'SettingsError', 'DatasetError', 'ModelError', 'ParameterError',
            'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'JobFailed', 'JobInterrupted', 'nearest',
-           'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings', 'Settings', 'known_settings', 'Given',
-           'find_settings_file', 'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
+           'listed', 'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings', 'Settings', 'known_settings',
+           'Given', 'find_settings_file', 'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
 
 # %% ../nbs/00_settings.ipynb #d9033dba
 import configparser
@@ -77,6 +77,16 @@ def nearest(
     lowered = {option.lower(): option for option in options}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     return f" Did you mean '{lowered[close[0]]}'?" if close else ""
+
+# %% ../nbs/00_settings.ipynb #205ca2b2
+def listed(
+    names: Iterable[str],  # what there is
+    limit: int = 20,  # how many are named
+) -> str:
+    """Names for the end of an error message, with a count of those left out."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 # %% ../nbs/00_settings.ipynb #af8e58dd
 class Section(BaseModel):

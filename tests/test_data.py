@@ -11,8 +11,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mlkit.data import SPLITS, fingerprint, load_dataset, read_table, retail
+from mlkit.data import SPLITS, load_dataset
 from mlkit.settings import DatasetError
+from mlkit.simulation import retail
+from mlkit.sources import fingerprint, read_table
 
 ADULT = Path(__file__).parents[2] / "shared" / "data" / "adult.csv"
 ADULT_COLUMNS = [
