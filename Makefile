@@ -32,7 +32,13 @@ $(VENV)/.installed: requirements.lock pyproject.toml jupyter/kernels/mlkit/kerne
 run: install  ## train on the built-in digits and archive the run
 	$(BIN)/mlkit run train
 
-test: install lint  ## everything CI checks
+# The tests start a PostgreSQL of their own; where there is no apt-get and no PostgreSQL, those tests are skipped.
+.PHONY: postgresql
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || ! command -v apt-get >/dev/null \
+	  || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y postgresql; }
+
+test: install lint postgresql  ## everything CI checks
 	MLKIT_RUNS_ROOT=$$(mktemp -d) $(BIN)/nbdev-test --n-workers 2 --timing
 	$(BIN)/pytest --durations 10
 

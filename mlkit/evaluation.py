@@ -106,7 +106,7 @@ def as_scores(
         )
     return scores
 
-# %% ../nbs/16_evaluation.ipynb #e2b06008
+# %% ../nbs/16_evaluation.ipynb #be9b02b2
 @dataclass(frozen=True)
 class Evaluation:
     """A model's answers on one split, and what they are worth."""
@@ -118,7 +118,7 @@ class Evaluation:
     @property
     def labels(self) -> np.ndarray:
         """What would have been right, [rows]."""
-        return self.dataset.labels[self.dataset.splits[self.split]]
+        return self.dataset.labels_of(self.split)
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -147,7 +147,7 @@ class Evaluation:
     def _repr_html_(self) -> str:
         return _evaluation_html(self)
 
-# %% ../nbs/16_evaluation.ipynb #78c9ea0e
+# %% ../nbs/16_evaluation.ipynb #3e100842
 def find_mistakes(
     evaluation: Evaluation,
 ) -> np.ndarray:  # row numbers of the data set, the worst first
@@ -158,7 +158,7 @@ def find_mistakes(
     else:
         errors, wrong = 1 - scores[np.arange(len(labels)), labels], scores.argmax(axis=1) != labels
     order = np.argsort(-errors, kind="stable")
-    return evaluation.dataset.splits[evaluation.split][order[wrong[order]]]
+    return evaluation.dataset.rows(evaluation.split)[order[wrong[order]]]
 
 
 def _evaluation_html(evaluation: Evaluation) -> str:
@@ -267,19 +267,14 @@ def _as_picture(data: Dataset, name: str, row: int) -> np.ndarray:
     pixels = (data.arrays[name][row] - spec.minimum) / ((spec.maximum - spec.minimum) or 1.0)
     return np.clip(pixels[..., 0] if pixels.shape[-1] != 3 else pixels, 0, 1)
 
-# %% ../nbs/16_evaluation.ipynb #b699a9a5
+# %% ../nbs/16_evaluation.ipynb #c971d533
 def _answers(predictor: Any, dataset: Dataset, split: str, batch_size: int) -> np.ndarray:
     """Scores of all rows of a split."""
     keras = sys.modules.get("keras")  # a Keras model can only come from a Keras that is imported already
     if keras and isinstance(predictor, keras.Model):
         batches = dataset.to_tf(split, batch_size=batch_size, shuffle=False)
         return as_scores(predictor.predict(batches, verbose=0), dataset)
-    rows = dataset.splits[split]
-    parts = []
-    for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
-        parts.append(as_scores(predictor({name: each[chosen] for name, each in dataset.arrays.items()}), dataset))
-    return np.concatenate(parts)
+    return np.concatenate([as_scores(predictor(features), dataset) for features in dataset.batches(split, batch_size)])
 
 
 def evaluate(
@@ -289,11 +284,11 @@ def evaluate(
     batch_size: int = 1024,  # rows that go through the model at once
 ) -> Evaluation:
     """Score a split; raises DatasetError for an empty or unknown one, ModelError for answers that do not fit."""
-    if split not in dataset.splits:
+    if split not in dataset.sizes:
         raise DatasetError(
-            f"There is no split '{split}'.{nearest(split, dataset.splits)} Splits: {', '.join(dataset.splits)}."
+            f"There is no split '{split}'.{nearest(split, dataset.sizes)} Splits: {', '.join(dataset.sizes)}."
         )
-    if not len(dataset.splits[split]):
+    if not dataset.sizes[split]:
         raise DatasetError(f"The {split} split of {dataset.name} has no rows to evaluate.")
     scores = _answers(predictor, dataset, split, batch_size)
     if not np.isfinite(scores).all():

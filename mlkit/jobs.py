@@ -7,10 +7,10 @@ __all__ = ['TYPES', 'SHORTEST_SECRET', 'KEPT_TEXT', 'BLOT', 'ENGINE', 'logger', 
            'list_jobs', 'find_job', 'read_notebook', 'Parameter', 'parameters_cell', 'read_parameters', 'Contract',
            'convert', 'read_secret', 'job_summary', 'CellStarted', 'Stop', 'Execution', 'keep_figures', 'FoldedText',
            'secret_forms', 'without_secrets', 'remove_secrets', 'running_kernel', 'client_class', 'register_engine',
-           'run_job', 'execute_run', 'check_kernel', 'interrupt_on_sigterm', 'write_html', 'job_failed', 'failure_of',
-           'resume_run', 'archived_notebook']
+           'run_job', 'execute_run', 'check_kernel', 'with_run', 'interrupt_on_sigterm', 'write_html', 'job_failed',
+           'failure_of', 'resume_run', 'archived_notebook']
 
-# %% ../nbs/21_jobs.ipynb #1315b213
+# %% ../nbs/21_jobs.ipynb #347fdb22
 import ast
 import base64
 import contextlib
@@ -25,6 +25,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -198,7 +199,7 @@ def _annotation(node: ast.expr) -> Any:
             f"The parameters cell uses the type '{ast.unparse(node)}', which is none: {error}."
         ) from None
 
-# %% ../nbs/21_jobs.ipynb #b5d6387a
+# %% ../nbs/21_jobs.ipynb #125c5b0f
 class Contract:
     """What a job accepts: its parameters with types, ranges, defaults."""
 
@@ -210,7 +211,9 @@ class Contract:
         self.parameters = {parameter.name: parameter for parameter in parameters}
         self.declared = declared
         fields = {p.name: (p.annotation, Field(p.default, description=p.help)) for p in self.parameters.values()}
-        self.model: type[BaseModel] = create_model("Parameters", __config__=ConfigDict(extra="forbid"), **fields)
+        with warnings.catch_warnings():  # a parameter may be called schema, which hides a method of the model
+            warnings.filterwarnings("ignore", message="Field name .* shadows an attribute")
+            self.model: type[BaseModel] = create_model("Parameters", __config__=ConfigDict(extra="forbid"), **fields)
 
     @classmethod
     def of(cls, notebook: Mapping[str, Any]) -> "Contract":
@@ -540,7 +543,7 @@ def remove_secrets(
             removed.append(str(path.relative_to(folder)))
     return removed
 
-# %% ../nbs/21_jobs.ipynb #7860f0ec
+# %% ../nbs/21_jobs.ipynb #ca6d433d
 @contextlib.contextmanager
 def running_kernel(
     kernel_name: str,  # of an installed kernelspec
@@ -551,7 +554,7 @@ def running_kernel(
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_core.utils import run_sync
 
-    from mlkit.kernels import KERNEL_NAME, is_warm, kernel_environment, kernel_specs
+    from mlkit.kernels import KERNEL_NAME, is_warm, kernel_environment, kernel_specs, kill_group
 
     run = execution.run
     sockets = tempfile.mkdtemp(prefix="mlkit-")
@@ -571,7 +574,7 @@ def running_kernel(
         with log.open("wb") as output:
             run_sync(manager.start_kernel)(**launch, stdout=output, stderr=output)
         group = os.getpgid(manager.provisioner.pid)
-        execution.stop.on_stop(lambda: _kill_group(group))
+        execution.stop.on_stop(lambda: kill_group(group))
         try:
             yield manager
         except BaseException:
@@ -585,16 +588,11 @@ def running_kernel(
             run_sync(manager.cleanup_resources)()
         finally:
             execution.stop.on_stop(lambda: None)
-            _kill_group(group)  # children that a cell has left behind
+            kill_group(group)  # children that a cell has left behind
     finally:
         shutil.rmtree(sockets, ignore_errors=True)
         if log.exists() and log.stat().st_size == 0:
             log.unlink()
-
-
-def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 # %% ../nbs/21_jobs.ipynb #26b54c41
 ENGINE = "mlkit"
@@ -814,7 +812,7 @@ def _execute(path: Path, parameters: Mapping[str, Any], execution: Execution, ke
     )
     run_sync(kernel.request_shutdown)()
 
-# %% ../nbs/21_jobs.ipynb #915be38c
+# %% ../nbs/21_jobs.ipynb #696cd9f4
 @contextlib.contextmanager
 def _closing(execution: Execution) -> Iterator[None]:
     """Bring the run to the end that fits what happened inside."""
@@ -827,7 +825,7 @@ def _closing(execution: Execution) -> Iterator[None]:
     except ArchiveError as error:  # the disk is full, say: the record is written if there is room for it
         with contextlib.suppress(ArchiveError):
             execution.run.fail(Failure(error="ArchiveError", message=str(error)))
-        raise _with_run(error, execution.run) from None
+        raise with_run(error, execution.run) from None
     except Exception as error:
         if execution.stop.reason and not execution.stop.failed:
             raise _interrupted(execution, execution.stop.reason) from None
@@ -840,17 +838,21 @@ def _failed(execution: Execution, error: Exception) -> Exception:
     for name in ("message", "traceback"):
         setattr(failure, name, without_secrets(getattr(failure, name), execution.forms))
     _close(execution, lambda: execution.run.fail(failure))
-    return _with_run(job_failed(failure, execution.run), execution.run)
+    return with_run(job_failed(failure, execution.run), execution.run)
 
 
 def _interrupted(execution: Execution, reason: str) -> Exception:
     """Close the run as interrupted; the error that tells so."""
     run = execution.run
     _close(execution, lambda: run.interrupt(Failure(error="Interrupted", message=reason)))
-    return _with_run(JobInterrupted(f"{run.id} was interrupted ({reason})."), run)
+    return with_run(JobInterrupted(f"{run.id} was interrupted ({reason})."), run)
 
 
-def _with_run(error: Exception, run: Run) -> Exception:
+def with_run(
+    error: Exception,  # that ended a run
+    run: Run,
+) -> Exception:  # the same
+    """Let an error tell which run it ended."""
     error.run = run
     return error
 

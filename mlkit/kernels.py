@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_AT_IMPORT', 'READ_LATER', 'KIT', 'KERNEL_NAME', 'CAN_FORK', 'PR_SET_CHILD_SUBREAPER', 'KERNEL_MODULES',
            'SERVER_CODE', 'kernel_environment', 'server_key', 'servers_folder', 'send', 'receive', 'Birth',
-           'birth_request', 'ForkServer', 'adopt_orphans', 'run_server', 'become', 'run_kernel', 'leave',
+           'birth_request', 'kill_group', 'ForkServer', 'adopt_orphans', 'run_server', 'become', 'run_kernel', 'leave',
            'changeable_modules', 'reseed', 'choose_backend', 'WarmServer', 'running_servers', 'ForkedKernel',
            'hold_server', 'is_warm', 'release_servers', 'WarmProvisioner', 'fork_kernel', 'main', 'kernel_specs']
 
@@ -147,19 +147,98 @@ def birth_request(
         "limits": {str(number): resource.getrlimit(number) for number in sorted(numbers)},
     }
 
-# %% ../nbs/20_kernels.ipynb #89d242de
+# %% ../nbs/20_kernels.ipynb #87a5e9e4
+def kill_group(
+    pid: int,  # of the process that leads the group
+) -> None:
+    """End a group of processes at once, if it is still there."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _descendants(process: Any) -> list[Any]:
+    import psutil
+
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+# %% ../nbs/20_kernels.ipynb #62265896
 @dataclass
-class ForkServer:
-    """Forks kernels, tells their owners when they end, and ends itself when nobody needs it."""
+class _Kernels:
+    """The kernels of a server: forked, watched, and cleared up after."""
 
     listener: socket.socket
-    key: str
     kernels: dict[int, socket.socket] = field(default_factory=dict)  # process id -> connection to the owner
     holds: set[socket.socket] = field(default_factory=set)
+    watched: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+
+    def _fork(self, connection: socket.socket, request: dict[str, Any], descriptors: list[int]) -> Birth | None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # NumPy and Polars have threads; they see to forks
+            pid = os.fork()
+        if pid == 0:
+            for other in (self.listener, *self.holds, *self.kernels.values()):
+                other.close()
+            self.watched.close()
+            del request["do"]
+            return Birth(connection, descriptors, **request)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.kernels[pid] = connection
+        self._watch(connection, lambda _: kill_group(pid))  # the owner has gone
+        ended = os.pidfd_open(pid)
+        self.watched.register(ended, selectors.EVENT_READ, lambda: self._ended(pid, ended))
+        with suppress(OSError):
+            send(connection, {"pid": pid})
+        return None
+
+    def _watch(self, connection: socket.socket, gone: Callable[[socket.socket], None]) -> None:
+        """Call `gone` when the other side of a connection has closed."""
+
+        def closed() -> None:
+            self.watched.unregister(connection)
+            connection.close()
+            gone(connection)
+
+        self.watched.register(connection, selectors.EVENT_READ, closed)
+
+    def _ended(self, pid: int, ended: int) -> None:
+        """Clear up after a kernel and tell its owner."""
+        self.watched.unregister(ended)
+        os.close(ended)
+        kill_group(pid)  # what its cells have left running; before its number can be given to another process
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        connection = self.kernels.pop(pid)
+        self._end_strays()
+        if connection.fileno() >= 0:
+            self.watched.unregister(connection)
+            with suppress(OSError):
+                send(connection, {"exit": code})
+            connection.close()
+
+    def _end_strays(self) -> None:
+        """End what the system has handed to this server: children of kernels that have died."""
+        import psutil
+
+        for stray in psutil.Process().children():
+            if stray.pid not in self.kernels:
+                for process in (stray, *_descendants(stray)):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+                with suppress(ChildProcessError):
+                    os.waitpid(stray.pid, 0)
+
+# %% ../nbs/20_kernels.ipynb #d76b5db3
+@dataclass
+class ForkServer(_Kernels):
+    """Forks kernels, tells their owners when they end, and ends itself when nobody needs it."""
+
+    key: str = ""
     keep: float = 0.0  # seconds to stay when nobody needs it
     until: float = 0.0  # the moment on the monotonic clock at which it goes, unless it is needed
     started: float = field(default_factory=time.time)
-    watched: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
     def serve(self) -> Birth | None:  # None when nobody needs the server any more
         """Answer requests; in a copy, return what it has to become."""
@@ -203,16 +282,6 @@ class ForkServer:
                 connection.close()
         return None
 
-    def _watch(self, connection: socket.socket, gone: Callable[[socket.socket], None]) -> None:
-        """Call `gone` when the other side of a connection has closed."""
-
-        def closed() -> None:
-            self.watched.unregister(connection)
-            connection.close()
-            gone(connection)
-
-        self.watched.register(connection, selectors.EVENT_READ, closed)
-
     def _stop(self) -> None:
         """Take no more requests; kernels that live go on to their own end."""
         self.watched.unregister(self.listener)
@@ -237,66 +306,6 @@ class ForkServer:
             "memory": psutil.Process().memory_info().rss,  # bytes
         }
 
-    def _fork(self, connection: socket.socket, request: dict[str, Any], descriptors: list[int]) -> Birth | None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # NumPy and Polars have threads; they see to forks
-            pid = os.fork()
-        if pid == 0:
-            for other in (self.listener, *self.holds, *self.kernels.values()):
-                other.close()
-            self.watched.close()
-            del request["do"]
-            return Birth(connection, descriptors, **request)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        self.kernels[pid] = connection
-        self._watch(connection, lambda _: _kill_group(pid))  # the owner has gone
-        ended = os.pidfd_open(pid)
-        self.watched.register(ended, selectors.EVENT_READ, lambda: self._ended(pid, ended))
-        with suppress(OSError):
-            send(connection, {"pid": pid})
-        return None
-
-    def _ended(self, pid: int, ended: int) -> None:
-        """Clear up after a kernel and tell its owner."""
-        self.watched.unregister(ended)
-        os.close(ended)
-        _kill_group(pid)  # what its cells have left running; before its number can be given to another process
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        connection = self.kernels.pop(pid)
-        self._end_strays()
-        if connection.fileno() >= 0:
-            self.watched.unregister(connection)
-            with suppress(OSError):
-                send(connection, {"exit": code})
-            connection.close()
-
-    def _end_strays(self) -> None:
-        """End what the system has handed to this server: children of kernels that have died."""
-        import psutil
-
-        for stray in psutil.Process().children():
-            if stray.pid not in self.kernels:
-                for process in (stray, *_descendants(stray)):
-                    with suppress(psutil.NoSuchProcess):
-                        process.kill()
-                with suppress(ChildProcessError):
-                    os.waitpid(stray.pid, 0)
-
-
-def _kill_group(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _descendants(process: Any) -> list[Any]:
-    import psutil
-
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
 # %% ../nbs/20_kernels.ipynb #9b4b3bc2
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
@@ -307,7 +316,7 @@ def adopt_orphans() -> None:
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-# %% ../nbs/20_kernels.ipynb #06c03cb6
+# %% ../nbs/20_kernels.ipynb #aad4560a
 KERNEL_MODULES = (  # what ipykernel imports while it starts
     *("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger"),
     *("IPython.core.magics", "IPython.core.debugger", "IPython.core.completerlib", "IPython.core.oinspect"),
@@ -333,14 +342,14 @@ def run_server(
         changeable = changeable_modules()
         gc.collect()
         gc.freeze()
-        birth = ForkServer(listener, Path(path).stem).serve()
+        birth = ForkServer(listener, key=Path(path).stem).serve()
         if birth is None:
             for left in (Path(path), Path(path).with_suffix(".log")):
                 left.unlink(missing_ok=True)
             return
     become(birth, import_path, changeable)
 
-# %% ../nbs/20_kernels.ipynb #52dc2bd2
+# %% ../nbs/20_kernels.ipynb #1bfe3b36
 def become(
     birth: Birth,
     import_path: list[str],  # sys.path of a kernel
@@ -377,7 +386,7 @@ def _end_with_owner(connection: socket.socket) -> None:
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
     poll.poll()
-    _kill_group(os.getpid())
+    kill_group(os.getpid())
 
 
 def run_kernel(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Status', 'RUN_FILE', 'INDEX_FILE', 'INDEX_TABLE', 'COMPARISONS', 'STATUS_COLORS', 'ID_PATTERN', 'write_atomic',
            'storage_error', 'Part', 'Owner', 'Environment', 'Code', 'Artifact', 'Cell', 'Failure', 'Point', 'Record',
-           'current_owner', 'is_alive', 'current_environment', 'current_code', 'RunFolder', 'read_record', 'RunLife',
-           'true_status', 'list_artifacts', 'RunLog', 'RunFiles', 'RunProducts', 'SavedFigure', 'Run', 'RunSummary',
-           'read_summaries', 'Condition', 'sparkline', 'status_html', 'format_number', 'format_seconds', 'html_table',
-           'run_html', 'RunTable', 'RunCreation', 'matching_names', 'newest_run', 'RunArchive']
+           'current_owner', 'is_alive', 'current_environment', 'current_code', 'RunFolder', 'read_record', 'locked',
+           'RunLife', 'true_status', 'list_artifacts', 'RunLog', 'RunFiles', 'RunProducts', 'SavedFigure', 'Run',
+           'RunSummary', 'read_summaries', 'Condition', 'sparkline', 'status_html', 'format_number', 'format_seconds',
+           'html_table', 'run_html', 'RunTable', 'RunCreation', 'matching_names', 'newest_run', 'RunArchive']
 
 # %% ../nbs/01_runs.ipynb #834ac0be
 import ast
@@ -262,7 +262,7 @@ def current_code(
         return None, ""
     return Code(commit=commit, branch=branch, uncommitted=bool(patch), untracked=untracked), patch
 
-# %% ../nbs/01_runs.ipynb #0b3ec612
+# %% ../nbs/01_runs.ipynb #22ff0456
 RUN_FILE = "run.json"
 
 
@@ -288,12 +288,12 @@ class RunFolder:
     @contextlib.contextmanager
     def edit(self, durable: bool = True) -> Iterator[Record]:
         """Change the record: lock, read, yield, write back in one step."""
-        with _locked(self.folder):
+        with locked(self.folder):
             record = self.record
             yield record
             write_atomic(self.folder / RUN_FILE, record.model_dump_json(indent=1), durable)
 
-# %% ../nbs/01_runs.ipynb #b39b9204
+# %% ../nbs/01_runs.ipynb #ed791c41
 def read_record(
     folder: Path,  # a run folder
 ) -> Record:
@@ -311,13 +311,15 @@ def read_record(
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock; the operating system lets go of it when a process dies."""
+def locked(
+    folder: Path,  # a run's, or another one that several processes write to
+) -> Iterator[None]:
+    """Hold the folder's lock, which the operating system lets go of when a process dies. Raises `NotFoundError`."""
     try:
         descriptor = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         if not folder.exists():
-            raise NotFoundError(f"The run {folder.name} has been deleted.") from None
+            raise NotFoundError(f"{folder.name} has been deleted.") from None
         raise storage_error(error, folder) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

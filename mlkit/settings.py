@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESERVED_VARIABLES', 'MlkitError', 'InputError', 'SettingsError', 'DatasetError', 'ModelError', 'ParameterError',
-           'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'JobFailed', 'JobInterrupted', 'nearest',
-           'listed', 'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings', 'Settings', 'known_settings',
-           'Given', 'find_settings_file', 'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
+           'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'DataInvalid', 'JobFailed', 'JobInterrupted',
+           'nearest', 'listed', 'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings', 'SchemasSettings',
+           'Settings', 'known_settings', 'Given', 'find_settings_file', 'read_settings_file', 'variable_name',
+           'read_environment', 'load_settings']
 
 # %% ../nbs/00_settings.ipynb #d9033dba
 import configparser
@@ -56,9 +57,13 @@ class NotFoundError(InputError):
 class MissingDependencyError(InputError):
     """An optional package is needed; the message holds the `pip install` line."""
 
-# %% ../nbs/00_settings.ipynb #84d69851
+# %% ../nbs/00_settings.ipynb #2481d376
 class ArchiveError(MlkitError):
     """The archive of runs cannot be read or written."""
+
+
+class DataInvalid(MlkitError):
+    """Data break the rules of their schema."""
 
 
 class JobFailed(MlkitError):
@@ -88,7 +93,7 @@ def listed(
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
-# %% ../nbs/00_settings.ipynb #af8e58dd
+# %% ../nbs/00_settings.ipynb #3b550e90
 class Section(BaseModel):
     """Base of the sections: nothing unknown, nothing changed after loading."""
 
@@ -121,13 +126,20 @@ class KernelsSettings(Section):
     )
     idle_timeout: int = Field(1800, description="seconds `mlkit warm start` keeps them after their last use", ge=1)
 
-# %% ../nbs/00_settings.ipynb #c1815ed4
+
+class SchemasSettings(Section):
+    """`[schemas]`: the history of what data are expected to be."""
+
+    history_days: int = Field(30, description="days for which a schema that was replaced is kept", ge=1)
+
+# %% ../nbs/00_settings.ipynb #052c1047
 class Settings(Section):
     """All settings of the kit, validated."""
 
     runs: RunsSettings = RunsSettings()
     jobs: JobsSettings = JobsSettings()
     kernels: KernelsSettings = KernelsSettings()
+    schemas: SchemasSettings = SchemasSettings()
     project: Path = Field(default_factory=Path.cwd, exclude=True)  # folder of settings.ini, else the working folder
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)  # "runs.root" -> "settings.ini, line 4"
 

@@ -7,8 +7,7 @@ __all__ = ['OPTIMIZERS', 'SAVE_SHARE', 'set_seed', 'compile_model', 'History', '
            'BoardWriter', 'RunWriter', 'TrainingState', 'CheckpointWriter', 'TrainingCheckpoint', 'HeldSignals',
            'LeanCallbacks', 'TrainingCallbacks', 'fit']
 
-# %% ../nbs/14_training.ipynb #d48d52d8
-import hashlib
+# %% ../nbs/14_training.ipynb #397c6227
 import json
 import math
 import shutil
@@ -376,17 +375,16 @@ class TrainingState:
     def __str__(self) -> str:
         return f"after epoch {len(self.epochs)}" + (f", step {self.step} of {self.steps}" if self.step else "")
 
-# %% ../nbs/14_training.ipynb #964ab7ad
+# %% ../nbs/14_training.ipynb #2a52c1f9
 def _signature(model: keras.Model, dataset: Dataset, **settings: float) -> dict[str, Any]:
     """What a training is: its settings, optimizer, loss, data and variables, ready for JSON."""
-    rows = b"".join(dataset.splits[name].tobytes() for name in ("train", "validation"))
     optimizer = {
         name: value for name, value in model.optimizer.get_config().items() if name != "name"
     }  # it is numbered
     described = settings | {
         "optimizer": [type(model.optimizer).__name__, optimizer],
         "loss": model.loss,
-        "data": [dataset.fingerprint, dataset.label, list(dataset.features), hashlib.sha256(rows).hexdigest()],
+        "data": [dataset.fingerprint, dataset.label, list(dataset.features), dataset.split_digest],
         "model": [[variable.name, list(variable.shape), variable.dtype] for variable in model.variables],
     }
     return json.loads(json.dumps(described, default=lambda value: type(value).__name__))
@@ -622,13 +620,13 @@ class TrainingCallbacks(LeanCallbacks):
         if self.checkpoint:
             self.checkpoint.save(self.state)
 
-# %% ../nbs/14_training.ipynb #d8e81fdf
+# %% ../nbs/14_training.ipynb #05ea7283
 def _check_fit(dataset: Dataset, **numbers: float | None) -> None:
     """Refuse what cannot be trained with, before anything is compiled."""
     for name, value in numbers.items():
         if value is not None and not value > 0:
             raise ParameterError(f"{name} must be greater than 0, not {value}.")
-    if not len(dataset.splits["train"]):
+    if not dataset.sizes["train"]:
         raise DatasetError(f"{dataset.name} has no rows to train on: its training split is empty.")
 
 
@@ -658,7 +656,7 @@ def _checkpoint_folder(run: Run) -> Path:
     _fits[run] = _fits.get(run, 0) + 1
     return run.checkpoints / f"fit-{_fits[run]}"
 
-# %% ../nbs/14_training.ipynb #b622b306
+# %% ../nbs/14_training.ipynb #35981c72
 def _divide_epoch(model: keras.Model, steps: int) -> None:
     """Steps that are executed together end with the epoch: the stream would go on into the next one."""
     if steps % model.steps_per_execution:
@@ -670,7 +668,7 @@ def _train(model: keras.Model, dataset: Dataset, batch_size: int, seed: int, cal
     """Train from where the state says to the end, and save what came out."""
     state, steps, epochs = callbacks.state, callbacks.params["steps"], callbacks.params["epochs"]
     left = range(len(state.epochs), epochs)
-    judged = len(dataset.splits["validation"]) > 0
+    judged = dataset.sizes["validation"] > 0
     _divide_epoch(model, steps)
     model.fit(
         dataset.stream("train", epochs=left, batch_size=batch_size, seed=seed, step=state.step),
@@ -696,7 +694,7 @@ def _recorders(run: Run, seed: int, dataset: Dataset, state: TrainingState) -> l
     inputs, _ = dataset.to_tf("train").element_spec
     return [writer, BoardWriter(run.tensorboard, inputs, state.begun)]
 
-# %% ../nbs/14_training.ipynb #2133aed6
+# %% ../nbs/14_training.ipynb #722e8880
 def fit(
     model: keras.Model,  # trained in place; left with the weights of the best epoch
     dataset: Dataset,  # trained on its split "train", judged on "validation"
@@ -714,7 +712,7 @@ def fit(
     _check_fit(dataset, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience)
     set_seed(seed)
     _prepare(model, dataset, optimizer, learning_rate)
-    monitor = "val_loss" if len(dataset.splits["validation"]) else "loss"
+    monitor = "val_loss" if dataset.sizes["validation"] else "loss"
     own = [progress := Progress(run), best := KeepBest(model, monitor, patience)]
     checkpoint, state = None, TrainingState({})
     if run:
@@ -726,7 +724,7 @@ def fit(
     if not state.finished:
         with HeldSignals() as signals:
             context = {"state": state, "signals": signals, "checkpoint": checkpoint}
-            steps = -(-len(dataset.splits["train"]) // batch_size)
+            steps = -(-dataset.sizes["train"] // batch_size)
             watchers = TrainingCallbacks(own, callbacks, model, **context, epochs=epochs, steps=steps)
             _train(model, dataset, batch_size, seed, watchers)
     history = History(_by_epoch(state.epochs), monitor, state.seconds)
