@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['load_steps', 'Cleaned', 'clean']
 
-# %% ../nbs/05_cleaning.ipynb #02399af7
+# %% ../nbs/05_cleaning.ipynb #15bfda15
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import polars as pl
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .settings import DatasetError, listed, nearest
 from .sources import KINDS, convert_column
@@ -112,6 +113,38 @@ class _Match(_Step):
             raise DatasetError(f"pattern {self.pattern!r} is no regular expression: {error}") from None
         bad = text.is_not_null() & ~fits.fill_null(True)
         return _take_out(table, bad, self.column, f"does not match {self.pattern}", self.otherwise)
+
+# %% ../nbs/05_cleaning.ipynb #66a44e54
+_Lax = Field(strict=False)  # JSON brings dates as text
+_Limit = float | Annotated[datetime, _Lax] | Annotated[date, _Lax] | None
+
+
+class _Range(_Step):
+    """Numbers or dates outside of limits are set aside, with their row or without."""
+
+    name = "range"
+    column: str
+    minimum: _Limit = None
+    maximum: _Limit = None
+    otherwise: Literal["row", "value"] = "row"
+
+    def apply(self, table: pl.DataFrame) -> _Outcome:
+        _require_columns(table, [self.column])
+        values = table[self.column]
+        if not (values.dtype.is_numeric() or values.dtype.is_temporal()):
+            raise DatasetError(f"Column '{self.column}' holds {values.dtype}; a range is for numbers and dates.")
+        values = values.fill_nan(None) if values.dtype.is_float() else values
+        bad = values.is_infinite() if values.dtype.is_float() else pl.repeat(False, len(values), eager=True)
+        try:
+            bad |= values < self.minimum if self.minimum is not None else False
+            bad |= values > self.maximum if self.maximum is not None else False
+        except (pl.exceptions.PolarsError, NotImplementedError):
+            ends = f"{self.minimum!r} to {self.maximum!r}"
+            raise DatasetError(f"Column '{self.column}' holds {values.dtype}, to which {ends} does not fit.") from None
+        inside = " and ".join(
+            f"{word} {end}" for word, end in (("at least", self.minimum), ("at most", self.maximum)) if end is not None
+        )
+        return _take_out(table, bad.fill_null(False), self.column, f"is not {inside or 'finite'}", self.otherwise)
 
 # %% ../nbs/05_cleaning.ipynb #e72279ed
 def _plain_number(text: pl.Series, thousands: str, decimal: str) -> pl.Series:
@@ -230,8 +263,8 @@ class _Deduplicate(_Step):
         among = f" in {listed(names, 5)}" if self.columns else ""
         return _Outcome(table.filter(~bad), _aside(table, bad, None, f"repeats another row{among}"), _NOTHING)
 
-# %% ../nbs/05_cleaning.ipynb #e17a6681
-_STEPS: dict[str, type[_Step]] = {step.name: step for step in (_Trim, _Match, _Convert, _Missing, _Deduplicate)}
+# %% ../nbs/05_cleaning.ipynb #5289aa87
+_STEPS: dict[str, type[_Step]] = {step.name: step for step in (_Trim, _Match, _Range, _Convert, _Missing, _Deduplicate)}
 
 
 def _finding(kind: type[_Step], error: ValidationError) -> str:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['StreamedDataset', 'open_dataset', 'record_batches']
 
-# %% ../nbs/11_streaming.ipynb #feb733c5
+# %% ../nbs/11_streaming.ipynb #ddaa5968
 import hashlib
 import html
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
-from .data import SPLITS, Dataset, check_fractions, deal, encode_labels, hash_split, missing_rows, number_labels
+from mlkit.data import (
+    SPLITS,
+    Dataset,
+    Described,
+    check_fractions,
+    deal,
+    encode_labels,
+    hash_split,
+    missing_rows,
+    number_labels,
+)
 from .feature_specs import FeatureSpec, as_declared, as_feature, plan_features, read_features
 from .settings import DatasetError, listed, nearest
 from .sources import find_files, import_tensorflow
@@ -31,20 +42,24 @@ if TYPE_CHECKING:
 _PIECE = 65_536  # rows that are read at once
 _WINDOW = 4  # pieces whose rows are mixed
 
-# %% ../nbs/11_streaming.ipynb #26686fd2
+# %% ../nbs/11_streaming.ipynb #183c8caa
+@contextmanager
+def _reading(files: Sequence[Path]) -> Iterator[None]:
+    """Say which files could not be read."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DatasetError(f"{listed(files, 3)} cannot be read as one table: {str(error).splitlines()[0]}") from error
+
+
 def _scan(files: Sequence[Path]) -> pl.LazyFrame:
-    """The rows of Parquet files one after another; raises `DatasetError` for other files and broken ones."""
+    """The rows of Parquet files one after another; raises `DatasetError` for other files."""
     if other := [file for file in files if file.suffix.lower() != ".parquet"]:
         raise DatasetError(
             f"Only Parquet can be read piece by piece, and '{other[0]}' is something else. "
             f"Convert it once: mlkit data convert {other[0]} {other[0].with_suffix('.parquet')}"
         )
-    try:
-        lazy = pl.scan_parquet(list(files), glob=False)
-        lazy.collect_schema()
-    except pl.exceptions.PolarsError as error:
-        raise DatasetError(f"{listed(files, 3)} cannot be read as one table: {str(error).splitlines()[0]}") from error
-    return lazy
+    return pl.scan_parquet(list(files), glob=False)
 
 # %% ../nbs/11_streaming.ipynb #2b9752c3
 def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
@@ -82,7 +97,7 @@ def _time_borders(lazy: pl.LazyFrame, key: str, fractions: Sequence[float]) -> t
     starts = np.searchsorted(dealt, [1, 2])
     return tuple(moments[key][int(start)] for start in starts if start < len(sizes))
 
-# %% ../nbs/11_streaming.ipynb #e0e8b45d
+# %% ../nbs/11_streaming.ipynb #2114780d
 @dataclass(frozen=True)
 class _Rows:
     """Where the rows are, which of them count, and what is read of them."""
@@ -100,7 +115,8 @@ class _Rows:
     ) -> tuple[pl.DataFrame, np.ndarray]:  # label and features as declared, and the split of each row, -1 for none
         """The rows of a piece; those without a label belong to no split."""
         first = number * _PIECE
-        table = _scan(self.files).slice(first, _PIECE).collect()
+        with _reading(self.files):
+            table = _scan(self.files).slice(first, _PIECE).collect()
         dealt = np.where(missing_rows(table[self.label]), -1, self.dealer(table, first))
         return as_declared(table.select(self.columns), self.declared).with_columns(table[self.label]), dealt
 
@@ -197,24 +213,9 @@ def _unpacker(features: Mapping[str, FeatureSpec], numbers: Sequence[str], texts
 
     return batches
 
-# %% ../nbs/11_streaming.ipynb #05c4cc36
-@dataclass(frozen=True, eq=False, repr=False)
-class StreamedDataset:
-    """Features, labels and splits of rows that stay in their files."""
-
-    name: str
-    source: str
-    task: Literal["binary", "multiclass", "regression"]
-    label: str
-    classes: tuple[str, ...]  # in the order of class numbers; () for regression
-    label_scale: tuple[float, float]  # mean and deviation of the training labels
-    features: dict[str, FeatureSpec]
-    statistics: Statistics  # of the training rows' features
-    split_rule: str  # in words
-    rows: _Rows  # where they are
-    counts: np.ndarray  # [pieces, splits]
-    notes: tuple[str, ...] = ()  # what was left out, in sentences
-    arguments: dict[str, Any] = field(default_factory=dict)  # of `open_dataset`, to open the same again
+# %% ../nbs/11_streaming.ipynb #3dfb24db
+class _StreamedRows:
+    """The rows of a data set, read when they are asked for."""
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -226,7 +227,7 @@ class StreamedDataset:
     def fingerprint(self) -> str:
         """SHA-256 of the files' bytes."""
         digests = []
-        for file in self.rows.files:
+        for file in self.source_rows.files:
             with file.open("rb") as opened:
                 digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -237,7 +238,7 @@ class StreamedDataset:
         split: int | None = None,  # 0, 1 or 2; None: all
     ) -> pl.DataFrame:  # features as a model takes them, and the label as a number
         """The rows of a piece that belong to a split; raises `DatasetError` when the file cannot be read any more."""
-        table, dealt = self.rows.piece(int(piece))
+        table, dealt = self.source_rows.piece(int(piece))
         table = table.filter(dealt >= 0 if split is None else dealt == split)
         labels = number_labels(table[self.label], self.classes)
         return pl.DataFrame([*(as_feature(table[name]) for name in self.features), pl.Series(self.label, labels)])
@@ -257,9 +258,49 @@ class StreamedDataset:
             for part in table.select(list(self.features)).iter_slices(batch_size):
                 yield {column.name: column.to_numpy() for column in part}
 
+    def rows(self, split: str) -> np.ndarray:
+        """The row numbers of a split, in rising order."""
+        number, _ = self._split(split)
+        dealt = [self.source_rows.piece(piece)[1] for piece in range(len(self.counts))]
+        dealt = np.concatenate(dealt)
+        return np.flatnonzero(dealt >= 0 if number is None else dealt == number)
+
     def _tables(self, split: str) -> Iterator[pl.DataFrame]:
         number, _ = self._split(split)
         return (self.read(piece, number) for piece in range(len(self.counts)))
+
+    def _split(self, name: str) -> tuple[int | None, int]:
+        if name not in self.sizes:
+            raise DatasetError(f"There is no split '{name}'. Splits: {listed(self.sizes)}.{nearest(name, self.sizes)}")
+        return (None if name == "all" else SPLITS.index(name)), self.sizes[name]
+
+# %% ../nbs/11_streaming.ipynb #97a4884f
+@dataclass(frozen=True, eq=False, repr=False)
+class StreamedDataset(_StreamedRows, Described):
+    """Features, labels and splits of rows that stay in their files."""
+
+    name: str
+    source: str
+    task: Literal["binary", "multiclass", "regression"]
+    label: str
+    classes: tuple[str, ...]  # in the order of class numbers; () for regression
+    label_scale: tuple[float, float]  # mean and deviation of the training labels
+    features: dict[str, FeatureSpec]
+    statistics: Statistics  # of the training rows' features
+    split_rule: str  # in words
+    source_rows: _Rows  # where they are
+    counts: np.ndarray  # [pieces, splits]
+    notes: tuple[str, ...] = ()  # what was left out, in sentences
+    arguments: dict[str, Any] = field(default_factory=dict)  # of `open_dataset`, to open the same again
+    cleaned: None = None  # rows in their files are not cleaned ...
+    anomalies: None = None  # ... nor held against a schema
+
+    def _repr_html_(self) -> str:
+        sizes = " · ".join(f"{name} {self.sizes[name]:,}" for name in SPLITS)
+        about = f"{self.task}: <code>{html.escape(self.label)}</code><br>{sizes} ({html.escape(self.split_rule)})"
+        files = f"{self.sizes['all']:,} rows that stay in {len(self.source_rows.files)} files"
+        title = f"<b>{html.escape(self.name)}</b>: {files}; of the training rows:"
+        return f"<p>{title}<br>{about}</p>{self.statistics._repr_html_()}"
 
     def to_tf(
         self,
@@ -302,34 +343,6 @@ class StreamedDataset:
 
         return tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(one_epoch).prefetch(tf.data.AUTOTUNE)
 
-    def record(self) -> dict[str, Any]:
-        """What a run keeps of its data, ready for JSON."""
-        told = ("name", "source", "fingerprint", "task", "label", "split_rule")
-        return {name: getattr(self, name) for name in told} | {
-            "rows": self.sizes["all"],
-            "classes": list(self.classes),
-            "splits": {name: self.sizes[name] for name in SPLITS},
-            "features": {name: spec.kind for name, spec in self.features.items()},
-            "notes": list(self.notes),
-            "arguments": self.arguments,
-        }
-
-    def _split(self, name: str) -> tuple[int | None, int]:
-        if name not in self.sizes:
-            raise DatasetError(f"There is no split '{name}'. Splits: {listed(self.sizes)}.{nearest(name, self.sizes)}")
-        return (None if name == "all" else SPLITS.index(name)), self.sizes[name]
-
-    def _repr_html_(self) -> str:
-        sizes = " · ".join(f"{name} {self.sizes[name]:,}" for name in SPLITS)
-        about = f"{self.task}: <code>{html.escape(self.label)}</code><br>{sizes} ({html.escape(self.split_rule)})"
-        files = f"{self.sizes['all']:,} rows that stay in {len(self.rows.files)} files"
-        title = f"<b>{html.escape(self.name)}</b>: {files}; of the training rows:"
-        return f"<p>{title}<br>{about}</p>{self.statistics._repr_html_()}"
-
-    def __repr__(self) -> str:
-        sizes = ", ".join(f"{name}={self.sizes[name]}" for name in SPLITS)
-        return f"StreamedDataset({self.name!r}, task={self.task!r}, label={self.label!r}, {sizes})"
-
 # %% ../nbs/11_streaming.ipynb #0f6df6d6
 def _chunk_batches(
     dataset: StreamedDataset, split: int | None, batch_size: int, seed: int | None, epoch: Any, skip: Any
@@ -349,7 +362,7 @@ def _chunk_batches(
     packed = tf.data.Dataset.from_generator(chunks, args=(epoch, skip), output_signature=(labels, matrix, *parts))
     return packed.prefetch(1).flat_map(_unpacker(dataset.features, numbers, texts, batch_size))
 
-# %% ../nbs/11_streaming.ipynb #f0d7de89
+# %% ../nbs/11_streaming.ipynb #af5eadc4
 def _settle_labels(
     lazy: pl.LazyFrame, label: str, task: str, classes: Sequence[str] | None
 ) -> tuple[str, tuple[str, ...]]:
@@ -397,12 +410,12 @@ def open_dataset(
     arguments |= {"ignore": ignore, "max_vocabulary": max_vocabulary, "features": overrides}
     fractions, files = check_fractions(fractions), tuple(find_files(source))
     lazy = _scan(files)
-    columns = lazy.collect_schema().names()
-    _check_columns(lazy, label, split, key, ignore)
-    task, classes = _settle_labels(lazy, label, task, classes)
-    borders = _time_borders(lazy, key, fractions) if split == "time" else ()
-    kept = tuple(name for name in columns if name not in (label, key, *ignore))
-    total = lazy.select(pl.len()).collect().item()
+    with _reading(files):
+        _check_columns(lazy, label, split, key, ignore)
+        task, classes = _settle_labels(lazy, label, task, classes)
+        borders = _time_borders(lazy, key, fractions) if split == "time" else ()
+        kept = tuple(name for name in lazy.collect_schema().names() if name not in (label, key, *ignore))
+        total = lazy.select(pl.len()).collect().item()
     rows = _Rows(files, total, label, kept, overrides, _Dealer(split, key, fractions, seed, borders))
     survey = _Survey()
     for number in range(-(-total // _PIECE)):
@@ -414,7 +427,7 @@ def open_dataset(
     told = (name, str(source), task, label, classes, survey.label_scale(), specs, survey.statistics, rule)
     return StreamedDataset(*told, rows, np.array(survey.counts), tuple(notes), arguments)
 
-# %% ../nbs/11_streaming.ipynb #65ba4502
+# %% ../nbs/11_streaming.ipynb #2e155ee5
 _NO_NUMBER = -(2**63)  # stands for a missing whole number while a record is parsed
 
 
@@ -483,17 +496,21 @@ def _record_parser(spec: Mapping[str, Any], dataset: Any):
         labels = number(read[dataset.label])
         kept = labels >= 0 if labels.dtype == tf.int32 else ~tf.math.is_nan(labels)
         features = {name: _as_raw(read[name], one.dtype, name) for name, one in dataset.features.items()}
-        return {name: tf.boolean_mask(values, kept) for name, values in features.items()}, labels[kept]
+        return tf.cond(
+            tf.reduce_all(kept),
+            lambda: (features, labels),
+            lambda: ({name: tf.boolean_mask(values, kept) for name, values in features.items()}, labels[kept]),
+        )
 
     return parse
 
-# %% ../nbs/11_streaming.ipynb #eb542ee2
+# %% ../nbs/11_streaming.ipynb #958c0e57
 def record_batches(
     source: str | Path | Sequence[str | Path],  # TFRecord files of tf.Example: a path, a pattern or a list of paths
     dataset: "Dataset | StreamedDataset",  # whose features, label and classes the records have
     *,
     batch_size: int = 1024,  # rows
-    shuffle: int = 0,  # records that are held and mixed; 0 keeps the order of the files
+    shuffle: int = 0,  # records that are held and mixed, anew in each pass; 0: as they come from the files
     seed: int = 42,
 ) -> "tf.data.Dataset":  # batches of ({feature: values}, labels)
     """Batches straight from records. Raises `DatasetError` for columns that are not there or of another kind."""
@@ -501,13 +518,16 @@ def record_batches(
     files = [str(file) for file in find_files(source)]
     compression = "GZIP" if files[0].endswith(".gz") else ""
     columns = read_tfrecord(Path(files[0]), limit=1000).schema
-    spec = _record_spec(columns, [*dataset.features, dataset.label])
     records = tf.data.Dataset.from_tensor_slices(files).interleave(
-        lambda file: tf.data.TFRecordDataset(file, compression_type=compression, buffer_size=8 << 20),
+        lambda file: tf.data.TFRecordDataset(file, compression_type=compression).batch(256),
         cycle_length=4,
         num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
     )
-    records = records.shuffle(shuffle, seed) if shuffle else records
-    parse = _record_parser(spec, dataset)
-    return records.batch(batch_size).map(parse, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    if shuffle:
+        seeds = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).batch(2)
+        windows = tf.data.Dataset.zip(records.unbatch().batch(shuffle), seeds)
+        records = windows.map(tf.random.experimental.stateless_shuffle, num_parallel_calls=tf.data.AUTOTUNE)
+    parse = _record_parser(_record_spec(columns, [*dataset.features, dataset.label]), dataset)
+    return (
+        records.unbatch().batch(batch_size).map(parse, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    )

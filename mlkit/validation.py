@@ -466,7 +466,7 @@ def _of(count: int, total: int) -> str:
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.4g} %"
 
-# %% ../nbs/09_validation.ipynb #b8f5f675
+# %% ../nbs/09_validation.ipynb #6d62ace8
 def _change(column: ColumnSchema, **changes: Any) -> str:
     """The line that changes the schema."""
     told = ", ".join(f"{name}={value!r}" for name, value in changes.items())
@@ -478,15 +478,10 @@ def _clean(**step: Any) -> str:
     return f"table = clean(table, [{step!r}]).table"
 
 
-def _without(column: ColumnSchema, values: Mapping[Any, int], count: int, good: str) -> str:
-    """The line that takes impossible values out, with their rows where a value is required."""
-    rule = {"rule": "drop"} if column.required == 1 else {}
-    if values and sum(values.values()) == count and column.kind in ("integer", "number"):
-        return _clean(step="missing", columns=[column.name], values=list(values), **rule)
-    good = good.replace("COLUMN", f"pl.col({column.name!r})")
-    if rule:
-        return f"table = table.filter({good})"
-    return f"table = table.with_columns(pl.when({good}).then(pl.col({column.name!r})))"
+def _without(column: ColumnSchema, **limits: Any) -> str:
+    """The line that takes values outside of limits out, with their rows where a value is required."""
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    return _clean(step="range", column=column.name, **given, otherwise="row" if column.required == 1 else "value")
 
 
 def _in_order(data: str, schema: str, share: float) -> str:
@@ -494,7 +489,7 @@ def _in_order(data: str, schema: str, share: float) -> str:
     both = (data, schema) if share <= 0.01 else (schema, data)
     return "\n".join(line for line in both if line)
 
-# %% ../nbs/09_validation.ipynb #f0b181e5
+# %% ../nbs/09_validation.ipynb #89450c0d
 def _say_kind(column: ColumnSchema, seen: _Seen) -> tuple[str, str]:
     told = f"is {seen.kind}, {column.kind} is expected"
     if not seen.broken["kind"]:
@@ -516,18 +511,16 @@ def _say_presence(column: ColumnSchema, seen: _Seen) -> tuple[str, str]:
 
 def _say_finite(column: ColumnSchema, seen: _Seen) -> tuple[str, str]:
     share = seen.broken["finite"] / seen.known
-    data = _without(column, {}, 0, "COLUMN.is_finite()")
+    data = _without(column)
     told = f"{_of(seen.broken['finite'], seen.known)} are infinite"
     return told, _in_order(data, _change(column, finite=False), share)
 
-# %% ../nbs/09_validation.ipynb #a2ebee16
+# %% ../nbs/09_validation.ipynb #32f51f92
 def _say_range(column: ColumnSchema, seen: _Seen) -> tuple[str, str]:
     count, values = seen.broken["range"], seen.values.get("range", {})
     about = "about " * seen.estimated
     told = f"{about}{_of(count, seen.known)} lie {_limits(column)}{_told_values(values)}"
-    ends = [("COLUMN >= ", column.minimum), ("COLUMN <= ", column.maximum)]
-    inside = [f"({sign}{end!r})" for sign, end in ends if end is not None]
-    data = _without(column, values, count, " & ".join(inside) if len(inside) == 2 else inside[0][1:-1])
+    data = _without(column, minimum=column.minimum, maximum=column.maximum)
     return told, _in_order(data, _wider(column, seen.extremes), count / seen.known)
 
 

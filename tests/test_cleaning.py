@@ -1,6 +1,7 @@
 """What `mlkit.cleaning` promises: nothing disappears, the sums are right, and it keeps its pace on odd tables."""
 
 import json
+from datetime import date
 
 import numpy as np
 import polars as pl
@@ -163,3 +164,12 @@ def test_adult():
     assert accounts_for_every_row(table, cleaned)
     complete = table.filter(~pl.any_horizontal(pl.col(pl.String).str.strip_chars() == "?"))
     assert cleaned.counts["rows_out"].to_list() == [32561, complete.height, complete.unique().height]
+
+
+def test_a_range_survives_the_record_of_a_run() -> None:
+    table = pl.DataFrame({"day": [date(2026, 1, 1), date(1900, 1, 1)], "x": [1.0, 2.0]})
+    steps = [{"step": "range", "column": "day", "minimum": date(2000, 1, 1)}]
+    cleaned = clean(table, steps)
+    again = clean(table, json.loads(json.dumps(cleaned.record(), default=str))["steps"])
+    assert again.table.equals(cleaned.table)
+    assert again.quarantine["_value"].to_list() == ["1900-01-01"]

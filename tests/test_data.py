@@ -11,10 +11,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mlkit.data import SPLITS, load_dataset
-from mlkit.settings import DatasetError
+from mlkit.data import SPLITS, _lasting, load_dataset, reload_dataset
+from mlkit.settings import DataInvalid, DatasetError
 from mlkit.simulation import retail
 from mlkit.sources import fingerprint, read_table
+from mlkit.statistics import Statistics
 
 ADULT = Path(__file__).parents[2] / "shared" / "data" / "adult.csv"
 ADULT_COLUMNS = [
@@ -407,3 +408,78 @@ def test_adult(tmp_path):
     assert fingerprint(read_table(headless, columns=ADULT_COLUMNS)) == fingerprint(read_table(ADULT))
     with pytest.raises(DatasetError, match="Did you mean 'income'"):
         load_dataset(ADULT, "incom")
+
+
+STEPS = [
+    {"step": "trim", "columns": ["device"]},
+    {"step": "range", "column": "quantity", "minimum": 1},
+]
+RULES = """
+feature { name: "quantity" type: INT presence { min_fraction: 1 } int_domain { min: 1 } }
+feature { name: "device" type: BYTES domain: "device" }
+feature { name: "purchased" type: INT }
+string_domain { name: "device" value: "desktop" value: "mobile" value: "tablet" }
+"""
+
+
+@pytest.fixture
+def dirty(tmp_path):
+    table = retail(rows=3000, dirty=0.05).select("quantity", "device", "price", "purchased")
+    table.write_csv(tmp_path / "visits.csv")
+    (tmp_path / "schema.pbtxt").write_text(RULES)
+    return tmp_path / "visits.csv"
+
+
+def test_rows_that_break_the_schema_stop_everything(dirty):
+    with pytest.raises(DataInvalid, match=r"quantity"):
+        load_dataset(dirty, "purchased", schema=dirty.parent / "schema.pbtxt")
+
+
+def test_cleaned_and_checked_rows_are_recorded_and_loaded_again(dirty, tmp_path):
+    table = read_table(dirty)
+    soiled = int((table["quantity"] < 1).sum())
+    dataset = load_dataset(dirty, "purchased", clean=STEPS, schema=dirty.parent / "schema.pbtxt")
+    assert len(dataset.labels) == table.height - soiled
+    assert set(dataset.features["device"].vocabulary) == {"desktop", "mobile", "tablet"}
+    assert dataset.notes[0] == f"Cleaning has set {soiled} rows and 0 values aside."
+    dataset.save(tmp_path / "data")
+    assert pl.read_parquet(tmp_path / "data" / "quarantine.parquet")["quantity"].to_list() == [-1] * soiled
+    statistics = Statistics.from_json((tmp_path / "data" / "statistics.json").read_text())
+    assert statistics.rows == dataset.sizes["train"]
+    assert json.loads((tmp_path / "data" / "anomalies.json").read_text())
+
+    record = json.loads(json.dumps(dataset.record()))
+    (dirty.parent / "schema.pbtxt").unlink()  # the record holds its text
+    again = reload_dataset(record)
+    assert again.fingerprint == dataset.fingerprint
+    assert record["cleaning"] == again.record()["cleaning"]
+    assert len(reload_dataset(record, dirty).labels) == len(dataset.labels)
+
+
+def test_the_domain_of_a_schema_is_the_vocabulary(dirty):
+    lenient = RULES.replace('domain: "device"', 'domain: "device" distribution_constraints { min_domain_mass: 0.9 }')
+    dataset = load_dataset(dirty, "purchased", clean=STEPS[1:], schema=lenient)
+    assert " mobile " in dataset.table["device"].to_list()
+    assert dataset.features["device"].vocabulary == ("desktop", "mobile", "tablet")
+    given = load_dataset(
+        dirty, "purchased", clean=STEPS[1:], schema=lenient, features={"device": {"max_vocabulary": 2}}
+    )
+    assert len(given.features["device"].vocabulary) == 2
+    assert dataset.anomalies.warnings
+
+
+def test_a_database_is_recorded_without_its_password(tmp_path):
+    import sqlite3
+
+    with sqlite3.connect(tmp_path / "shop.db") as database:
+        database.execute("create table visits (x real, y text)")
+        database.executemany("insert into visits values (?, ?)", [(i, "ab"[i % 2]) for i in range(100)])
+    dataset = load_dataset(f"sqlite:///{tmp_path}/shop.db", "y", query="select * from visits")
+    assert dataset.name == "shop"
+    assert reload_dataset(dataset.record()).fingerprint == dataset.fingerprint
+    assert _lasting("postgresql://ann:secret@host/shop") == {"source": "postgresql://ann@host/shop"}
+
+
+def test_images_have_no_schema():
+    with pytest.raises(DatasetError, match="are for tables"):
+        load_dataset("digits", clean=STEPS)

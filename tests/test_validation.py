@@ -277,7 +277,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_job_passes_clean_data(shop: Path) -> None:
-    parameters = ("-p", "dataset=clean.csv", "-p", "schema_file=schema.pbtxt")
+    parameters = ("-p", "dataset=clean.csv", "-p", "schema=schema.pbtxt")
     result = run_cli("run", "validate", *parameters, "--json", folder=shop)
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
@@ -293,7 +293,7 @@ def test_the_job_passes_clean_data(shop: Path) -> None:
 def test_the_job_fails_on_dirty_data_and_keeps_what_it_found(shop: Path) -> None:
     earlier = run_cli("run", "validate", "-p", "dataset=clean.csv", "--json", folder=shop)
     reference = json.loads(earlier.stdout)["id"]
-    arguments = ["dataset=dirty.parquet", "schema_file=schema.pbtxt", f"reference={reference}"]
+    arguments = ["dataset=dirty.parquet", "schema=schema.pbtxt", f"reference={reference}"]
     result = run_cli("run", "validate", *[part for one in arguments for part in ("-p", one)], folder=shop)
     assert result.returncode == 1
     assert "DataInvalid" in result.stderr
