@@ -45,7 +45,7 @@ PageOption = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures that needs nothing else.")
 ]
 
-# %% ../nbs/29_data_commands.ipynb #ee754cf5
+# %% ../nbs/29_data_commands.ipynb #184fec72
 @dataclass(frozen=True)
 class Reading:
     """How the source of a command is read."""
@@ -62,10 +62,20 @@ class Reading:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of `read_table`, those that differ from its own."""
+        """Arguments of `open_table`, those that differ from its own."""
         given = {"query": self.query, "null_values": _split(self.null_values), "separator": self.separator}
         given |= {"encoding": self.encoding if self.encoding != "utf-8" else None, "types": _kinds(self.types)}
         return {name: value for name, value in given.items() if value}
+
+    def of(self, source: str, other: str | None) -> "Reading":
+        """How one of two sources is read: what is said of text is not for a file of another kind than the other's."""
+        if other is None or _is_text(source) or not _is_text(other):
+            return self
+        return Reading(query=self.query, types=self.types)
+
+
+def _is_text(source: str) -> bool:
+    return re.search(r"\.[ct]sv(\.\w+)?$", source.lower()) is not None
 
 
 def _split(text: str | None) -> list[str]:
@@ -151,35 +161,20 @@ def _write_page(page: Path, text: str, as_json: bool) -> None:
     if not as_json:
         console.print(f"\nWith pictures, to open in a browser: [bold]{escape(str(page))}[/]", soft_wrap=True)
 
-# %% ../nbs/29_data_commands.ipynb #94fa7b06
-_DAY = 86_400
-
-
-def _shown(value: float, kind: str) -> str:
-    """A number of a column as one reads it: dates and times as such."""
-    import numpy as np
-
-    if value != value:
-        return ""
-    if kind in ("date", "datetime", "time"):
-        moment = str(np.datetime64(0, "s") + np.timedelta64(round(value * _DAY), "s"))
-        return {"date": moment[:10], "datetime": moment.replace("T", " "), "time": moment[-8:]}[kind]
-    if kind == "duration":
-        return f"{value:.4g} d"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
-
-
+# %% ../nbs/29_data_commands.ipynb #bc30d85c
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _values(column: "ColumnStatistics") -> str:
+    from mlkit.statistics import format_value
+
     if column.is_numeric and column.kind != "boolean":
         low, middle, high = (
-            _shown(value, column.kind) for value in (column.minimum, column.quantile(0.5), column.maximum)
+            format_value(value, column.kind) for value in (column.minimum, column.quantile(0.5), column.maximum)
         )
         infinite = f", {column.infinite:,} infinite" if column.infinite else ""
-        return f"{low} to {high}, median {middle}{infinite}" if low else infinite.removeprefix(", ")
+        return f"{low} to {high}, median {middle}{infinite}" if len(column.quantiles) else infinite.removeprefix(", ")
     shares = [(_text(value), rows / column.known) for value, rows in list(column.counts.items())[:3]]
     return ", ".join(f"{value if len(value) < 17 else value[:15] + '…'} {share:.0%}" for value, share in shares)
 
@@ -215,7 +210,7 @@ def describe_table(
     titles = ("column", "kind", "missing", "unique", "values", "distribution")
     return text_grid(titles, rows, right=titles[2:4], whole=("kind", "missing", "unique", "distribution"))
 
-# %% ../nbs/29_data_commands.ipynb #450c7374
+# %% ../nbs/29_data_commands.ipynb #0c0d57e1
 def slices_table(
     statistics: "Statistics",  # with slices
     width: int,  # of the window, in characters
@@ -228,8 +223,10 @@ def slices_table(
 
 
 def _middle(column: "ColumnStatistics") -> str:
+    from mlkit.statistics import format_value
+
     if column.is_numeric and column.kind != "boolean":
-        return _shown(column.mean, column.kind)
+        return format_value(column.mean, column.kind)
     value, rows = next(iter(column.counts.items()), ("", 0))
     return f"{_text(value)[:12]} {rows / max(column.known, 1):.0%}" if rows else ""
 
@@ -379,7 +376,7 @@ def _steps_table(course: "DriftOverTime") -> Table:
     rows = [(name, f"{len(labels)} of {len(course.steps)}", labels[0]) for name, labels in course.drifted.items()]
     return text_grid(("column", "slices drifted", "first"), rows)
 
-# %% ../nbs/29_data_commands.ipynb #aa490033
+# %% ../nbs/29_data_commands.ipynb #1b11c149
 def _limits(schema: Path | None, columns: Sequence[str]) -> dict[str, dict[str, float]]:
     """Limits of a schema, of the columns that there are."""
     if schema is None:
@@ -402,10 +399,10 @@ def _compare(
 
     if (current is None) == (by is None):
         raise InputError("Give two sources, or one and --by COLUMN to compare its slices.")
-    first = read_statistics(reference, reading, by)
+    first = read_statistics(reference, reading.of(reference, current), by)
     if current is None:
         return drift_over_time(first, against=against, thresholds=_limits(schema, first.columns), ignore=ignore)
-    second = read_statistics(current, reading)
+    second = read_statistics(current, reading.of(current, reference))
     limits = _limits(schema, {**first.columns, **second.columns})
     return measure_drift(first, second, thresholds=limits, ignore=ignore)
 

@@ -262,7 +262,7 @@ def _infer_types(table: pl.DataFrame, given: Collection[str]) -> pl.DataFrame:
     with ThreadPoolExecutor() as pool:
         return pl.DataFrame(list(pool.map(lambda column: column if column.name in given else _typed(column), table)))
 
-# %% ../nbs/04_sources.ipynb #d2ae3728
+# %% ../nbs/04_sources.ipynb #4c4546a6
 KINDS = ("integer", "number", "text", "boolean", "date", "datetime")
 _SPOKEN = {"true": True, "yes": True, "t": True, "y": True, "1": True}
 _SPOKEN |= {"false": False, "no": False, "f": False, "n": False, "0": False}
@@ -284,18 +284,21 @@ _ROADS = {
     "integer": "number boolean",
     "number": "number boolean",
     "boolean": "number",
-    "date": "time",
-    "datetime": "time",
+    "date": "day",
+    "datetime": "day",
 }
 
 
 def _from_values(column: pl.Series, kind: str) -> pl.Series:
-    family = "number" if column.dtype.is_numeric() else "time" if column.dtype.is_temporal() else "boolean"
-    if column.dtype.base_type() == _DTYPES[kind]:
+    base = column.dtype.base_type()
+    family = "number" if base.is_numeric() else {pl.Date: "day", pl.Datetime: "day", pl.Boolean: "boolean"}.get(base)
+    if base == _DTYPES[kind]:
         return column
     if family not in _ROADS[kind].split():
         return pl.Series(column.name, [None] * len(column), dtype=_DTYPES[kind])
     typed = column.cast(_DTYPES[kind], strict=False)
+    if kind == "date":
+        return typed.set(column.dt.time() != datetime.time(), None)  # an hour would be lost
     return typed.set(typed.cast(pl.Float64) != column.cast(pl.Float64), None) if family == "number" else typed
 
 # %% ../nbs/04_sources.ipynb #74b0911c

@@ -97,13 +97,12 @@ def _time_borders(lazy: pl.LazyFrame, key: str, fractions: Sequence[float]) -> t
     starts = np.searchsorted(dealt, [1, 2])
     return tuple(moments[key][int(start)] for start in starts if start < len(sizes))
 
-# %% ../nbs/11_streaming.ipynb #2114780d
+# %% ../nbs/11_streaming.ipynb #1d8cced9
 @dataclass(frozen=True)
 class _Rows:
     """Where the rows are, which of them count, and what is read of them."""
 
     files: tuple[Path, ...]
-    number: int  # how many there are
     label: str
     columns: tuple[str, ...]  # that are features
     declared: Mapping[str, Mapping[str, Any]]  # what was said of them
@@ -362,7 +361,7 @@ def _chunk_batches(
     packed = tf.data.Dataset.from_generator(chunks, args=(epoch, skip), output_signature=(labels, matrix, *parts))
     return packed.prefetch(1).flat_map(_unpacker(dataset.features, numbers, texts, batch_size))
 
-# %% ../nbs/11_streaming.ipynb #af5eadc4
+# %% ../nbs/11_streaming.ipynb #f241659c
 def _settle_labels(
     lazy: pl.LazyFrame, label: str, task: str, classes: Sequence[str] | None
 ) -> tuple[str, tuple[str, ...]]:
@@ -406,9 +405,10 @@ def open_dataset(
 ) -> StreamedDataset:
     """Open files larger than memory, ready to learn from. Raises `DatasetError` for what cannot be learned from."""
     overrides, ignore = read_features(features), [ignore] if isinstance(ignore, str) else list(ignore)
-    arguments = {"label": label, "task": task, "split": split, "key": key, "fractions": list(fractions), "seed": seed}
-    arguments |= {"ignore": ignore, "max_vocabulary": max_vocabulary, "features": overrides}
     fractions, files = check_fractions(fractions), tuple(find_files(source))
+    arguments = {"source": [str(file.absolute()) for file in files], "label": label, "task": task, "split": split}
+    arguments |= {"key": key, "fractions": list(fractions), "seed": seed, "ignore": ignore}
+    arguments |= {"max_vocabulary": max_vocabulary, "features": overrides}
     lazy = _scan(files)
     with _reading(files):
         _check_columns(lazy, label, split, key, ignore)
@@ -416,7 +416,7 @@ def open_dataset(
         borders = _time_borders(lazy, key, fractions) if split == "time" else ()
         kept = tuple(name for name in lazy.collect_schema().names() if name not in (label, key, *ignore))
         total = lazy.select(pl.len()).collect().item()
-    rows = _Rows(files, total, label, kept, overrides, _Dealer(split, key, fractions, seed, borders))
+    rows = _Rows(files, label, kept, overrides, _Dealer(split, key, fractions, seed, borders))
     survey = _Survey()
     for number in range(-(-total // _PIECE)):
         survey.add(rows, number)

@@ -472,3 +472,9 @@ def test_real_data() -> None:
         else:
             assert column.mean_length == pytest.approx(values.str.len_chars().mean())
             assert next(iter(column.counts)) in values.mode().to_list()
+
+
+def test_a_column_may_be_called_like_a_pattern() -> None:
+    found = describe(pl.DataFrame({"^a.*$": ["x", "y", "x"], "abc": [1, 2, 3], "*": [1.5, None, 2.5]}))
+    assert found.columns["^a.*$"].counts == {"x": 2, "y": 1}
+    assert found.columns["*"].mean == 2

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mlkit.data import load_dataset
+from mlkit.data import load_dataset, reload_dataset
 from mlkit.settings import DatasetError
 from mlkit.simulation import retail
 from mlkit.streaming import open_dataset
@@ -72,6 +72,8 @@ def test_a_model_is_trained_evaluated_and_exported_by_the_same_calls(files: Path
                 worst = found.mistakes()[0]
                 label = pl.concat([pl.read_parquet(file) for file in sorted(files.iterdir())])["purchased"][int(worst)]
                 assert label == bool(found.labels[np.flatnonzero(opened.rows("test") == worst)[0]])
+    later = reload_dataset(json.loads(json.dumps(opened.record())), files / "part-3.parquet")
+    assert (later.classes, list(later.features)) == (opened.classes, list(opened.features))
     assert min(scores) > 0.6
     assert abs(scores[0] - scores[1]) < 0.05, scores
 
