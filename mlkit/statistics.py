@@ -668,8 +668,12 @@ def _text_bins(columns: Sequence[ColumnStatistics]) -> list[tuple[str, list[floa
     common = sorted(shares, key=lambda text: -sum(shares[text]))[:12]
     return [(str(text), shares[text]) for text in common]
 
-# %% ../nbs/06_statistics.ipynb #5d001193
-def _histogram_svg(columns: Sequence[ColumnStatistics], names: Sequence[str]) -> str:
+# %% ../nbs/06_statistics.ipynb #39907ff5
+_COLORS = ("#3f83c8", "#e5812b")
+_PAINT = (f"fill='{_COLORS[0]}' fill-opacity='.75'", f"fill='{_COLORS[1]}' fill-opacity='.2' stroke='{_COLORS[1]}'")
+
+
+def _histogram_picture(columns: Sequence[ColumnStatistics], names: Sequence[str]) -> str:
     """Bars of one column, or of two over each other; a tooltip tells the figures."""
     numeric = columns[0].is_numeric
     if any(column.is_numeric != numeric for column in columns):
@@ -678,19 +682,27 @@ def _histogram_svg(columns: Sequence[ColumnStatistics], names: Sequence[str]) ->
     tallest = max((share for _, shares in bins for share in shares), default=0)
     if not tallest:
         return ""
-    width, height, parts = 168 / len(bins), 32, []
+    width, height, bars, told = 168 / len(bins), 32, [], []
     for place, (label, shares) in enumerate(bins):
-        told = ", ".join(f"{_percent(share)} of {name}" for share, name in zip(shares, names, strict=True))
-        heights = [max(height * share / tallest, 0.8) if share else 0 for share in shares]
-        bars = "".join(
-            f"<rect class='s{number}' x='{place * width:.1f}' y='{height - tall:.1f}' "
-            f"width='{max(width - 1, 0.6):.1f}' height='{tall:.1f}'/>"
-            for number, tall in enumerate(heights)
-        )
-        parts.append(f"<g><title>{_safe(label, 60)}: {_safe(told, 200)}</title>{bars}</g>")
-    return f"<svg viewBox='0 0 168 33' width='168' height='33' role='img'>{''.join(parts)}<path d='M0 32.5H168'/></svg>"
+        figures = ", ".join(f"{_percent(share)} of {name}" for share, name in zip(shares, names, strict=True))
+        told.append(f"{_safe(label, 60)}: {_safe(figures, 200)}")
+        for paint, share in zip(_PAINT, shares, strict=False):
+            tall = max(height * share / tallest, 0.8) if share else 0
+            size = f"width='{max(width - 1, 0.6):.1f}' height='{tall:.1f}'"
+            bars.append(f"<rect {paint} x='{place * width:.1f}' y='{height - tall:.1f}' {size}/>")
+    return _picture("".join(bars), "&#10;".join(told))
 
-# %% ../nbs/06_statistics.ipynb #ca64b8dd
+
+def _picture(shapes: str, tooltip: str) -> str:
+    """Shapes as an image: JupyterLab shows it even in a notebook that it does not trust, where it drops inline SVG."""
+    line = "<path d='M0 32.5H168' stroke='#888' stroke-opacity='.6'/>"
+    drawing = (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 168 33' width='168' height='33'>{shapes}{line}</svg>"
+    )
+    data = b64encode(drawing.encode()).decode()
+    return f"<img alt='distribution' title='{tooltip}' width='168' height='33' src='data:image/svg+xml;base64,{data}'/>"
+
+# %% ../nbs/06_statistics.ipynb #1a68c1bc
 _STYLE = """<style>
 .mlkit-statistics {line-height: 1.4; overflow-x: auto}
 .mlkit-statistics table.columns {border-collapse: collapse; margin: .5em 0; font-variant-numeric: tabular-nums}
@@ -701,17 +713,22 @@ _STYLE = """<style>
 .mlkit-statistics table.columns tbody :is(tr, tr:hover) {background: none}
 .mlkit-statistics table.columns :is(td, th).n {text-align: right}
 .mlkit-statistics .quiet {opacity: .6}
-.mlkit-statistics svg {display: block}
-.mlkit-statistics svg path {stroke: currentColor; stroke-opacity: .35}
-.mlkit-statistics .s0 {fill: #3f83c8; fill-opacity: .75; color: #3f83c8}
-.mlkit-statistics .s1 {fill: #e5812b; fill-opacity: .2; stroke: #e5812b; stroke-width: 1.3; color: #e5812b}
+.mlkit-statistics img {display: block; max-width: none}
 </style>"""
 _HEADS = ("column", "kind", "missing", "unique", "mean", "deviation", "minimum", "median", "maximum", "distribution")
 
-# %% ../nbs/06_statistics.ipynb #7d9776ce
+# %% ../nbs/06_statistics.ipynb #643ae122
 def _cell(content: str, style: str = "", **attributes: int) -> str:
     told = "".join(f" {name}='{value}'" for name, value in attributes.items() if value > 1)
-    return f"<td class='{style}'{told}>{content}</td>"
+    return f"<td class='{style}' style='text-align:{_side(style)}'{told}>{content}</td>"
+
+
+def _side(style: str) -> str:
+    return "right" if "n" in style.split() else "left"
+
+
+def _mark(number: int) -> str:
+    return f"<span style='color:{_COLORS[number]}'>■</span>"
 
 
 def _top_values(column: ColumnStatistics, most: int = 4) -> str:
@@ -736,7 +753,7 @@ def _figure_cells(column: ColumnStatistics | None) -> str:
     values = (column.mean, column.deviation, column.minimum, column.quantile(0.5), column.maximum)
     return cells + "".join(_cell(format_value(value, kind), "n") for value, kind in zip(values, kinds, strict=True))
 
-# %% ../nbs/06_statistics.ipynb #41950353
+# %% ../nbs/06_statistics.ipynb #68982e32
 def _column_rows(name: str, statistics: Sequence[Statistics]) -> str:
     """One row for each of the statistics, with name, kind and picture in common."""
     columns = [one.columns.get(name) for one in statistics]
@@ -748,14 +765,14 @@ def _column_rows(name: str, statistics: Sequence[Statistics]) -> str:
         first = _cell(f"<b>{_safe(name)}</b>", rowspan=len(columns)) + _cell(
             _safe(kinds), "quiet", rowspan=len(columns)
         )
-        mark = _cell("■", f"s{number}") if len(columns) > 1 else ""
-        picture = _cell(_histogram_svg(both, [one.name for one in statistics]), rowspan=len(columns))
+        mark = _cell(_mark(number)) if len(columns) > 1 else ""
+        picture = _cell(_histogram_picture(both, [one.name for one in statistics]), rowspan=len(columns))
         rows.append(f"<tr>{'' if number else first}{mark}{_figure_cells(column)}{'' if number else picture}</tr>")
     return f"<tbody>{''.join(rows)}</tbody>"
 
 
 def _heading(statistics: Statistics, number: int | None) -> str:
-    mark = "" if number is None else f"<span class='s{number}'>■</span> "
+    mark = "" if number is None else f"{_mark(number)} "
     line = f"{mark}<b>{_safe(statistics.name, 80)}</b>: {statistics.rows:,} rows, {len(statistics.columns):,} columns"
     slices = " · ".join(f"{_safe(key)} {part.rows:,}" for key, part in list(statistics.slices.items())[:12])
     more = f" and {len(statistics.slices) - 12} more" if len(statistics.slices) > 12 else ""
@@ -768,7 +785,11 @@ def _shown(statistics: Sequence[Statistics], most: int | None) -> str:
     two = len(statistics) > 1
     headings = "".join(_heading(one, number if two else None) for number, one in enumerate(statistics))
     heads = [*_HEADS[:2], *([""] if two else []), *_HEADS[2:]]
-    head = "".join(f"<th class='{'n' if name in _HEADS[2:9] else ''}'>{name}</th>" for name in heads)
+    styles = ["n" if name in _HEADS[2:9] else "" for name in heads]
+    head = "".join(
+        f"<th class='{style}' style='text-align:{_side(style)}'>{name}</th>"
+        for name, style in zip(heads, styles, strict=True)
+    )
     rows = "".join(_column_rows(name, statistics) for name in names[:most])
     left = len(names) - len(names[:most])
     more = f"<div class='quiet'>and {left:,} more columns; to_html() shows all of them</div>" if left else ""
