@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_steps', 'Cleaned', 'clean']
 
-# %% ../nbs/05_cleaning.ipynb #15bfda15
+# %% ../nbs/05_cleaning.ipynb #24d5397c
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import polars as pl
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .runs import html_table
 from .settings import DatasetError, listed, nearest
-from .sources import KINDS, convert_column
+from .sources import KINDS, TEXT_TYPES, convert_column, read_yaml
 
 # %% ../nbs/05_cleaning.ipynb #fdc7cfcf
 _ROW = "_row"
@@ -54,7 +54,7 @@ def _take_out(table: pl.DataFrame, bad: pl.Series, column: str, reason: str, wha
     emptied = table.with_columns(pl.when(~bad).then(pl.col(column)).alias(column))
     return _Outcome(emptied, _NOTHING, notes)
 
-# %% ../nbs/05_cleaning.ipynb #ef074ea4
+# %% ../nbs/05_cleaning.ipynb #196da558
 class _Step(BaseModel):
     """Base of the steps: nothing unknown among the options."""
 
@@ -76,7 +76,7 @@ def _require_columns(table: pl.DataFrame, names: Sequence[str]) -> list[str]:
 def _text(table: pl.DataFrame, column: str) -> pl.Series:
     """A column that a step about text needs to be text."""
     _require_columns(table, [column])
-    if table[column].dtype not in (pl.String, pl.Categorical, pl.Enum, pl.Null):
+    if table[column].dtype not in TEXT_TYPES:
         raise DatasetError(f"Column '{column}' holds {table[column].dtype} and no text. Read it as text, with types=.")
     return table[column].cast(pl.String)
 
@@ -185,7 +185,7 @@ class _Convert(_Step):
         changed = int((known & ~bad).sum()) if converted.dtype != column.dtype else 0
         return outcome._replace(table=outcome.table.with_columns(kept.alias(self.column)), changed=changed)
 
-# %% ../nbs/05_cleaning.ipynb #e5902ea9
+# %% ../nbs/05_cleaning.ipynb #cc6f60ac
 def _missing_notes(rows: pl.DataFrame, marked: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     """A note for each row, with the first of its columns that is missing and what stood there."""
     column = marked.select(pl.coalesce(pl.when(pl.col(name).is_null()).then(pl.lit(name)) for name in names))
@@ -209,7 +209,7 @@ class _Missing(_Step):
         numeric = column.dtype.is_numeric()
         wanted = [v for v in self.values if isinstance(v, (int, float)) == numeric]
         hidden = pl.Series([False] * len(column)) if not numeric else column.cast(pl.Float64).is_nan()
-        if wanted and (numeric or column.dtype in (pl.String, pl.Categorical, pl.Enum)):
+        if wanted and (numeric or column.dtype in TEXT_TYPES):
             comparable = column.cast(pl.Float64 if numeric else pl.String)
             hidden = hidden | comparable.is_in(list(map(float, wanted)) if numeric else wanted)
         return hidden.fill_null(False)
@@ -292,24 +292,19 @@ def _read_step(number: int, given: Any) -> _Step:
         problem = _finding(_STEPS[name], error)
     raise DatasetError(f"Step {number}: {problem}")
 
-# %% ../nbs/05_cleaning.ipynb #984ade35
+# %% ../nbs/05_cleaning.ipynb #33c1244e
 def load_steps(
-    path: str | Path,  # a YAML file that holds a list of steps
-) -> list[dict[str, Any]]:  # as `clean` takes them
-    """Read cleaning steps from a file and check them. Raises `DatasetError` naming the step that is wrong."""
-    try:
-        steps = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    except yaml.YAMLError as error:
-        raise DatasetError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(steps, list):
-        raise DatasetError(f"'{path}' must hold a list of steps, each beginning with '- step:'.")
-    for number, step in enumerate(steps, 1):
+    steps: str | Path | Sequence[Mapping[str, Any]] | None,  # a YAML file that holds a list of steps, or such a list
+) -> list[dict[str, Any]]:  # "step" and its options, ready for JSON
+    """Cleaning steps, checked. Raises `DatasetError` naming the step that is wrong."""
+    given = read_yaml(steps, "The file of steps") if isinstance(steps, str | Path) else list(steps or ())
+    if not isinstance(given, list):
+        raise DatasetError(f"'{steps}' must hold a list of steps, each beginning with '- step:'.")
+    for number, step in enumerate(given, 1):
         _read_step(number, step)
-    return steps
+    return [dict(step) for step in given]
 
-# %% ../nbs/05_cleaning.ipynb #66d996be
+# %% ../nbs/05_cleaning.ipynb #13ba76bd
 @dataclass(frozen=True)
 class Cleaned:
     """A table that went through cleaning steps, with everything that was taken out of it."""
@@ -328,16 +323,12 @@ class Cleaned:
         values = self.quarantine.height - rows
         title = f"{self.table.height:,} rows kept; in quarantine {rows:,} rows and {values:,} values"
         reasons = self.quarantine.head(5).select("_row", "_step", "_column", "_value", "_reason")
-        return f"<p><b>{title}</b></p>{_html_table(self.counts)}{_html_table(reasons) if rows + values else ''}"
+        return f"<p><b>{title}</b></p>{_shown(self.counts)}{_shown(reasons) if rows + values else ''}"
 
 
-def _html_table(table: pl.DataFrame) -> str:
-    def cells(tag: str, values: Sequence[Any]) -> str:
-        return "".join(f"<{tag}>{html.escape('' if v is None else str(v)[:80])}</{tag}>" for v in values)
-
-    head = cells("th", [name.strip("_").replace("_", " ") for name in table.columns])
-    rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows())
-    return f"<table><tr>{head}</tr>{rows}</table>"
+def _shown(table: pl.DataFrame) -> str:
+    rows = [["" if value is None else html.escape(str(value)[:80]) for value in row] for row in table.rows()]
+    return html_table([name.strip("_").replace("_", " ") for name in table.columns], rows)
 
 # %% ../nbs/05_cleaning.ipynb #5b42e0a2
 def _apply(table: pl.DataFrame, steps: Sequence[_Step]) -> Iterator[tuple[_Step, pl.DataFrame, _Outcome]]:
@@ -366,13 +357,13 @@ def _check_table(table: pl.DataFrame) -> None:
     if reserved := {*_ASIDE, "_step", "_taken"} & set(table.columns):
         raise DatasetError(f"The quarantine needs the column names {listed(sorted(reserved))}. Rename these columns.")
 
-# %% ../nbs/05_cleaning.ipynb #7535823b
+# %% ../nbs/05_cleaning.ipynb #69e65c71
 def clean(
     table: pl.DataFrame,  # as it came
     steps: Sequence[Mapping[str, Any]] | str | Path,  # dictionaries with "step" and its options, or a YAML file of them
 ) -> Cleaned:  # table, quarantine and counts
     """Apply cleaning steps in their order. Raises `DatasetError` for a step, option or column that is not there."""
-    given = load_steps(steps) if isinstance(steps, (str, Path)) else list(steps)
+    given = load_steps(steps)
     read = [_read_step(number, step) for number, step in enumerate(given, 1)]
     _check_table(table)
     numbered = table.with_row_index(_ROW, offset=1).cast({_ROW: pl.Int64})
@@ -385,4 +376,4 @@ def clean(
         cleaned = outcome.table
     empty = _NOTHING.select(_ROW, pl.lit("").alias("_step"), pl.exclude(_ROW), pl.lit("").alias("_taken"))
     quarantine = pl.concat([empty, *notes]).join(numbered, on=_ROW, how="left", maintain_order="left")
-    return Cleaned(cleaned.drop(_ROW), quarantine, pl.DataFrame(counts), tuple(map(dict, given)))
+    return Cleaned(cleaned.drop(_ROW), quarantine, pl.DataFrame(counts), tuple(given))

@@ -10,7 +10,7 @@ __all__ = ['VARYING', 'DATE_FORMATS', 'PAPERMILL_TAGS', 'CellChange', 'MOST_LINE
            'record_changes', 'PatchDiff', 'patch_changes', 'read_patch', 'RunDiff', 'diff_runs', 'shown_value',
            'change_row', 'cell_title', 'source_lines', 'output_lines', 'json_value', 'lower_is_better', 'ComparedRun',
            'ComparedRuns', 'Comparison', 'compare_runs', 'ParallelAxis', 'parallel_axis', 'plain_ink', 'text_curve',
-           'figure_svg', 'text_key']
+           'figure_svg', 'text_key', 'html_page']
 
 # %% ../nbs/02_comparison.ipynb #eb0f9d3b
 import base64
@@ -1253,7 +1253,7 @@ def text_key(
     """What a value that is no number is sorted by."""
     return "" if value is None else shown_value(value, 200)
 
-# %% ../nbs/02_comparison.ipynb #b3734227
+# %% ../nbs/02_comparison.ipynb #83512f7c
 COMPARISON_STYLE = """<style>
 .mlkit-comparison {line-height: 1.45}
 .mlkit-comparison .wide {overflow-x: auto}
@@ -1271,6 +1271,7 @@ PAGE_STYLE = """<style>
 :root {color-scheme: light dark}
 body {font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif; max-width: 1500px;
   margin: 2rem auto; padding: 0 1rem}
+td, th {padding: 2px 10px; vertical-align: top}
 h1 {font-size: 1.4rem; margin: 0 0 .2rem}
 h3 {font-size: 1.05rem; margin: 1.6rem 0 .3rem}
 th button {cursor: pointer !important}
@@ -1280,7 +1281,19 @@ th[aria-sort=ascending] button::after {content: ' ↑'; opacity: 1}
 th[aria-sort=descending] button::after {content: ' ↓'; opacity: 1}
 </style>"""
 
-# %% ../nbs/02_comparison.ipynb #796d989c
+
+def html_page(
+    title: str,  # as HTML
+    body: str,  # as HTML
+) -> str:
+    """A page of its own, which needs nothing else."""
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+    return (
+        f"<!DOCTYPE html><html lang='en'><head>{head}<title>{title}</title>{PAGE_STYLE}</head>"
+        f"<body><h1>{title}</h1><main>{body}</main></body></html>\n"
+    )
+
+# %% ../nbs/02_comparison.ipynb #b46600c7
 PAGE_SCRIPT = """<script>
 document.querySelectorAll('th button').forEach((button, column) => button.addEventListener('click', () => {
   const title = button.parentElement, body = document.querySelector('tbody');
@@ -1300,13 +1313,7 @@ document.querySelectorAll('th button').forEach((button, column) => button.addEve
 def _page(comparison: Comparison) -> str:
     """The comparison as a file of its own."""
     jobs = ", ".join(dict.fromkeys(run.job for run in comparison.runs))
-    title = html.escape(f"{len(comparison.runs)} runs of {jobs}")
-    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-    return (
-        f"<!DOCTYPE html><html lang='en'><head>{head}<title>{title}</title>{COMPARISON_STYLE}{PAGE_STYLE}</head>"
-        f"<body><h1>{title}</h1><main class='mlkit-comparison'>{_comparison_html(comparison)}</main>"
-        f"{PAGE_SCRIPT}</body></html>\n"
-    )
+    return html_page(html.escape(f"{len(comparison.runs)} runs of {jobs}"), f"{comparison._repr_html_()}{PAGE_SCRIPT}")
 
 # %% ../nbs/02_comparison.ipynb #51cc01f2
 def _comparison_record(comparison: Comparison) -> dict[str, Any]:

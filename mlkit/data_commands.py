@@ -45,7 +45,7 @@ PageOption = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures that needs nothing else.")
 ]
 
-# %% ../nbs/29_data_commands.ipynb #184fec72
+# %% ../nbs/29_data_commands.ipynb #7de9ea92
 @dataclass(frozen=True)
 class Reading:
     """How the source of a command is read."""
@@ -69,13 +69,11 @@ class Reading:
 
     def of(self, source: str, other: str | None) -> "Reading":
         """How one of two sources is read: what is said of text is not for a file of another kind than the other's."""
-        if other is None or _is_text(source) or not _is_text(other):
+        from mlkit.sources import is_delimited
+
+        if other is None or is_delimited(source) or not is_delimited(other):
             return self
         return Reading(query=self.query, types=self.types)
-
-
-def _is_text(source: str) -> bool:
-    return re.search(r"\.[ct]sv(\.\w+)?$", source.lower()) is not None
 
 
 def _split(text: str | None) -> list[str]:
@@ -115,15 +113,15 @@ def _name(source: str) -> str:
 
     return Path(source).name if Path(source).exists() else safe_source(source)
 
-# %% ../nbs/29_data_commands.ipynb #d1d3e71c
-_IN_BATCHES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".jsonl", ".ndjson")
+# %% ../nbs/29_data_commands.ipynb #6eee4f67
+_LARGE = 2_000_000_000  # bytes
 
 
 def _batches(source: str, reading: Reading, large: int) -> "pl.LazyFrame | None":
     """The plan to read large files; None where the source is small, or something else."""
-    from mlkit.sources import find_files, scan_table
+    from mlkit.sources import find_files, is_splittable, scan_table
 
-    if "://" in source or not source.lower().endswith(_IN_BATCHES) or "encoding" in reading.options:
+    if not is_splittable(source) or "encoding" in reading.options:
         return None
     size = sum(file.stat().st_size for file in find_files(source))
     return scan_table(source, **reading.options) if size > large else None
@@ -133,7 +131,7 @@ def read_statistics(
     source: str,  # of rows, or a file with the JSON of statistics
     reading: Reading,
     by: str | None = None,  # also of slices by this column
-    large: int = 2_000_000_000,  # bytes; larger files are read in batches
+    large: int = _LARGE,  # bytes; larger files are read in batches
 ) -> "Statistics":
     """What the columns of a source hold; raises `DatasetError`."""
     from mlkit.data import open_table
@@ -161,7 +159,7 @@ def _write_page(page: Path, text: str, as_json: bool) -> None:
     if not as_json:
         console.print(f"\nWith pictures, to open in a browser: [bold]{escape(str(page))}[/]", soft_wrap=True)
 
-# %% ../nbs/29_data_commands.ipynb #bc30d85c
+# %% ../nbs/29_data_commands.ipynb #3523c60a
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -169,7 +167,7 @@ def _text(value: Any) -> str:
 def _values(column: "ColumnStatistics") -> str:
     from mlkit.statistics import format_value
 
-    if column.is_numeric and column.kind != "boolean":
+    if column.is_quantity:
         low, middle, high = (
             format_value(value, column.kind) for value in (column.minimum, column.quantile(0.5), column.maximum)
         )
@@ -182,7 +180,7 @@ def _values(column: "ColumnStatistics") -> str:
 def _bars(column: "ColumnStatistics", width: int = 10) -> str:
     from mlkit.comparison import text_curve
 
-    if column.is_numeric and column.kind != "boolean":
+    if column.is_quantity:
         if not column.minimum < column.maximum < float("inf"):
             return ""
         step = column.maximum / width - column.minimum / width
@@ -210,7 +208,7 @@ def describe_table(
     titles = ("column", "kind", "missing", "unique", "values", "distribution")
     return text_grid(titles, rows, right=titles[2:4], whole=("kind", "missing", "unique", "distribution"))
 
-# %% ../nbs/29_data_commands.ipynb #0c0d57e1
+# %% ../nbs/29_data_commands.ipynb #e220b95c
 def slices_table(
     statistics: "Statistics",  # with slices
     width: int,  # of the window, in characters
@@ -225,7 +223,7 @@ def slices_table(
 def _middle(column: "ColumnStatistics") -> str:
     from mlkit.statistics import format_value
 
-    if column.is_numeric and column.kind != "boolean":
+    if column.is_quantity:
         return format_value(column.mean, column.kind)
     value, rows = next(iter(column.counts.items()), ("", 0))
     return f"{_text(value)[:12]} {rows / max(column.known, 1):.0%}" if rows else ""
@@ -305,11 +303,11 @@ def infer(
         console.print(f"\nWritten to [bold]{escape(str(output))}[/]. Read it, correct it, then:", soft_wrap=True)
         console.print(f"  [bold]mlkit data validate {escape(source)} --schema {escape(str(output))}[/]", soft_wrap=True)
 
-# %% ../nbs/29_data_commands.ipynb #926ba2e1
+# %% ../nbs/29_data_commands.ipynb #2e371f36
 def _rows_or_statistics(source: str, reading: Reading) -> "pl.DataFrame | Statistics":
     """Rows, which can be shown as examples, unless there are none or too many."""
     path = Path(source)
-    if path.suffix == ".json" or (path.is_file() and path.stat().st_size > 2_000_000_000):
+    if path.suffix == ".json" or (path.is_file() and path.stat().st_size > _LARGE):
         return read_statistics(source, reading)
     from mlkit.data import open_table
 

@@ -8,7 +8,7 @@ __all__ = ['TEXT_DISTANCES', 'DISTANCES', 'DEFAULT_LIMITS', 'Verdict', 'VERDICT_
            'pair_columns', 'measure_distances', 'deal_again', 'chance', 'ColumnDrift', 'holm', 'Drift', 'format_p',
            'measure_drift', 'plot_drift', 'DriftOverTime', 'drift_over_time', 'plot_drift_over_time']
 
-# %% ../nbs/07_drift.ipynb #a61f6363
+# %% ../nbs/07_drift.ipynb #f28d96b7
 import html
 import json
 import math
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .comparison import PAGE_STYLE, figure_svg
+from .comparison import figure_svg, html_page
 from .runs import format_number, html_table
 from .settings import DatasetError, listed, nearest
 from .statistics import ColumnStatistics, Kind, Statistics, as_number
@@ -711,23 +711,15 @@ def _pairs_to_draw(drift: Drift, columns: Sequence[str] | None) -> dict[str, Col
     chosen = [name for name in drift.drifted if name in comparable][:12] if columns is None else columns
     return {name: pair_columns(drift.reference.columns[name], drift.current.columns[name]) for name in chosen}
 
-# %% ../nbs/07_drift.ipynb #1ac0cc94
+# %% ../nbs/07_drift.ipynb #649547bb
 def _page(drift: Drift) -> str:
     body = f"<div style='overflow-x:auto'>{_table(drift)}</div>"
     if any(drift.columns[name].distances for name in drift.drifted):
         body += f"<h3>What moved</h3>{figure_svg(drift.plot)}"
     body += f"<h3>Both tables</h3>{drift.reference.overlay(drift.current)._repr_html_()}"
-    return _document(f"Drift: {drift.current.name} against {drift.reference.name}", body)
+    return html_page(html.escape(f"Drift: {drift.current.name} against {drift.reference.name}"), body)
 
-
-def _document(title: str, body: str) -> str:
-    """A page of its own."""
-    title = html.escape(title)
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{title}</title>"
-    body = f"<h1>{title}</h1>{body}"
-    return f"<!DOCTYPE html><html lang='en'><head>{head}{PAGE_STYLE}</head><body>{body}</body></html>"
-
-# %% ../nbs/07_drift.ipynb #98e3bb19
+# %% ../nbs/07_drift.ipynb #6feb3dba
 @dataclass(frozen=True)
 class DriftOverTime:
     """The drift of each slice of a table against an earlier one."""
@@ -767,7 +759,7 @@ class DriftOverTime:
     def to_html(self) -> str:
         """A page that needs nothing else, with the lines."""
         body = f"{self._repr_html_()}<h3>From slice to slice</h3>{figure_svg(self.plot)}"
-        return _document("Drift over time", body)
+        return html_page("Drift over time", body)
 
     def _repr_html_(self) -> str:
         rows = [

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'PLOTS', 'binary_metrics', 'multiclass_metrics', 'regressi
            'find_mistakes', 'plot_confusion', 'plot_multiclass', 'plot_binary', 'plot_regression', 'plot_mistakes',
            'evaluate']
 
-# %% ../nbs/16_evaluation.ipynb #fa981b5b
+# %% ../nbs/16_evaluation.ipynb #3fece136
 import html
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn import metrics as measures
 
-from .data import Dataset
+from .data import MANY_CLASSES, Dataset
 from .runs import format_number, html_table
 from .settings import DatasetError, ModelError, nearest
 
@@ -45,18 +45,23 @@ def binary_metrics(
         }
     return found
 
-# %% ../nbs/16_evaluation.ipynb #a1742b02
+# %% ../nbs/16_evaluation.ipynb #529174c6
 def multiclass_metrics(
     labels: np.ndarray,  # [rows], class numbers
     scores: np.ndarray,  # [rows, classes], probabilities
 ) -> dict[str, float]:
-    """Measures of a classifier with more than two classes."""
+    """Measures of a classifier with more than two classes; of very many, whether the label is among the first ten."""
     chosen = scores.argmax(axis=1)
     return {
         "accuracy": measures.accuracy_score(labels, chosen),
         "log_loss": measures.log_loss(labels, scores, labels=range(scores.shape[1])),
         "macro_f1": measures.f1_score(labels, chosen, average="macro", zero_division=0.0),
-    }
+    } | ({"recall_at_10": _recall(labels, scores, 10)} if scores.shape[1] > MANY_CLASSES else {})
+
+
+def _recall(labels: np.ndarray, scores: np.ndarray, most: int) -> float:
+    """Share of rows whose label is among the classes with the highest scores."""
+    return measures.top_k_accuracy_score(labels, scores, k=most, labels=np.arange(scores.shape[1]))
 
 
 def regression_metrics(

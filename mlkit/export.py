@@ -6,7 +6,7 @@
 __all__ = ['serving_outputs', 'serving_inputs', 'parse_examples', 'as_examples', 'Servable', 'describe_model', 'check_exportable',
            'export_saved_model', 'ServedFeature', 'SavedModel', 'load_saved_model']
 
-# %% ../nbs/17_export.ipynb #0a89cd19
+# %% ../nbs/17_export.ipynb #d9b4e750
 import json
 import os
 import shutil
@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
-from .data import Dataset
+from .continuing import continuing_record
+from .data import MANY_CLASSES, Dataset
 from .evaluation import as_scores
 from .features import decode_images
 from .runs import Run, storage_error, write_atomic
 from .settings import ModelError, NotFoundError, nearest
+from .sources import write_table
 
 # %% ../nbs/17_export.ipynb #0d5eabc0
 import mlkit.model  # before TensorFlow, which it imports quietly
@@ -33,7 +36,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.saved_model import fingerprinting_utils
 
-# %% ../nbs/17_export.ipynb #fdaad7f6
+# %% ../nbs/17_export.ipynb #d9bbc179
 def serving_outputs(
     outputs: tf.Tensor,  # what the model answers
     dataset: Dataset,  # says what the numbers mean
@@ -46,12 +49,12 @@ def serving_outputs(
     if dataset.task == "binary" and outputs.shape[-1] != 2:
         positive = tf.reshape(outputs, [-1, 1])
         outputs = tf.concat([1.0 - positive, positive], axis=1)
-    best = tf.argmax(outputs, axis=1)
-    return {
-        "probabilities": outputs,
-        "class": tf.gather(tf.constant(dataset.classes), best),
-        "score": tf.reduce_max(outputs, axis=1),
-    }
+    best, names = tf.argmax(outputs, axis=1), tf.constant(dataset.classes)
+    answers = {"probabilities": outputs, "class": tf.gather(names, best), "score": tf.reduce_max(outputs, axis=1)}
+    if len(dataset.classes) > MANY_CLASSES:
+        scores, places = tf.math.top_k(outputs, 10)
+        answers |= {"top_classes": tf.gather(names, places), "top_scores": scores}
+    return answers
 
 # %% ../nbs/17_export.ipynb #304ebf92
 def serving_inputs(dataset: Dataset) -> dict[str, tf.TensorSpec]:  # by feature, [batch, ...]
@@ -110,7 +113,7 @@ def as_examples(
         examples.append(tf.train.Example(features=message).SerializeToString())
     return examples
 
-# %% ../nbs/17_export.ipynb #90ad50aa
+# %% ../nbs/17_export.ipynb #97ceca34
 class Servable(tf.Module):
     """A model reduced to its weights, its lookup tables and functions from raw features to named answers."""
 
@@ -127,8 +130,11 @@ class Servable(tf.Module):
             if isinstance(part, tf.saved_model.experimental.TrackableResource)
         ]
 
+        served = model.for_serving() if hasattr(model, "for_serving") else model
+        self._computed = [weight.value for weight in served.weights if all(weight is not one for one in model.weights)]
+
         def predict(features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-            return serving_outputs(model(features, training=False), dataset)
+            return serving_outputs(served(features, training=False), dataset)
 
         def predict_examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
             return self.predict(parse_examples(examples, dataset))
@@ -139,6 +145,11 @@ class Servable(tf.Module):
         self.predict = _traced(predict, serving_inputs(dataset))
         self.predict_examples = _traced(predict_examples, tf.TensorSpec([None], tf.string, name="examples"))
         self.answer = _traced(answer, tf.TensorSpec([None], tf.string, name="inputs"))
+        if hasattr(model, "user_embedding"):
+            embedded = _traced(
+                lambda features: {"user_embedding": model.user_embedding(features)}, serving_inputs(dataset)
+            )
+            self.user_embedding = embedded
 
 
 def _traced(function: Callable, takes: Any) -> Callable:
@@ -152,7 +163,7 @@ def _as_tf_serving(outputs: Mapping[str, tf.Tensor], dataset: Dataset) -> dict[s
     scores = outputs["probabilities"]
     return {"classes": tf.tile(tf.constant([dataset.classes]), [tf.shape(scores)[0], 1]), "scores": scores}
 
-# %% ../nbs/17_export.ipynb #74451e2a
+# %% ../nbs/17_export.ipynb #78f7bd04
 _METHODS = {"classify": "tensorflow/serving/classify", "regress": "tensorflow/serving/regress"}
 
 
@@ -162,11 +173,12 @@ def _restore_names(folder: Path, dataset: Dataset) -> None:
     content = saved_model_pb2.SavedModel.FromString(path.read_bytes())
     graph = content.meta_graphs[0]
     own = {spec.name: name for name, spec in serving_inputs(dataset).items()}
-    inputs = graph.signature_def["serving_default"].inputs
-    tensors = {own[neutral]: tensor.SerializeToString() for neutral, tensor in inputs.items()}
-    inputs.clear()
-    for name, tensor in tensors.items():
-        inputs[name].ParseFromString(tensor)
+    for signature in {"serving_default", "user_embedding"} & graph.signature_def.keys():
+        inputs = graph.signature_def[signature].inputs
+        tensors = {own[neutral]: tensor.SerializeToString() for neutral, tensor in inputs.items()}
+        inputs.clear()
+        for name, tensor in tensors.items():
+            inputs[name].ParseFromString(tensor)
     for name in _METHODS.keys() & graph.signature_def.keys():
         graph.signature_def[name].method_name = _METHODS[name]
     for node in graph.object_graph_def.nodes:  # what tf.saved_model.load reads
@@ -211,18 +223,26 @@ def check_exportable(model: keras.Model, dataset: Dataset) -> None:
             f"and a row sums to {scores[0].sum():.3g}. End it with a softmax (or a sigmoid for two classes)."
         )
 
-# %% ../nbs/17_export.ipynb #05aecb0b
+# %% ../nbs/17_export.ipynb #cc5efad8
 def _write(model: keras.Model, dataset: Dataset, folder: Path) -> None:
     """Write a SavedModel and its description into an empty folder."""
     servable = Servable(model, dataset)
     functions = {"serving_default": servable.predict, "serving_examples": servable.predict_examples}
     functions["regress" if dataset.task == "regression" else "classify"] = servable.answer
+    if hasattr(servable, "user_embedding"):
+        functions["user_embedding"] = servable.user_embedding
     signatures = {name: function.get_concrete_function() for name, function in functions.items()}
     tf.saved_model.save(servable, str(folder), signatures=signatures)
     _restore_names(folder, dataset)
     extra = folder / "assets.extra"
     extra.mkdir()
     write_atomic(extra / "mlkit.json", json.dumps(describe_model(dataset), indent=1, ensure_ascii=False))
+    write_atomic(extra / "continuing.json", json.dumps(continuing_record(model, dataset), ensure_ascii=False))
+    if hasattr(model, "item_embeddings"):
+        vectors = pl.Series("embedding", model.item_embeddings())
+        write_table(
+            pl.DataFrame([pl.Series(dataset.label, dataset.classes), vectors]), extra / "item_embeddings.parquet"
+        )
 
 
 def _write_beside(model: keras.Model, dataset: Dataset, target: Path) -> Path:
@@ -283,7 +303,7 @@ class ServedFeature:
             raise ModelError(f"Feature '{self.name}' takes values of shape {wanted}, not {tuple(found.shape)}.")
         return found
 
-# %% ../nbs/17_export.ipynb #7af3ece4
+# %% ../nbs/17_export.ipynb #f6e65d64
 class SavedModel:
     """An exported model, ready to be asked."""
 
@@ -302,7 +322,7 @@ class SavedModel:
     def __call__(
         self,
         features: Mapping[str, Any],  # by name, one value for each row
-    ) -> dict[str, np.ndarray]:  # probabilities, class and score; or prediction
+    ) -> dict[str, np.ndarray]:  # probabilities, class and score, of many classes the best ten; or prediction
         """Answer a batch; raises ModelError for features that are missing, unknown, or of another type or shape."""
         for name in features:
             if name not in self.features:
@@ -332,11 +352,11 @@ class SavedModel:
     def __repr__(self) -> str:
         return f"SavedModel({self.task} of {self.label} from {len(self.features)} features, {self.path})"
 
-# %% ../nbs/17_export.ipynb #78e83db9
+# %% ../nbs/17_export.ipynb #2114b973
 def _as_array(values: tf.Tensor) -> np.ndarray:
     """Numbers as they are, texts as Python texts."""
     array = values.numpy()
-    return np.array([text.decode() for text in array], object) if array.dtype == object else array
+    return np.vectorize(bytes.decode, otypes=[object])(array) if array.dtype == object else array
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ __all__ = ['MAX_VOCABULARY', 'KINDS', 'MOMENT', 'WORD_BORDER', 'as_feature', 'Op
            'TextOptions', 'CrossOptions', 'read_features', 'as_declared', 'text_columns', 'Cross', 'FeatureSpec',
            'count_words', 'plan_features', 'notes_on', 'plan_image']
 
-# %% ../nbs/09_feature_specs.ipynb #a63ef277
+# %% ../nbs/09_feature_specs.ipynb #ff9db926
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,15 +19,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .settings import DatasetError, listed, nearest
-from .sources import TEXT_TYPES
-from .statistics import ColumnStatistics, Statistics, describe
+from .sources import TEXT_TYPES, read_yaml
+from .statistics import ColumnStatistics, Statistics, as_days, describe
 
-# %% ../nbs/09_feature_specs.ipynb #b17a339d
-_PER_DAY = {pl.Duration: 86_400_000_000, pl.Time: 86_400_000_000_000}
+# %% ../nbs/09_feature_specs.ipynb #1f4a24e3
+_SPANS = (pl.Duration, pl.Time)
 _MOMENTS = (pl.Date, pl.Datetime)
 
 
@@ -44,16 +43,7 @@ def _as_iso(column: pl.Series) -> pl.Series:
     moments = _as_moments(column)
     return moments.dt.to_string("%Y-%m-%d" if moments.dtype == pl.Date else "%Y-%m-%dT%H:%M:%S%.f")
 
-
-def _as_days(column: pl.Series) -> pl.Series:
-    """Dates and moments as days since 1970-01-01, spans and times of day as days."""
-    if column.dtype.base_type() in _MOMENTS:
-        column = _as_moments(column).cast(pl.Datetime("us")).to_physical()
-        return column.cast(pl.Float64) / _PER_DAY[pl.Duration]
-    column = column.dt.cast_time_unit("us") if column.dtype == pl.Duration else column
-    return column.to_physical().cast(pl.Float64) / _PER_DAY[column.dtype.base_type()]
-
-# %% ../nbs/09_feature_specs.ipynb #a6ba9dce
+# %% ../nbs/09_feature_specs.ipynb #9aa99329
 def _refuse_infinite(column: pl.Series, numbers: pl.Series) -> None:
     if infinite := int(numbers.is_infinite().sum()):
         row = int(numbers.is_infinite().arg_max())
@@ -70,12 +60,12 @@ def as_feature(
     kind = column.dtype.base_type()
     if kind in TEXT_TYPES or kind in _MOMENTS:
         return (_as_iso(column) if kind in _MOMENTS else column.cast(pl.String)).fill_null("")
-    if kind not in _PER_DAY and not (kind.is_numeric() or kind == pl.Boolean):
+    if kind not in _SPANS and not (kind.is_numeric() or kind == pl.Boolean):
         raise DatasetError(
             f"Column '{column.name}' holds {column.dtype}, which is neither number, text nor date. "
             f"Spread it over columns of its own, or leave it out with ignore=['{column.name}']."
         )
-    numbers = (_as_days(column) if kind in _PER_DAY else column).cast(pl.Float32, strict=False).fill_null(float("nan"))
+    numbers = (as_days(column) if kind in _SPANS else column).cast(pl.Float32, strict=False).fill_null(float("nan"))
     _refuse_infinite(column, numbers)
     return numbers
 
@@ -222,21 +212,12 @@ def _options(name: str, given: Mapping[str, Any], kind: str) -> Options:
         findings = " ".join(_finding(one, kind) for one in error.errors())
         raise DatasetError(f"Feature '{name}': {findings}") from None
 
-# %% ../nbs/09_feature_specs.ipynb #4127aeef
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {error.strerror} (looked from {Path.cwd()}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} is not YAML: {error}") from None
-
-
+# %% ../nbs/09_feature_specs.ipynb #57df52f6
 def read_features(
     features: str | Path | Mapping[str, Any] | None,  # a YAML file, or what it would hold: column -> kind or options
 ) -> dict[str, dict[str, Any]]:  # column -> options, ready for JSON
     """What is said of features, as far as it can be checked without data; raises `DatasetError`."""
-    given = _read_yaml(Path(features)) if isinstance(features, str | Path) else features
+    given = read_yaml(features, "The file of features") if isinstance(features, str | Path) else features
     given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise DatasetError(f"Features are told as `column: kind` or `column: {{kind: ..., ...}}`. Received: {given!r}")
@@ -281,7 +262,7 @@ def _parse_moments(column: pl.Series) -> pl.Series:
     moments = groups.select(text.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%z", strict=False, time_unit="us")).to_series()
     return _as_moments(moments.alias(column.name))
 
-# %% ../nbs/09_feature_specs.ipynb #cc2e8ab1
+# %% ../nbs/09_feature_specs.ipynb #77280d68
 def _refuse(column: pl.Series, kind: str, needed: str) -> DatasetError:
     return DatasetError(
         f"Feature '{column.name}' is declared as {kind}, but the column holds {column.dtype}; {needed}."
@@ -303,7 +284,7 @@ def _declared(column: pl.Series, kind: str | None) -> pl.Series:
         raise _refuse(column, kind, "numbers are needed. Kinds for text are category, hash, text and datetime")
     if kind == "text":
         raise _refuse(column, kind, "words are needed. Numbers that are names are of kind category or hash")
-    return _as_days(column) if base in _MOMENTS else column.cast(pl.Float64) if empty else column
+    return as_days(_as_moments(column)) if base in _MOMENTS else column.cast(pl.Float64) if empty else column
 
 
 def _declared_moments(column: pl.Series) -> pl.Series:
@@ -353,7 +334,7 @@ def text_columns(
     """The columns that have to be read as text for their kind."""
     return {name: "text" for name, options in overrides.items() if options.get("kind") in ("category", "hash", "text")}
 
-# %% ../nbs/09_feature_specs.ipynb #e9db1097
+# %% ../nbs/09_feature_specs.ipynb #8611d0c5
 @dataclass(frozen=True)
 class Cross:
     """Columns that a model also sees together."""
@@ -376,6 +357,7 @@ class FeatureSpec:
     minimum: float = 0.0
     maximum: float = 0.0
     vocabulary: tuple[str, ...] = ()  # by falling frequency, ties alphabetical, without ""
+    appended: int = 0  # the last ones of the vocabulary that came with later data: they have rows, but no say in widths
     boundaries: tuple[float, ...] = ()  # of buckets
     buckets: int = 0  # of hashing; 0 where there is none
     declared: Options | None = None  # None: all defaults

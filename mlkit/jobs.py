@@ -10,7 +10,7 @@ __all__ = ['TYPES', 'SHORTEST_SECRET', 'KEPT_TEXT', 'BLOT', 'ENGINE', 'logger', 
            'run_job', 'execute_run', 'check_kernel', 'with_run', 'interrupt_on_sigterm', 'write_html', 'job_failed',
            'failure_of', 'resume_run', 'archived_notebook']
 
-# %% ../nbs/21_jobs.ipynb #347fdb22
+# %% ../nbs/21_jobs.ipynb #f934db43
 import ast
 import base64
 import contextlib
@@ -44,6 +44,7 @@ from mlkit.settings import (
     InputError,
     JobFailed,
     JobInterrupted,
+    MlkitError,
     NotFoundError,
     ParameterError,
     Settings,
@@ -812,7 +813,7 @@ def _execute(path: Path, parameters: Mapping[str, Any], execution: Execution, ke
     )
     run_sync(kernel.request_shutdown)()
 
-# %% ../nbs/21_jobs.ipynb #696cd9f4
+# %% ../nbs/21_jobs.ipynb #9dfa1b22
 @contextlib.contextmanager
 def _closing(execution: Execution) -> Iterator[None]:
     """Bring the run to the end that fits what happened inside."""
@@ -863,8 +864,17 @@ def _close(execution: Execution, close: Callable[[], None]) -> None:
         if execution.run.record.status == "running" and not (execution.run.folder / "notebook.html").exists():
             execution.report()
         remove_secrets(execution.run.folder, execution.forms)
+        _close_points(execution.run)
     finally:
         close()
+
+
+def _close_points(run: Run) -> None:
+    """Close as interrupted what a job was executing that has runs of its own: they have ended with its kernel."""
+    for folder in (run.folder.parent / point.run for point in run.record.points if point.run):
+        with contextlib.suppress(MlkitError):
+            if (point := Run(folder)).status == "interrupted" != point.record.status:
+                point.interrupt(Failure(error="Interrupted", message=f"{run.id} has ended."))
 
 # %% ../nbs/21_jobs.ipynb #63115e8e
 @contextlib.contextmanager

@@ -44,12 +44,13 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 import mlkit
 from .settings import MlkitError, load_settings
 
-# %% ../nbs/20_kernels.ipynb #5f855fce
+# %% ../nbs/20_kernels.ipynb #d55faa02
 READ_AT_IMPORT = (
     *("TF_", "XLA_", "CUDA_", "NVIDIA_", "ROCM_", "HIP_", "KERAS_", "OMP_", "MKL_", "OPENBLAS_", "POLARS_"),
     *("PYTHON", "PYDEVD_", "LD_", "MALLOC_", "MPLCONFIGDIR", "LANG", "LC_", "HOME", "XDG_CONFIG_HOME"),
 )
 READ_LATER = ("TF_CONFIG", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "POLARS_MAX_THREADS")
+READ_LATER += ("PYDEVD_USE_FRAME_EVAL",)  # ipykernel sets it in every kernel
 KIT = Path(mlkit.__file__).parent
 KERNEL_NAME = "mlkit"  # of the kernelspec
 CAN_FORK = sys.platform == "linux"  # on macOS the system's own libraries do not survive a fork

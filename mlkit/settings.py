@@ -6,8 +6,8 @@
 __all__ = ['RESERVED_VARIABLES', 'MlkitError', 'InputError', 'SettingsError', 'DatasetError', 'ModelError', 'ParameterError',
            'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'DataInvalid', 'JobFailed', 'JobInterrupted',
            'nearest', 'listed', 'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings', 'SchemasSettings',
-           'Settings', 'known_settings', 'Given', 'find_settings_file', 'read_settings_file', 'variable_name',
-           'read_environment', 'load_settings']
+           'WorkersSettings', 'Settings', 'known_settings', 'Given', 'find_settings_file', 'read_settings_file',
+           'variable_name', 'read_environment', 'load_settings']
 
 # %% ../nbs/00_settings.ipynb #d9033dba
 import configparser
@@ -93,7 +93,7 @@ def listed(
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
-# %% ../nbs/00_settings.ipynb #3b550e90
+# %% ../nbs/00_settings.ipynb #91ba818e
 class Section(BaseModel):
     """Base of the sections: nothing unknown, nothing changed after loading."""
 
@@ -132,7 +132,13 @@ class SchemasSettings(Section):
 
     history_days: int = Field(30, description="days for which a schema that was replaced is kept", ge=1)
 
-# %% ../nbs/00_settings.ipynb #052c1047
+
+class WorkersSettings(Section):
+    """`[workers]`: several processes that train one model."""
+
+    meeting_timeout: int = Field(60, description="seconds that processes wait for one another before training", ge=1)
+
+# %% ../nbs/00_settings.ipynb #8d638a4f
 class Settings(Section):
     """All settings of the kit, validated."""
 
@@ -140,6 +146,7 @@ class Settings(Section):
     jobs: JobsSettings = JobsSettings()
     kernels: KernelsSettings = KernelsSettings()
     schemas: SchemasSettings = SchemasSettings()
+    workers: WorkersSettings = WorkersSettings()
     project: Path = Field(default_factory=Path.cwd, exclude=True)  # folder of settings.ini, else the working folder
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)  # "runs.root" -> "settings.ini, line 4"
 

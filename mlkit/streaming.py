@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StreamedDataset', 'open_dataset', 'record_batches']
 
-# %% ../nbs/11_streaming.ipynb #ddaa5968
+# %% ../nbs/11_streaming.ipynb #6879aa81
 import hashlib
 import html
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +20,22 @@ import polars as pl
 
 from mlkit.data import (
     SPLITS,
+    ClassWeight,
     Dataset,
     Described,
+    as_weights,
+    check_class_weight,
     check_fractions,
+    check_split,
+    class_weights,
     deal,
+    deal_groups,
+    dropped_notes,
     encode_labels,
     hash_split,
     missing_rows,
     number_labels,
+    short_name,
 )
 from .feature_specs import FeatureSpec, as_declared, as_feature, plan_features, read_features
 from .settings import DatasetError, listed, nearest
@@ -69,7 +77,7 @@ def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (state ^ (state >> np.uint64(31))) / 2.0**64
 
-# %% ../nbs/11_streaming.ipynb #eb403920
+# %% ../nbs/11_streaming.ipynb #8d192c98
 @dataclass(frozen=True)
 class _Dealer:
     """Deals the rows of a piece to the splits."""
@@ -92,12 +100,10 @@ class _Dealer:
 def _time_borders(lazy: pl.LazyFrame, key: str, fractions: Sequence[float]) -> tuple[Any, ...]:
     """The first moments of validation and test; a moment is never divided."""
     moments = lazy.group_by(key).len().sort(key).collect(engine="streaming")
-    sizes = moments["len"].to_numpy()
-    dealt = deal((np.cumsum(sizes) - sizes / 2) / sizes.sum(), fractions)
-    starts = np.searchsorted(dealt, [1, 2])
-    return tuple(moments[key][int(start)] for start in starts if start < len(sizes))
+    starts = np.searchsorted(deal_groups(moments["len"].to_numpy(), fractions), [1, 2])
+    return tuple(moments[key][int(start)] for start in starts if start < len(moments))
 
-# %% ../nbs/11_streaming.ipynb #1d8cced9
+# %% ../nbs/11_streaming.ipynb #e0fd49ac
 @dataclass(frozen=True)
 class _Rows:
     """Where the rows are, which of them count, and what is read of them."""
@@ -107,19 +113,40 @@ class _Rows:
     columns: tuple[str, ...]  # that are features
     declared: Mapping[str, Mapping[str, Any]]  # what was said of them
     dealer: _Dealer
+    weight: str | None = None  # column that says what a row counts for
+
+    @property
+    def told(self) -> list[str]:
+        """Columns that say something of a row: the label, and the weight if there is one."""
+        return [self.label, *([self.weight] if self.weight else [])]
 
     def piece(
         self,
         number: int,  # of the piece, from 0
-    ) -> tuple[pl.DataFrame, np.ndarray]:  # label and features as declared, and the split of each row, -1 for none
+    ) -> tuple[pl.DataFrame, np.ndarray]:  # features as declared, label and weight; the split of each row, -1 for none
         """The rows of a piece; those without a label belong to no split."""
-        first = number * _PIECE
+        table, dealt = self._read(number, (*self.columns, *self.told))
+        if self.weight:
+            table = table.with_columns(pl.Series(self.weight, as_weights(table[self.weight], number * _PIECE)))
+        features = as_declared(table.select(self.columns), self.declared)
+        return features.with_columns(table[name] for name in self.told), dealt
+
+    def labels(
+        self,
+        number: int,  # of the piece, from 0
+    ) -> tuple[pl.Series, np.ndarray]:  # as they lie in the file, and the split of each row, -1 for none
+        """The labels of a piece, without its features."""
+        table, dealt = self._read(number, ())
+        return table[self.label], dealt
+
+    def _read(self, number: int, columns: Sequence[str]) -> tuple[pl.DataFrame, np.ndarray]:
+        first, key = number * _PIECE, [self.dealer.key] if self.dealer.key else []
+        needed = list(dict.fromkeys([*columns, self.label, *key]))
         with _reading(self.files):
-            table = _scan(self.files).slice(first, _PIECE).collect()
-        dealt = np.where(missing_rows(table[self.label]), -1, self.dealer(table, first))
-        return as_declared(table.select(self.columns), self.declared).with_columns(table[self.label]), dealt
+            table = _scan(self.files).select(needed).slice(first, _PIECE).collect()
+        return table, np.where(missing_rows(table[self.label]), -1, self.dealer(table, first))
 
-
+# %% ../nbs/11_streaming.ipynb #7172913f
 @dataclass
 class _Survey:
     """What one pass over the pieces finds."""
@@ -128,6 +155,8 @@ class _Survey:
     statistics: Statistics | None = None  # of the training rows' features
     moments: np.ndarray = field(default_factory=lambda: np.zeros(3))  # training labels: count, sum, sum of squares
     dropped: int = 0  # rows without a label
+    classes: tuple[str, ...] = ()
+    weighed: np.ndarray | None = None  # [classes], what the training rows of each count for together
 
     def add(self, rows: _Rows, number: int) -> None:
         """Take in a piece."""
@@ -135,17 +164,29 @@ class _Survey:
         self.counts.append(np.bincount(dealt[dealt >= 0], minlength=len(SPLITS)))
         self.dropped += int((dealt < 0).sum())
         learned = table.filter(dealt == 0)
-        found = describe(learned.drop(rows.label))
+        found = describe(learned.drop(rows.told))
         self.statistics = found if self.statistics is None else self.statistics.merge(found)
         if learned[rows.label].dtype.is_numeric():
             labels = learned[rows.label].cast(pl.Float64).to_numpy()
             self.moments += [len(labels), labels.sum(), (labels**2).sum()]
+        if self.classes:
+            numbers, weights = number_labels(learned[rows.label], self.classes), rows.weight and learned[rows.weight]
+            counted = np.bincount(numbers, weights, minlength=len(self.classes))
+            self.weighed = counted if self.weighed is None else self.weighed + counted
 
     def label_scale(self) -> tuple[float, float]:
         """Mean and deviation of the training labels; 0 and 1 where they are no numbers."""
         count, total, squares = self.moments
         mean = total / count if count else 0.0
         return mean, float(np.sqrt(max(squares / count - mean**2, 0.0))) if count else 1.0
+
+
+def _survey(rows: _Rows, total: int, classes: tuple[str, ...] = ()) -> _Survey:
+    """Go through all pieces once."""
+    survey = _Survey(classes=classes)
+    for number in range(-(-total // _PIECE)):
+        survey.add(rows, number)
+    return survey
 
 # %% ../nbs/11_streaming.ipynb #cf2ff93c
 def _order(pieces: int, seed: int | None, epoch: int) -> np.ndarray:
@@ -181,11 +222,12 @@ def _chunks(tables: Iterator[pl.DataFrame], batch_size: int) -> Iterator[pl.Data
     if left is not None and left.height:
         yield left
 
-# %% ../nbs/11_streaming.ipynb #0d25a00b
-def _pack(table: pl.DataFrame, label: str) -> tuple[np.ndarray, ...]:
-    """Labels, the matrix of numbers, and for each text its places and the list they point into."""
-    numbers = [column.name for column in table if column.dtype == pl.Float32 and column.name != label]
-    packed = [table[label].to_numpy(), table.select(numbers).to_numpy(order="c").reshape(table.height, len(numbers))]
+# %% ../nbs/11_streaming.ipynb #e2fd4a53
+def _pack(table: pl.DataFrame, told: Sequence[str]) -> tuple[np.ndarray, ...]:
+    """Labels (and weights), the matrix of numbers, and for each text its places and the list they point into."""
+    numbers = [column.name for column in table if column.dtype == pl.Float32 and column.name not in told]
+    matrix = table.select(numbers).to_numpy(order="c").reshape(table.height, len(numbers))
+    packed = [*(table[name].to_numpy() for name in told), matrix]
     for column in table:
         if column.dtype == pl.String:
             texts = column.unique()
@@ -193,12 +235,15 @@ def _pack(table: pl.DataFrame, label: str) -> tuple[np.ndarray, ...]:
     return tuple(packed)
 
 
-def _unpacker(features: Mapping[str, FeatureSpec], numbers: Sequence[str], texts: Sequence[str], batch_size: int):
-    """From a packed chunk to its batches of ({feature: values}, labels)."""
+def _unpacker(
+    features: Mapping[str, FeatureSpec], numbers: Sequence[str], texts: Sequence[str], count: int, batch_size: int
+):
+    """From a packed chunk to its batches of ({feature: values}, labels), and weights where count is 2."""
     tf = import_tensorflow()
 
-    def batches(labels, matrix, *parts):
-        rows = tf.shape(labels, tf.int64)[0]
+    def batches(*packed):
+        told, matrix, parts = packed[:count], packed[count], packed[count + 1 :]
+        rows = tf.shape(told[0], tf.int64)[0]
 
         @tf.autograph.experimental.do_not_convert
         def batch(start):
@@ -206,15 +251,37 @@ def _unpacker(features: Mapping[str, FeatureSpec], numbers: Sequence[str], texts
             found = dict(zip(numbers, tf.unstack(matrix[cut], len(numbers), axis=1), strict=True))
             for place, name in enumerate(texts):
                 found[name] = tf.gather(parts[2 * place + 1], parts[2 * place][cut])
-            return {name: found[name] for name in features}, labels[cut]
+            return {name: found[name] for name in features}, *(each[cut] for each in told)
 
         return tf.data.Dataset.range(0, rows, batch_size).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
 
     return batches
 
-# %% ../nbs/11_streaming.ipynb #3dfb24db
-class _StreamedRows:
-    """The rows of a data set, read when they are asked for."""
+# %% ../nbs/11_streaming.ipynb #2ff6d171
+def _chunk_batches(
+    dataset: "StreamedDataset", split: int | None, batch_size: int, seed: int | None, epoch: Any, skip: Any
+) -> "tf.data.Dataset":
+    """The batches of an epoch, without its first rows."""
+    tf = import_tensorflow()
+    numbers, texts = (
+        [name for name, spec in dataset.features.items() if spec.dtype == dtype] for dtype in ("float32", "string")
+    )
+
+    def chunks(epoch, skip):
+        windows = _windows(dataset, split, seed, int(epoch), int(skip))
+        return (_pack(chunk, told) for chunk in _chunks(windows, batch_size))
+
+    told = [dataset.label, *([_WEIGHT] if dataset.weighted else [])]
+    labels = [tf.TensorSpec([None], tf.float32 if dataset.task == "regression" else tf.int32)]
+    labels += [tf.TensorSpec([None], tf.float32)] * (len(told) - 1)
+    matrix = tf.TensorSpec([None, len(numbers)], tf.float32)
+    parts = (tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.string)) * len(texts)
+    packed = tf.data.Dataset.from_generator(chunks, args=(epoch, skip), output_signature=(*labels, matrix, *parts))
+    return packed.prefetch(1).flat_map(_unpacker(dataset.features, numbers, texts, len(told), batch_size))
+
+# %% ../nbs/11_streaming.ipynb #8845f82c
+class _Surveyed:
+    """What is known of all rows since the data set was opened."""
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -231,75 +298,80 @@ class _StreamedRows:
                 digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
+    @property
+    def split_digest(self) -> str:
+        """SHA-256 of which rows are for training and which for validation, and of what they count for."""
+        told = [self.fingerprint, self.split_rule]
+        told += [str(self.source_rows.weight), str(self.class_weights)] if self.weighted else []
+        return hashlib.sha256(" ".join(told).encode()).hexdigest()
+
+    @property
+    def weighted(self) -> bool:
+        """Whether rows count differently; batches then hold a weight for each."""
+        return bool(self.source_rows.weight or self.class_weights)
+
+    def _split(self, name: str) -> tuple[int | None, int]:
+        """The number of a split, None for all, and how many rows it has; raises `DatasetError` for another name."""
+        rows = self.sizes[check_split(name, self.sizes)]
+        return (None if name == "all" else SPLITS.index(name)), rows
+
+# %% ../nbs/11_streaming.ipynb #65983fc8
+_WEIGHT = "what a row counts for, not a column"
+
+
+def _chosen(dealt: np.ndarray, split: int | None) -> np.ndarray:
+    """Which rows belong to a split, or to any."""
+    return dealt >= 0 if split is None else dealt == split
+
+
+class _StreamedRows(_Surveyed):
+    """The rows of a data set, read when they are asked for."""
+
     def read(
         self,
         piece: int,  # from 0
         split: int | None = None,  # 0, 1 or 2; None: all
-    ) -> pl.DataFrame:  # features as a model takes them, and the label as a number
+    ) -> pl.DataFrame:  # features as a model takes them, the label as a number, and the weight if there are weights
         """The rows of a piece that belong to a split; raises `DatasetError` when the file cannot be read any more."""
         table, dealt = self.source_rows.piece(int(piece))
-        table = table.filter(dealt >= 0 if split is None else dealt == split)
+        chosen = _chosen(dealt, split)
+        table = table.filter(chosen)
         labels = number_labels(table[self.label], self.classes)
-        return pl.DataFrame([*(as_feature(table[name]) for name in self.features), pl.Series(self.label, labels)])
+        told = [pl.Series(self.label, labels)]
+        if self.weighted:
+            told.append(pl.Series(_WEIGHT, self._weights(table, labels, dealt[chosen])))
+        return pl.DataFrame([*(as_feature(table[name]) for name in self.features), *told])
 
-    @property
-    def split_digest(self) -> str:
-        """SHA-256 of which rows are for training and which for validation."""
-        return hashlib.sha256(f"{self.fingerprint} {self.split_rule}".encode()).hexdigest()
-
-    def labels_of(self, split: str) -> np.ndarray:
-        """The labels of a split, in the order of its rows."""
-        return np.concatenate([table[self.label].to_numpy() for table in self._tables(split)])
+    def _weights(self, table: pl.DataFrame, labels: np.ndarray, dealt: np.ndarray) -> np.ndarray:
+        """What rows count for: by their column, and in training by their class."""
+        name = self.source_rows.weight
+        weights = table[name].to_numpy() if name else np.ones(len(labels), np.float32)
+        if not self.class_weights:
+            return weights
+        return weights * np.where(dealt == 0, np.array(self.class_weights, np.float32)[labels], np.float32(1))
 
     def batches(self, split: str = "train", batch_size: int = 1024) -> Iterator[dict[str, np.ndarray]]:
         """The features of a split as arrays, some rows at a time, in the order of its rows."""
-        for table in self._tables(split):
-            for part in table.select(list(self.features)).iter_slices(batch_size):
+        number, _ = self._split(split)
+        for piece in range(len(self.counts)):
+            for part in self.read(piece, number).select(list(self.features)).iter_slices(batch_size):
                 yield {column.name: column.to_numpy() for column in part}
+
+    def labels_of(self, split: str) -> np.ndarray:
+        """The labels of a split, in the order of its rows."""
+        number, _ = self._split(split)
+        pieces = map(self.source_rows.labels, range(len(self.counts)))
+        return np.concatenate([number_labels(y.filter(_chosen(dealt, number)), self.classes) for y, dealt in pieces])
 
     def rows(self, split: str) -> np.ndarray:
         """The row numbers of a split, in rising order."""
         number, _ = self._split(split)
-        dealt = [self.source_rows.piece(piece)[1] for piece in range(len(self.counts))]
-        dealt = np.concatenate(dealt)
-        return np.flatnonzero(dealt >= 0 if number is None else dealt == number)
+        dealt = [self.source_rows.labels(piece)[1] for piece in range(len(self.counts))]
+        return np.flatnonzero(_chosen(np.concatenate(dealt), number))
 
-    def _tables(self, split: str) -> Iterator[pl.DataFrame]:
-        number, _ = self._split(split)
-        return (self.read(piece, number) for piece in range(len(self.counts)))
-
-    def _split(self, name: str) -> tuple[int | None, int]:
-        if name not in self.sizes:
-            raise DatasetError(f"There is no split '{name}'. Splits: {listed(self.sizes)}.{nearest(name, self.sizes)}")
-        return (None if name == "all" else SPLITS.index(name)), self.sizes[name]
-
-# %% ../nbs/11_streaming.ipynb #97a4884f
-@dataclass(frozen=True, eq=False, repr=False)
-class StreamedDataset(_StreamedRows, Described):
-    """Features, labels and splits of rows that stay in their files."""
-
-    name: str
-    source: str
-    task: Literal["binary", "multiclass", "regression"]
-    label: str
-    classes: tuple[str, ...]  # in the order of class numbers; () for regression
-    label_scale: tuple[float, float]  # mean and deviation of the training labels
-    features: dict[str, FeatureSpec]
-    statistics: Statistics  # of the training rows' features
-    split_rule: str  # in words
-    source_rows: _Rows  # where they are
-    counts: np.ndarray  # [pieces, splits]
-    notes: tuple[str, ...] = ()  # what was left out, in sentences
-    arguments: dict[str, Any] = field(default_factory=dict)  # of `open_dataset`, to open the same again
-    cleaned: None = None  # rows in their files are not cleaned ...
-    anomalies: None = None  # ... nor held against a schema
-
-    def _repr_html_(self) -> str:
-        sizes = " · ".join(f"{name} {self.sizes[name]:,}" for name in SPLITS)
-        about = f"{self.task}: <code>{html.escape(self.label)}</code><br>{sizes} ({html.escape(self.split_rule)})"
-        files = f"{self.sizes['all']:,} rows that stay in {len(self.source_rows.files)} files"
-        title = f"<b>{html.escape(self.name)}</b>: {files}; of the training rows:"
-        return f"<p>{title}<br>{about}</p>{self.statistics._repr_html_()}"
+# %% ../nbs/11_streaming.ipynb #bc8bdb00
+class _StreamedBatches:
+    """The rows of a data set on their way to TensorFlow."""
 
     def to_tf(
         self,
@@ -314,11 +386,9 @@ class StreamedDataset(_StreamedRows, Described):
         if batch_size < 1 or not rows:
             raise DatasetError(f"No batch of batch_size={batch_size} can be made of the {rows} rows in '{split}'.")
         tf = import_tensorflow()
-        mixed = split == "train" if shuffle is None else shuffle
+        order = seed if (split == "train" if shuffle is None else shuffle) else None
         passes = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).take(1)
-        batches = passes.flat_map(
-            lambda drawn: _chunk_batches(self, number, batch_size, seed if mixed else None, drawn, 0)
-        )
+        batches = passes.flat_map(lambda drawn: _chunk_batches(self, number, batch_size, order, drawn, 0))
         counted = batches.apply(tf.data.experimental.assert_cardinality(-(-rows // batch_size)))
         return counted.prefetch(tf.data.AUTOTUNE)
 
@@ -342,26 +412,36 @@ class StreamedDataset(_StreamedRows, Described):
 
         return tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(one_epoch).prefetch(tf.data.AUTOTUNE)
 
-# %% ../nbs/11_streaming.ipynb #0f6df6d6
-def _chunk_batches(
-    dataset: StreamedDataset, split: int | None, batch_size: int, seed: int | None, epoch: Any, skip: Any
-) -> "tf.data.Dataset":
-    tf = import_tensorflow()
-    numbers, texts = (
-        [name for name, spec in dataset.features.items() if spec.dtype == dtype] for dtype in ("float32", "string")
-    )
+# %% ../nbs/11_streaming.ipynb #48d9f10d
+@dataclass(frozen=True, eq=False, repr=False)
+class StreamedDataset(_StreamedRows, _StreamedBatches, Described):
+    """Features, labels and splits of rows that stay in their files."""
 
-    def chunks(epoch, skip):
-        windows = _windows(dataset, split, seed, int(epoch), int(skip))
-        return (_pack(chunk, dataset.label) for chunk in _chunks(windows, batch_size))
+    name: str
+    source: str
+    task: Literal["binary", "multiclass", "regression"]
+    label: str
+    classes: tuple[str, ...]  # in the order of class numbers; () for regression
+    label_scale: tuple[float, float]  # mean and deviation of the training labels
+    features: dict[str, FeatureSpec]
+    statistics: Statistics  # of the training rows' features
+    split_rule: str  # in words
+    source_rows: _Rows  # where they are
+    counts: np.ndarray  # [pieces, splits]
+    notes: tuple[str, ...] = ()  # what was left out, in sentences
+    arguments: dict[str, Any] = field(default_factory=dict)  # of `open_dataset`, to open the same again
+    cleaned: None = None  # rows in their files are not cleaned ...
+    anomalies: None = None  # ... nor held against a schema
+    class_weights: tuple[float, ...] = ()  # what each class counts for in training; (): all the same
 
-    labels = tf.TensorSpec([None], tf.float32 if dataset.task == "regression" else tf.int32)
-    matrix = tf.TensorSpec([None, len(numbers)], tf.float32)
-    parts = (tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.string)) * len(texts)
-    packed = tf.data.Dataset.from_generator(chunks, args=(epoch, skip), output_signature=(labels, matrix, *parts))
-    return packed.prefetch(1).flat_map(_unpacker(dataset.features, numbers, texts, batch_size))
+    def _repr_html_(self) -> str:
+        sizes = " · ".join(f"{name} {self.sizes[name]:,}" for name in SPLITS)
+        about = f"{self.task}: <code>{html.escape(self.label)}</code><br>{sizes} ({html.escape(self.split_rule)})"
+        files = f"{self.sizes['all']:,} rows that stay in {len(self.source_rows.files)} files"
+        title = f"<b>{html.escape(self.name)}</b>: {files}; of the training rows:"
+        return f"<p>{title}<br>{about}</p>{self.statistics._repr_html_()}"
 
-# %% ../nbs/11_streaming.ipynb #f241659c
+# %% ../nbs/11_streaming.ipynb #bbf084d9
 def _settle_labels(
     lazy: pl.LazyFrame, label: str, task: str, classes: Sequence[str] | None
 ) -> tuple[str, tuple[str, ...]]:
@@ -375,10 +455,13 @@ def _settle_labels(
     task, classes, _ = encode_labels(pl.concat([different, different]), task, classes)
     return task, classes
 
-
-def _check_columns(lazy: pl.LazyFrame, label: str, split: str, key: str | None, ignore: Sequence[str]) -> None:
+# %% ../nbs/11_streaming.ipynb #e31aa1e8
+def _check_columns(
+    lazy: pl.LazyFrame, label: str, split: str, key: str | None, ignore: Sequence[str], weight: str | None = None
+) -> None:
     columns, rules = lazy.collect_schema().names(), ("random", "hash", "time")
-    for said, name in [("label", label), *([("key", key)] if key else []), *(("ignore", each) for each in ignore)]:
+    named = [("label", label), ("key", key), ("weight", weight), *(("ignore", each) for each in ignore)]
+    for said, name in (pair for pair in named if pair[1] is not None):
         if name not in columns:
             raise DatasetError(f"{said}= names '{name}'. Columns: {listed(columns)}.{nearest(name, columns)}")
     if split not in rules:
@@ -388,7 +471,7 @@ def _check_columns(lazy: pl.LazyFrame, label: str, split: str, key: str | None, 
     if key and (gone := lazy.select(pl.col(key).null_count()).collect().item()):
         raise DatasetError(f"Key column '{key}' lacks a value in {gone} rows; split='{split}' needs it in all.")
 
-
+# %% ../nbs/11_streaming.ipynb #1b6081c5
 def open_dataset(
     source: str | Path | Sequence[str | Path],  # Parquet files: a path, a pattern or a list of paths
     label: str,  # column to predict
@@ -402,6 +485,8 @@ def open_dataset(
     ignore: str | Sequence[str] = (),  # columns that shall not be features
     features: Mapping[str, Any] | str | Path | None = None,  # how columns become features, see `mlkit.feature_specs`
     max_vocabulary: int = 10_000,  # most frequent texts that a feature knows
+    weight: str | None = None,  # column of numbers that says what a row counts for; it is no feature
+    class_weight: ClassWeight | None = None,  # what a class counts for in training: "balanced", or class -> number
 ) -> StreamedDataset:
     """Open files larger than memory, ready to learn from. Raises `DatasetError` for what cannot be learned from."""
     overrides, ignore = read_features(features), [ignore] if isinstance(ignore, str) else list(ignore)
@@ -409,25 +494,27 @@ def open_dataset(
     arguments = {"source": [str(file.absolute()) for file in files], "label": label, "task": task, "split": split}
     arguments |= {"key": key, "fractions": list(fractions), "seed": seed, "ignore": ignore}
     arguments |= {"max_vocabulary": max_vocabulary, "features": overrides}
+    weighing = {"weight": weight, "class_weight": class_weight}
+    arguments |= {name: value for name, value in weighing.items() if value is not None}
     lazy = _scan(files)
     with _reading(files):
-        _check_columns(lazy, label, split, key, ignore)
+        _check_columns(lazy, label, split, key, ignore, weight)
         task, classes = _settle_labels(lazy, label, task, classes)
         borders = _time_borders(lazy, key, fractions) if split == "time" else ()
-        kept = tuple(name for name in lazy.collect_schema().names() if name not in (label, key, *ignore))
+        kept = tuple(name for name in lazy.collect_schema().names() if name not in (label, key, weight, *ignore))
         total = lazy.select(pl.len()).collect().item()
-    rows = _Rows(files, label, kept, overrides, _Dealer(split, key, fractions, seed, borders))
-    survey = _Survey()
-    for number in range(-(-total // _PIECE)):
-        survey.add(rows, number)
+    rows = _Rows(files, label, kept, overrides, _Dealer(split, key, fractions, seed, borders), weight)
+    if class_weight is not None:
+        check_class_weight(class_weight, classes)
+    survey = _survey(rows, total, classes)
     specs = plan_features(survey.statistics, overrides, max_vocabulary)
-    notes = [f"{survey.dropped} of {total} rows have no '{label}' and were dropped."] if survey.dropped else []
     rule = f"split by {key or 'row number'}, " + " / ".join(f"{share:g}" for share in fractions) + f", seed {seed}"
-    name = files[0].stem if len(files) == 1 else files[0].parent.name
-    told = (name, str(source), task, label, classes, survey.label_scale(), specs, survey.statistics, rule)
-    return StreamedDataset(*told, rows, np.array(survey.counts), tuple(notes), arguments)
+    told = (task, label, classes, survey.label_scale(), specs, survey.statistics, rule, rows, np.array(survey.counts))
+    notes = tuple(dropped_notes(survey.dropped, total, label))
+    counting = () if class_weight is None else tuple(class_weights(class_weight, classes, survey.weighed).tolist())
+    return StreamedDataset(short_name(files), str(source), *told, notes, arguments, class_weights=counting)
 
-# %% ../nbs/11_streaming.ipynb #2e155ee5
+# %% ../nbs/11_streaming.ipynb #b4d037e8
 _NO_NUMBER = -(2**63)  # stands for a missing whole number while a record is parsed
 
 
@@ -448,7 +535,7 @@ def _record_spec(columns: Mapping[str, pl.DataType], names: Sequence[str]) -> di
         )
     return {name: tf.io.FixedLenFeature([], *kinds[columns[name]]) for name in names}
 
-
+# %% ../nbs/11_streaming.ipynb #2e603d6e
 def _as_raw(values: "tf.Tensor", dtype: str, name: str) -> "tf.Tensor":
     """What was read as a model takes it: float32 with NaN, or text with ""."""
     tf = import_tensorflow()
@@ -462,17 +549,16 @@ def _as_raw(values: "tf.Tensor", dtype: str, name: str) -> "tf.Tensor":
         return values
     return tf.where(values == _NO_NUMBER, float("nan"), tf.cast(values, tf.float32))
 
-
+# %% ../nbs/11_streaming.ipynb #c6f2427c
 def _label_parser(dataset: Any):
     """From label values to numbers; rows without one have NaN or -1."""
     tf = import_tensorflow()
     if dataset.task == "regression":
         return lambda values: _as_raw(values, "float32", dataset.label)
-    names = [*dataset.classes, *(["0", "1"] if set(dataset.classes) == {"false", "true"} else [])]
-    numbers = [
-        dataset.classes.index({"0": "false", "1": "true"}.get(n, n) if n not in dataset.classes else n) for n in names
-    ]
-    known = tf.lookup.KeyValueTensorInitializer([*names, ""], tf.constant([*numbers, -1], tf.int32))
+    numbers = {name: number for number, name in enumerate(dataset.classes)} | {"": -1}
+    if set(dataset.classes) == {"false", "true"}:
+        numbers |= {"0": numbers["false"], "1": numbers["true"]}
+    known = tf.lookup.KeyValueTensorInitializer(list(numbers), tf.constant(list(numbers.values()), tf.int32))
     table = tf.lookup.StaticHashTable(known, default_value=-2)
 
     def parse(values):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'Watcher', 'RAY_EXTRA', 'TRAVELLING', 'LOSSES', 'PATIENCE', 'parse_axis', 'grid', 'sample', 'read_points',
-           'visible_devices', 'default_jobs', 'shares', 'PointState', 'run_sweep', 'resume_sweep', 'execute_sweep',
-           'ready_engine', 'close_abandoned', 'import_ray', 'ray_cluster', 'task_demand', 'Assignment',
+           'visible_devices', 'default_jobs', 'shares', 'PointState', 'PointList', 'run_sweep', 'resume_sweep',
+           'execute_sweep', 'ready_engine', 'close_abandoned', 'import_ray', 'ray_cluster', 'task_demand', 'Assignment',
            'travelling_environment', 'News', 'open_mirror', 'push_run', 'pull_run', 'carry_out', 'assignment_of',
            'write_hparams']
 
@@ -139,7 +139,7 @@ def shares(
     chosen = [{"CUDA_VISIBLE_DEVICES": devices[n % len(devices)]} if devices else {} for n in range(jobs)]
     return [variables | device for device in chosen]
 
-# %% ../nbs/26_sweeps.ipynb #f3331ea9
+# %% ../nbs/26_sweeps.ipynb #c1d803e5
 def _may_help_again(error: Exception) -> bool:
     """Whether a point is worth another try: it failed while it ran, and not for what the user brought."""
     return isinstance(error, JobFailed) and error.exit_code != InputError.exit_code
@@ -158,6 +158,26 @@ class PointState:
 
 
 Watcher = Callable[[list[PointState]], None]
+
+
+class PointList:
+    """Points that are known before the first one is executed."""
+
+    def __init__(
+        self,
+        states: Sequence[PointState],  # in the order in which they are to be executed
+    ):
+        self.waiting, self.most = deque(states), len(states)  # the latter: how many there can be at a time
+
+    def take(self) -> PointState | None:  # None: there is none now
+        """The next point to execute."""
+        return self.waiting.popleft() if self.waiting else None
+
+    def give_back(
+        self,
+        state: PointState,  # as its execution has left it
+    ) -> None:
+        """Hear of a point that nobody executes any more."""
 
 
 def run_sweep(
@@ -199,7 +219,7 @@ def resume_sweep(
         sweep.restart()
         return execute_sweep(sweep, engine=engine, **how)
 
-# %% ../nbs/26_sweeps.ipynb #886369fa
+# %% ../nbs/26_sweeps.ipynb #15d5560a
 def execute_sweep(
     sweep: Run,  # running
     *,
@@ -213,7 +233,7 @@ def execute_sweep(
     with ready_engine(engine) as work_on:
         close_abandoned(sweep)
         states = _states(sweep)
-        todo = [state for state in states if state.status != "completed"]
+        todo = PointList([state for state in states if state.status != "completed"])
         work = work_on(sweep, timeout, retries, lambda: watch(states))
         try:
             with interrupt_on_sigterm():
@@ -280,32 +300,43 @@ def close_abandoned(
                 closed.append(run.id)
     return closed
 
-# %% ../nbs/26_sweeps.ipynb #8634efbd
+# %% ../nbs/26_sweeps.ipynb #34893391
 class _Work:
     """The points of a sweep being executed."""
 
-    def __init__(self, sweep: Run, timeout: float | None, retries: int, changed: Callable[[], None]):
+    def __init__(
+        self, sweep: Run, timeout: float | None, retries: int, changed: Callable[[], None], notebook: str = ""
+    ):
         self.sweep, self.timeout, self.retries, self.changed = sweep, timeout, retries, changed
+        self.notebook = notebook or sweep.record.notebook
         self.archive = RunArchive(sweep.folder.parent)
         self.stops: set[Stop] = set()
         self.free: queue.Queue[dict[str, str]] = queue.Queue()  # shares of the machine that nobody uses
         self.ending = ""  # why no more points are taken
 
-    def execute(self, states: Sequence[PointState], jobs: int | None) -> None:
+    def execute(self, points: PointList, jobs: int | None) -> None:
         """Execute points, so many at a time."""
-        jobs = min(jobs or default_jobs(), len(states)) or 1
+        jobs = min(jobs or default_jobs(), points.most) or 1
         for share in shares(jobs):
             self.free.put(share)
         with ThreadPoolExecutor(jobs, thread_name_prefix="sweep") as pool:
-            pending = {pool.submit(self._point, state) for state in states}
+            pending: dict[Any, PointState] = {}
             try:
-                while pending:
-                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in done:
+                while self._submit(pool, points, pending, jobs):
+                    for future in wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)[0]:
                         future.result()
+                        points.give_back(pending.pop(future))
             except BaseException as error:
                 self._end(str(error) or "Ctrl-C")
                 raise
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, points: PointList, pending: dict[Any, PointState], jobs: int
+    ) -> dict[Any, PointState]:  # all that are under way
+        """Take points while there is room for them."""
+        while len(pending) < jobs and (state := points.take()):
+            pending[pool.submit(self._point, state)] = state
+        return pending
 
     def _end(self, reason: str) -> None:
         self.ending = reason
@@ -356,7 +387,7 @@ class _Work:
             resume_run(state.run, watch=watch, **how)
             return
         run_job(
-            self.sweep.record.notebook,
+            self.notebook,
             state.parameters,
             archive=self.archive,
             parents=[self.sweep.id],
@@ -668,15 +699,18 @@ def _bring_home(run: Run, notebook: Path, assignment: Assignment) -> None:
     if run.folder.parent != assignment.sweep.parent:
         push_run(run, assignment.mirror)
 
-# %% ../nbs/26_sweeps.ipynb #cacac22f
+# %% ../nbs/26_sweeps.ipynb #c3aa908c
 LOSSES = 3  # how often a point may lose its node; a fourth time, the point itself is the likely cause
 
 
 class _ClusterPoints:
     """What becomes of the points of a sweep that are executed elsewhere."""
 
-    def __init__(self, sweep: Run, timeout: float | None, retries: int, changed: Callable[[], None]):
+    def __init__(
+        self, sweep: Run, timeout: float | None, retries: int, changed: Callable[[], None], notebook: str = ""
+    ):
         self.sweep, self.timeout, self.retries, self.changed = sweep, timeout, retries, changed
+        self.notebook = notebook or sweep.record.notebook
         self.archive = RunArchive(sweep.folder.parent)
         self.mirror = load_settings().runs.mirror
         self.waiting: deque[PointState] = deque()
@@ -735,7 +769,7 @@ class _ClusterPoints:
         elif state.run.record.status in ("created", "running"):
             state.run.interrupt(Failure(error="NodeLost", message=reason))
 
-# %% ../nbs/26_sweeps.ipynb #b65b7b92
+# %% ../nbs/26_sweeps.ipynb #08f0deb4
 PATIENCE = 60  # seconds that cancelled tasks have to stop their kernels and close their records
 
 
@@ -744,17 +778,18 @@ class _ClusterWork(_ClusterPoints):
 
     tasks: dict[Any, PointState]  # Ray's handle -> the point
 
-    def execute(self, states: Sequence[PointState], jobs: int | None) -> None:
+    def execute(self, points: PointList, jobs: int | None) -> None:
         """Execute points: so many at a time, as far as the cluster has room."""
-        self.tasks, self.ray = {}, import_ray()
+        self.tasks, self.ray, self.points = {}, import_ray(), points
         token = self.sweep.folder / f".seen-{secrets.token_hex(8)}"
         token.touch()
         try:
-            submit = self._submitter(token, jobs)
-            self.waiting.extend(state for state in states if not self._has_come_home(state))
-            while self.waiting or self.tasks:
-                while self.waiting and len(self.tasks) < (jobs or len(states)):
-                    submit(self.waiting.popleft())
+            submit, most = self._submitter(token, jobs), jobs or points.most
+            while True:
+                while len(self.tasks) < most and (state := self._next()):
+                    submit(state)
+                if not self.tasks:
+                    break
                 self._listen()
         except BaseException:
             self._cancel()
@@ -762,6 +797,14 @@ class _ClusterWork(_ClusterPoints):
         finally:
             token.unlink(missing_ok=True)
             close_abandoned(self.sweep)  # by a node that died before it could tell
+
+    def _next(self) -> PointState | None:
+        """A point to hand out: one to be tried again, or a new one."""
+        while not self.waiting and (state := self.points.take()):
+            if not self._has_come_home(state):
+                return state
+            self.points.give_back(state)
+        return self.waiting.popleft() if self.waiting else None
 
     def _has_come_home(self, state: PointState) -> bool:
         """Whether the point's run is complete at the mirror: the sweep was killed before it could fetch it."""
@@ -775,7 +818,7 @@ class _ClusterWork(_ClusterPoints):
         options = {"num_returns": "streaming", "max_retries": 0, "scheduling_strategy": "SPREAD", **demand}
         task, common = (
             self.ray.remote(**options)(carry_out),
-            assignment_of(self.sweep, token.name, demand, self.timeout),
+            assignment_of(self.sweep, token.name, demand, self.timeout, self.notebook),
         )
 
         def submit(state: PointState) -> None:
@@ -787,7 +830,10 @@ class _ClusterWork(_ClusterPoints):
     def _listen(self) -> None:
         """Wait a moment for news, and take them."""
         for task in self.ray.wait(list(self.tasks), num_returns=1, timeout=0.5)[0]:
-            self._take(task, self.tasks[task])
+            state = self.tasks[task]
+            self._take(task, state)
+            if task not in self.tasks and state not in self.waiting and not self.ending:
+                self.points.give_back(state)
             self.changed()
 
     def _take(self, task: Any, state: PointState) -> None:
@@ -819,23 +865,24 @@ class _ClusterWork(_ClusterPoints):
         for task in self.tasks:
             self.ray.cancel(task, force=True)
 
-# %% ../nbs/26_sweeps.ipynb #4a9268ab
+# %% ../nbs/26_sweeps.ipynb #b08518d5
 def assignment_of(
     sweep: Run,
     token: str,  # name of a file in its folder
     demand: Mapping[str, float],  # see task_demand
     timeout: float | None = None,  # seconds for each run
+    notebook: str = "",  # of the job; by default the sweep's
 ) -> Assignment:  # without a point
     """What every task of a sweep has to know; raises SettingsError when runs.mirror cannot be written."""
-    mirror, notebook = load_settings().runs.mirror, Path(sweep.record.notebook)
+    mirror, path = load_settings().runs.mirror, Path(notebook or sweep.record.notebook)
     if mirror:
         open_mirror(mirror)
     return Assignment(
         sweep=sweep.folder,
         token=token,
         folder=os.getcwd(),
-        notebook=notebook,
-        content=notebook.read_bytes(),
+        notebook=path,
+        content=path.read_bytes(),
         environment=travelling_environment(),
         share={name: str(demand["num_cpus"]) for name in THREADS if name not in os.environ},
         mirror=mirror,

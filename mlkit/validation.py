@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Anomaly', 'AnomalyList', 'Anomalies', 'conform', 'validate']
 
-# %% ../nbs/09_validation.ipynb #c19371fa
+# %% ../nbs/09_validation.ipynb #28069bcd
 import datetime
 import difflib
 import html
@@ -18,11 +18,12 @@ from typing import Any, Self
 
 import polars as pl
 
+from .comparison import html_page
 from .runs import html_table
 from .schema import ColumnSchema, Schema, Severity
 from .settings import DataInvalid, DatasetError, listed
 from .sources import KINDS, convert_column
-from .statistics import ColumnStatistics, Kind, Statistics, as_number, kind_of
+from .statistics import ColumnStatistics, Kind, Statistics, as_number, kind_of, known_values
 
 # %% ../nbs/09_validation.ipynb #738400be
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class AnomalyList:
             raise DataInvalid(f"{_title(self)}.{told}{more}")
         return self
 
-# %% ../nbs/09_validation.ipynb #e0e3336f
+# %% ../nbs/09_validation.ipynb #4d34cca4
 class Anomalies(AnomalyList):
     """Everything that was found in a table."""
 
@@ -116,7 +117,7 @@ class Anomalies(AnomalyList):
 
     def to_html(self) -> str:
         """A page of its own."""
-        return _page(self)
+        return html_page(html.escape(self.title), _anomaly_table(self))
 
     def __str__(self) -> str:
         return "\n".join([self.title, *_lines(self)])
@@ -125,7 +126,7 @@ class Anomalies(AnomalyList):
         return str(self)
 
     def _repr_html_(self) -> str:
-        return _report(self)
+        return f"<p><b>{html.escape(self.title)}</b></p>{_anomaly_table(self)}"
 
 # %% ../nbs/09_validation.ipynb #08a480a7
 _COLORS = {"error": "#cf4545", "warning": "#d08a2e"}
@@ -153,7 +154,7 @@ def _lines(anomalies: Anomalies) -> list[str]:
     left = len(anomalies) - _SHOWN
     return [*lines, f"  and {left:,} more"] if left > 0 else lines
 
-# %% ../nbs/09_validation.ipynb #d11d0c2c
+# %% ../nbs/09_validation.ipynb #f98ea521
 def _examples_html(examples: pl.DataFrame | None) -> str:
     if examples is None or not examples.height:
         return ""
@@ -162,7 +163,7 @@ def _examples_html(examples: pl.DataFrame | None) -> str:
     return f"<details><summary>examples</summary><div style='overflow-x:auto;max-width:60em'>{table}</div></details>"
 
 
-def _report(anomalies: Anomalies) -> str:
+def _anomaly_table(anomalies: Anomalies) -> str:
     rows = [
         (
             f"<b style='color:{_COLORS[anomaly.severity]}'>{anomaly.severity}</b>",
@@ -173,39 +174,20 @@ def _report(anomalies: Anomalies) -> str:
         )
         for anomaly in anomalies
     ]
-    table = html_table(("severity", "column", "rule", "what", "to do"), rows) if rows else ""
-    return f"<p><b>{html.escape(anomalies.title)}</b></p>{table}"
+    return html_table(("severity", "column", "rule", "what", "to do"), rows) if rows else ""
 
-
-def _page(anomalies: Anomalies) -> str:
-    style = "body{font:14px sans-serif;margin:2em}td,th{padding:4px 10px;vertical-align:top}code{font-size:12px}"
-    head = f"<meta charset='utf-8'><title>{html.escape(anomalies.title)}</title><style>{style}</style>"
-    return f"<!doctype html><html><head>{head}</head><body>{_report(anomalies)}</body></html>"
-
-# %% ../nbs/09_validation.ipynb #e7b78025
-def _known(column: pl.Series) -> pl.Series:
-    """The column with null for everything that counts as missing: NaN and empty text, too."""
-    if column.dtype.is_float():
-        return column.fill_nan(None)
-    if column.dtype in (pl.Categorical, pl.Enum):
-        column = column.cast(pl.String)
-    return column.set(column == "", None) if column.dtype == pl.String else column
-
-
+# %% ../nbs/09_validation.ipynb #f65977e5
 def _converted(known: pl.Series, kind: Kind) -> pl.Series | None:
     """Known values as another kind, null where one does not fit; None where none can."""
     given = kind_of(known.dtype)
     if given not in KINDS or kind not in KINDS or (given, kind) == ("number", "text"):  # 3.0 was no text
         return None
-    converted = convert_column(known, kind)
-    if (given, kind) == ("datetime", "date"):
-        converted = converted.set((known.dt.time() != datetime.time()).fill_null(False), None)  # an hour would be lost
-    return converted
+    return convert_column(known, kind)
 
-# %% ../nbs/09_validation.ipynb #f1812fa9
+# %% ../nbs/09_validation.ipynb #3c638838
 def _fitting(column: pl.Series, kind: Kind) -> pl.Series:
     """The column as its kind where every value fits, else as it is."""
-    known = _known(column.alias("value"))  # Polars would take a name such as ^a.*$ for a pattern
+    known = known_values(column.alias("value"))  # Polars would take a name such as ^a.*$ for a pattern
     converted = None if kind_of(column.dtype) == kind else _converted(known, kind)
     return column if converted is None or converted.null_count() > known.null_count() else converted
 
@@ -301,14 +283,14 @@ class _Seen:
         """Whether too many values are missing."""
         return self.known < max(column.required * self.rows, column.required_rows)
 
-# %% ../nbs/09_validation.ipynb #56411469
+# %% ../nbs/09_validation.ipynb #d3807681
 def _misfits(values: pl.Series, kind: Kind) -> pl.Series:
     """Whether a value is there and cannot be read as another kind."""
-    known = _known(values)
+    known = known_values(values)
     converted = _converted(known, kind)
     return known.is_not_null() if converted is None else known.is_not_null() & converted.is_null()
 
-# %% ../nbs/09_validation.ipynb #f4ac6115
+# %% ../nbs/09_validation.ipynb #77df78c3
 _EXAMPLES, _EXAMPLE_WIDTH, _VALUES = 5, 10, 10  # rows and columns of an example; values that are told
 _TOGETHER = 100  # columns in one pass
 
@@ -343,7 +325,9 @@ def _see_columns(table: pl.DataFrame, columns: Sequence[ColumnSchema], schema: S
         if not _fits(column, one.kind) and one.known:
             _look_closer(table, one, column.name, "kind", _misfits(part, column.kind))
         if one.lacks(column):
-            one.examples["presence"] = _rows(table, column.name, _known(part).is_null().arg_true().head(_EXAMPLES))
+            one.examples["presence"] = _rows(
+                table, column.name, known_values(part).is_null().arg_true().head(_EXAMPLES)
+            )
     return {column.name: one for column, one in zip(columns, seen, strict=True)}
 
 

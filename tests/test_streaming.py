@@ -89,6 +89,26 @@ def test_rows_without_a_label_belong_to_no_split(tmp_path: Path) -> None:
     )
 
 
+def test_columns_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
+    """Texts that are damaged show it: no ignored column is read, and no feature where only labels are asked for."""
+
+    def damage(name: str) -> None:
+        path = tmp_path / "t.parquet"
+        path.write_bytes(path.read_bytes().replace(name.encode() * 8, b"\xff" * 8))
+
+    table = pl.DataFrame({name: [f"{name * 8}{row % 9}" for row in range(900)] for name in "QZ"})
+    table = table.with_columns(y=pl.Series(["a", "b", "b"] * 300))
+    table.write_parquet(tmp_path / "t.parquet", compression="uncompressed", statistics=False)
+    damage("Z")
+    data = open_dataset(tmp_path / "t.parquet", "y", ignore="Z")
+    assert sum(len(batch["Q"]) for batch in data.batches("all")) == 900
+    damage("Q")
+    assert data.rows("all").tolist() == list(range(900))
+    assert np.bincount(data.labels_of("all")).tolist() == [300, 600]
+    with pytest.raises(DatasetError, match=r"t\.parquet"):
+        next(data.batches("all"))
+
+
 def test_a_regression_knows_the_scale_of_its_label(tmp_path: Path) -> None:
     table = pl.DataFrame({"x": np.arange(200_000.0), "y": np.random.default_rng(0).normal(50, 3, 200_000)})
     table.write_parquet(tmp_path / "t.parquet")

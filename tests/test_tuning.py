@@ -1,0 +1,327 @@
+"""Searches as users start them: several trials at a time, killed and resumed, over a cluster, with wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from mlkit.data import reload_dataset
+from mlkit.runs import Run, RunArchive
+from mlkit.settings import InputError, JobFailed, ParameterError
+
+from .conftest import run_cli, wait_until
+from .test_ray import Cluster, cluster, two_nodes  # noqa: F401  (fixtures)
+
+pytestmark = pytest.mark.slow
+PARAMETERS = 'x: float = 0.0\ny: float = 0.0\nheld: str = ""\nafter: int = 0\nfail: bool = False'
+VALLEY = """
+import time
+from pathlib import Path
+from mlkit.runs import Run
+run = Run.current()
+beginning = len(list(run.checkpoints.iterdir()))
+(run.checkpoints / "begun").touch()
+run.log_metrics({"loss": (1 - x) ** 2 + 100 * (y - x * x) ** 2, "beginnings": beginning + 1}, step=1)
+while held and len(list(Path(held).parent.glob("runs/*-trial*/notebook.html"))) >= after and not Path(held).exists():
+    time.sleep(0.05)
+assert not fail, "as asked"
+"""
+SEARCH = """
+from mlkit.runs import Run
+from mlkit.searches import tune
+found = tune(space, fixed, job="trial_of_valley.ipynb", search=search, objective="loss", trials=trials, jobs=jobs)
+found
+"""
+SPACE = {"x": {"min": -2.0, "max": 2.0}, "y": {"min": -1.0, "max": 3.0}}
+SEARCH_PARAMETERS = f'space: dict = {SPACE}\nfixed: dict = {{}}\nsearch: str = "random"\ntrials: int = 6\njobs: int = 1'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Warm kernels of this module's own, that know what searches need."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("xdg")))
+        folder = tmp_path_factory.mktemp("warm")
+        run_cli("warm", "start", folder=folder)
+        yield
+        run_cli("warm", "stop", folder=folder)
+
+
+@pytest.fixture
+def archive(project: Path, monkeypatch: pytest.MonkeyPatch) -> RunArchive:
+    """A project with a job that measures how far along a valley a point lies, and one that searches the valley."""
+    monkeypatch.chdir(project)
+    for name, parameters, code in (
+        ("trial_of_valley", PARAMETERS, VALLEY),
+        ("valley", SEARCH_PARAMETERS, SEARCH),
+    ):
+        cells = [
+            new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+            new_markdown_cell("## Work"),
+            new_code_cell(code),
+        ]
+        nbformat.write(new_notebook(cells=cells), project / f"{name}.ipynb")
+    return RunArchive(project / "runs")
+
+
+def search_of(archive: RunArchive) -> Run:
+    """The only search of an archive."""
+    (summary,) = archive.list(job="valley")
+    return archive.get(summary.id)
+
+
+def trials_of(archive: RunArchive, search: Run) -> list[Run]:
+    """The runs of its trials, in order."""
+    return [archive.get(point.run) for point in search.record.points]
+
+
+def choices(search: Run) -> list[dict]:
+    """What was chosen for each trial."""
+    return [{n: v for n, v in point.parameters.items() if n in SPACE} for point in search.record.points]
+
+
+def journal(search: Run) -> list[dict]:
+    """All that has happened in a search."""
+    return [json.loads(line) for line in (search.folder / "search.jsonl").read_text().splitlines()]
+
+
+def hold(project: Path, after: int) -> tuple[str, Path]:
+    """Parameters with which trials wait once so many have ended, and the file that lets them go on."""
+    gate = project / "gate"
+    fixed = json.dumps({"held": str(gate), "after": after})
+    return f"fixed={fixed}", gate
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    """`mlkit ...` in the background."""
+    command = [sys.executable, "-m", "mlkit", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_search_that_is_cut_off_goes_on_and_no_trial_is_lost_or_repeated(
+    number: signal.Signals, project: Path, archive: RunArchive, cli: Callable
+) -> None:
+    fixed, gate = hold(project, after=3)
+    process = start(project, "run", "valley.ipynb", "-p", fixed)
+    wait_until(lambda: len(archive.list(job="trial_of_valley", status="completed")) == 3, 300)
+    wait_until(lambda: archive.list(job="trial_of_valley", status="running", where="beginnings > 0").runs)
+    process.send_signal(number)
+    process.wait(60)
+    process.stderr.close()
+    search = search_of(archive)
+    wait_until(lambda: [run.status for run in trials_of(archive, search)] == ["completed"] * 3 + ["interrupted"])
+    if number == signal.SIGTERM:
+        assert [run.record.status for run in trials_of(archive, search)][3:] == ["interrupted"]
+    before = {run.id: run.record.ended for run in trials_of(archive, search)[:3]}
+    gate.touch()
+    result = cli("resume", search.id)
+    assert result.returncode == 0, result.stderr
+    runs = trials_of(archive, search)
+    assert [run.status for run in runs] == ["completed"] * 6
+    assert sorted(run.id for run in runs) == sorted(each.id for each in archive.list(job="trial_of_valley"))
+    assert {run.id: run.record.ended for run in runs[:3]} == before
+    assert [run.record.metrics["beginnings"] for run in runs] == [1, 1, 1, 2, 1, 1]  # it found its checkpoint again
+    asked = [event["ask"] for event in journal(search) if event.get("ask")]
+    ended = [event["end"] for event in journal(search) if "end" in event]
+    assert (asked, ended) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
+    gate.unlink()
+    undisturbed = project / "undisturbed"
+    result = cli("run", "valley.ipynb", MLKIT_RUNS_ROOT=str(undisturbed))
+    assert result.returncode == 0, result.stderr
+    assert choices(search_of(RunArchive(undisturbed))) == choices(search)
+
+
+def test_a_run_whose_id_could_not_be_noted_is_found_again(archive: RunArchive) -> None:
+    """A kill between the making of a trial's run and the writing of its id."""
+    from mlkit.searches import tune
+
+    found = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, jobs=1)
+    lost = found.run.record.points[1].run
+    with found.run.edit() as record:
+        record.points[1].run, record.status = None, "interrupted"
+    lines = (found.run.folder / "search.jsonl").read_text().splitlines(keepends=True)
+    (found.run.folder / "search.jsonl").write_text("".join(lines[:-2]))  # nor how it ended
+    again = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, jobs=1, run=found.run)
+    assert again.run.record.points[1].run == lost
+    assert len(archive.list(job="trial_of_valley")) == 2
+    assert [event["end"] for event in journal(found.run) if "end" in event] == [1, 2]
+
+
+def test_a_search_gives_up_when_trials_fail_one_after_another(archive: RunArchive) -> None:
+    from mlkit.searches import tune
+    from mlkit.tuning import Search
+
+    with pytest.raises(JobFailed, match=r"3 trials in a row have failed, the last one: .*as asked"):
+        tune(SPACE, {"fail": True}, job="trial_of_valley.ipynb", objective="loss", trials=9, jobs=1)
+    (search,) = archive.list(job="tune")
+    assert search.status == "failed"
+    assert [trial.status for trial in Search(archive.get(search.id)).trials] == ["failed"] * 3
+    chosen = {"x": [0.1, 0.2, 0.3], "fail": [False, True]}
+    found = tune(chosen, job="trial_of_valley.ipynb", objective="loss", search="grid", jobs=1)
+    states = [trial.status for trial in found.trials]
+    assert states == ["completed", "failed"] * 3
+    assert [trial.score is None for trial in found.trials] == [state == "failed" for state in states]
+    assert found.run.status == "completed"
+
+
+def test_two_searches_cannot_share_a_folder_and_another_search_cannot_take_it(archive: RunArchive) -> None:
+    from mlkit.searches import tune
+    from mlkit.tuning import JOURNAL, Journal
+
+    how = {"job": "trial_of_valley.ipynb", "objective": "loss", "trials": 1, "jobs": 1}
+    run = archive.create("tune").start()
+    with Journal(run.folder / JOURNAL), pytest.raises(InputError, match="another process"):
+        tune(SPACE, run=run, **how)
+    tune(SPACE, run=run, **how)
+    with pytest.raises(InputError, match=r"another search \(seed differ\)"):
+        tune(SPACE, run=run, seed=7, **how)
+    assert len(archive.list(job="trial_of_valley")) == 1
+
+
+def test_a_measure_that_trials_do_not_report_is_named_after_the_first(archive: RunArchive) -> None:
+    from mlkit.searches import tune
+
+    with pytest.raises(
+        ParameterError, match=r"No trial measures 'los'. Did you mean 'loss'\? There are: loss, beginnings"
+    ):
+        tune(SPACE, job="trial_of_valley.ipynb", objective="los", trials=5, jobs=1)
+    assert len(archive.list(job="trial_of_valley")) == 1
+
+
+MEMORY = f"""
+import json, psutil
+from mlkit.searches import tune
+how = {{"job": "trial_of_valley.ipynb", "objective": "loss", "jobs": 2}}
+sizes = []
+for trials in (6, 8, 16):
+    tune({SPACE}, trials=trials, **how)
+    sizes.append(psutil.Process().memory_full_info().uss / 1e6)
+print(json.dumps(sizes))
+"""
+
+
+def test_memory_stays_flat(archive: RunArchive, project: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", MEMORY], cwd=project, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    first, second, third = json.loads(result.stdout.splitlines()[-1])
+    assert third - second < 16 * 0.5, f"{first:.0f}, {second:.0f}, {third:.0f} MB"  # half a megabyte a trial
+
+
+OVER_RAY = f"""
+from mlkit.searches import tune
+found = tune({SPACE}, job="trial_of_valley.ipynb", search="bayesian", objective="loss", trials=5, jobs=2, engine="ray")
+print(found)
+"""
+
+
+def test_a_search_over_a_cluster(archive: RunArchive, project: Path, two_nodes: Cluster) -> None:  # noqa: F811
+    environment = os.environ | {"RAY_ADDRESS": two_nodes.address, "MLKIT_KERNELS_PRELOAD": "numpy"}
+    result = subprocess.run(
+        [sys.executable, "-c", OVER_RAY], cwd=project, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+    (summary,) = archive.list(job="tune")
+    search = archive.get(summary.id)
+    assert [run.status for run in trials_of(archive, search)] == ["completed"] * 5
+    assert sorted(event["end"] for event in journal(search) if "end" in event) == [1, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunArchive:
+    """An archive with a search over the breast cancer data, by the command line."""
+    folder = tmp_path_factory.mktemp("tuned")
+    space = "space={learning_rate: {min: 1e-4, max: 1e-1, sampling: log}, model_options.dropout: [0, 0.4]}"
+    flags = [
+        "dataset=breast_cancer",
+        "model=mlp",
+        "model_options={hidden: [8]}",
+        "epochs=3",
+        "trials=4",
+        "jobs=2",
+        space,
+    ]
+    result = run_cli("run", "tune", *(part for flag in flags for part in ("-p", flag)), folder=folder)
+    assert result.returncode == 0, result.stderr
+    return RunArchive(folder / "runs")
+
+
+def test_every_trial_is_a_run_that_has_not_seen_the_test_split(tuned: RunArchive) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (summary,) = tuned.list(job="tune")
+    search = tuned.get(summary.id)
+    assert (search.status, len(search.record.points)) == ("completed", 4)
+    for run in trials_of(tuned, search):
+        assert (run.status, run.parents) == ("completed", [search.id])
+        assert run.record.parameters["model_options"]["hidden"] == [8]
+        assert not [name for name in run.record.metrics if name.startswith("test")]
+        events = EventAccumulator(str(run.tensorboard))
+        events.Reload()
+        assert events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    names = {path.name for path in (search.folder / "plots").iterdir()}
+    assert {"parallel.png", "importance.png", "curves.png"} <= names
+
+
+def test_the_best_trial_is_trained_again_and_tested_on_the_same_rows(tuned: RunArchive) -> None:
+    from mlkit.tuning import Search
+
+    (summary,) = tuned.list(job="tune")
+    found = Search(tuned.get(summary.id))
+    (summary,) = tuned.list(job="train")
+    trained = tuned.get(summary.id)
+    assert trained.parents == [found.run.id, found.best.run.id]
+    assert found.best.score == min(trial.score for trial in found.trials)
+    parameters = trained.record.parameters
+    assert parameters["learning_rate"] == found.best.values["learning_rate"]
+    assert parameters["epochs"] == found.best.best_epoch
+    data, judged = (reload_dataset(run.record.data[0]) for run in (trained, tuned.get(found.best.run.id)))
+    assert data.splits["test"].tolist() == judged.splits["test"].tolist()
+    assert sorted([*judged.splits["train"], *judged.splits["validation"]]) == data.splits["train"].tolist()
+    assert (trained.folder / "saved_model" / "1").is_dir()
+    assert any(name.startswith("test") for name in trained.record.metrics)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["objective=val_acuracy"], "Did you mean 'val_accuracy'?"),
+        (["space={learning_rat: [1e-3, 1e-2]}"], "Did you mean 'learning_rate'?"),
+        (["space={}"], "nothing to choose"),
+        (["space={batch_size: []}"], "list of batch_size is empty"),
+        (["search=grid", "space={batch_size: {min: 1, max: 500}}"], "The grid has 500 points"),
+    ],
+)
+def test_wrong_searches_are_refused_before_the_first_trial(
+    flags: list[str], message: str, cli: Callable, project: Path
+) -> None:
+    given = ["dataset=breast_cancer", "model=mlp", *flags]
+    result = cli("run", "tune", *(part for flag in given for part in ("-p", flag)))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not len(RunArchive(project / "runs").list(job="trial"))
+
+
+def test_hyperband_lets_the_better_trainings_go_on(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlkit.searches import tune
+
+    monkeypatch.chdir(project)
+    common = {"dataset": "breast_cancer", "model": "mlp", "model_options": {"hidden": [4]}, "epochs": 3}
+    space = {"learning_rate": {"min": 1e-4, "max": 1e-1, "sampling": "log"}}
+    found = tune(space, common, search="hyperband", jobs=2)
+    runs = {trial.run.id: trial for trial in found.trials}
+    promoted = [trial for trial in found.trials if trial.parameters.get("continues")]
+    assert promoted
+    for trial in promoted:
+        earlier = runs[trial.parameters["continues"]]
+        assert earlier.values == trial.values
+        before, after = earlier.run.history["val_loss"], trial.run.history["val_loss"]
+        assert after[: len(before)] == before
+        assert len(before) < len(after) <= 3
