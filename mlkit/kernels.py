@@ -165,7 +165,7 @@ def _descendants(process: Any) -> list[Any]:
     except psutil.NoSuchProcess:
         return []
 
-# %% ../nbs/20_kernels.ipynb #62265896
+# %% ../nbs/20_kernels.ipynb #3e9d45bd
 @dataclass
 class _Kernels:
     """The kernels of a server: forked, watched, and cleared up after."""
@@ -199,6 +199,8 @@ class _Kernels:
         """Call `gone` when the other side of a connection has closed."""
 
         def closed() -> None:
+            if connection.fileno() < 0:
+                return  # the kernel has ended at the same moment, and that was seen first
             self.watched.unregister(connection)
             connection.close()
             gone(connection)

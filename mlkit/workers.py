@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['KEPT', 'GRACE', 'SERVE', 'RETRIES', 'Crew', 'worker_run', 'serving', 'run_workers', 'crew_of', 'resume_workers']
 
-# %% ../nbs/27_workers.ipynb #f0c7658d
+# %% ../nbs/27_workers.ipynb #d9fcacf8
 import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ from mlkit.jobs import (
     read_notebook,
     with_run,
 )
-from .runs import RUN_FILE, Record, Run, RunArchive, current_owner, list_artifacts, write_atomic
+from .runs import RUN_FILE, Failure, Record, Run, RunArchive, current_owner, list_artifacts, write_atomic
 from .settings import InputError, JobInterrupted, MlkitError, ParameterError, load_settings
 from .sweeps import THREADS, visible_devices
 
@@ -100,7 +100,7 @@ def _tidy(run: Run) -> None:
     with run.edit() as record:
         record.artifacts = list_artifacts(run.folder)
 
-# %% ../nbs/27_workers.ipynb #b96d6ca9
+# %% ../nbs/27_workers.ipynb #f1e23c85
 GRACE = 6.0  # seconds in which the others end by themselves
 
 
@@ -139,23 +139,22 @@ class _Member:
 
 def _attempt(members: Sequence[_Member], execute: Callable[[_Member], None], alive: Callable[[], str]) -> None:
     """Execute all members to their ends; raises KeyboardInterrupt when that is what ends them."""
-    with ThreadPoolExecutor(len(members), thread_name_prefix="worker") as pool:
-        pending = {pool.submit(execute, member) for member in members}
-        try:
-            while pending and not _settled(members):
-                pending = _wait(pending)
-                if lost := alive():
-                    members[0].lost = lost
-                    members[0].stop(lost, True)
-            deadline = time.monotonic() + GRACE
-            while pending and time.monotonic() < deadline:
-                pending = _wait(pending)
-            for member in members:
-                member.stop("Another worker has ended.")
-        except BaseException as error:
-            for member in members:
-                member.stop(str(error) or "Ctrl-C")
-            raise
+    threads = [threading.Thread(target=execute, args=(member,), daemon=True) for member in members]
+    for thread in threads:
+        thread.start()
+    try:
+        while not _settled(members):
+            _pause(threads)
+            if lost := alive():
+                members[0].lost = lost
+                members[0].stop(lost, True)
+        deadline = time.monotonic() + GRACE
+        while any(thread.is_alive() for thread in threads) and time.monotonic() < deadline:
+            _pause(threads)
+        _stop(members, threads, "Another worker has ended.")
+    except BaseException as error:
+        _stop(members, threads, str(error) or "Ctrl-C")
+        raise
 
 
 def _settled(members: Sequence[_Member]) -> bool:
@@ -163,11 +162,20 @@ def _settled(members: Sequence[_Member]) -> bool:
     return bool(members[0].ended) or any(member.error for member in members)
 
 
-def _wait(pending: set[Future]) -> set[Future]:
-    done, pending = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
-    for future in done:
-        future.result()
-    return pending
+def _pause(threads: Sequence[threading.Thread]) -> None:
+    next((thread for thread in threads if thread.is_alive()), threads[0]).join(0.25)
+
+
+def _stop(members: Sequence[_Member], threads: Sequence[threading.Thread], reason: str) -> None:
+    """End the kernels that are left; the run of one whose end Jupyter does not notice is closed here."""
+    for member in members:
+        member.stop(reason)
+    deadline = time.monotonic() + GRACE
+    for member, thread in zip(members, threads, strict=True):
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            member.error = member.error or with_run(JobInterrupted(reason), member.run)
+            member.run.interrupt(Failure(error="Interrupted", message=reason))
 
 # %% ../nbs/27_workers.ipynb #980adc07
 SERVE = """
