@@ -796,7 +796,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlkit.health.HealthWatch.__init__': ('health.html#healthwatch.__init__', 'mlkit/health.py'),
                               'mlkit.health.HealthWatch._is_due': ('health.html#healthwatch._is_due', 'mlkit/health.py'),
                               'mlkit.health.HealthWatch._look': ('health.html#healthwatch._look', 'mlkit/health.py'),
-                              'mlkit.health.HealthWatch.looked': ('health.html#healthwatch.looked', 'mlkit/health.py'),
                               'mlkit.health.HealthWatch.on_epoch_end': ('health.html#healthwatch.on_epoch_end', 'mlkit/health.py'),
                               'mlkit.health.HealthWatch.on_train_begin': ('health.html#healthwatch.on_train_begin', 'mlkit/health.py'),
                               'mlkit.health.HealthWatch.remarks': ('health.html#healthwatch.remarks', 'mlkit/health.py'),

@@ -347,7 +347,7 @@ def diagnose(
         remarks += nothing or [*_read_overfitting(epochs, scale), *_read_still_improving(epochs, scale, limit)]
     return remarks
 
-# %% ../nbs/12_health.ipynb #3b76bfb6
+# %% ../nbs/12_health.ipynb #32e7d36e
 class HealthWatch(keras.callbacks.Callback):
     """Looks at the layers once an epoch, and says what is wrong with the training."""
 
@@ -361,6 +361,7 @@ class HealthWatch(keras.callbacks.Callback):
         self.epochs: list[dict[str, float]] = []
         self.looks: list[LayerMeasures] = []
         self.latest: LayerStatistics | None = None
+        self.looked: LayerStatistics | None = None  # after the latest epoch; None when that one was left out
         self._probe: LayerProbe | None = None
 
     def state(self) -> list[dict[str, Any]]:
@@ -382,22 +383,19 @@ class HealthWatch(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self.epochs.append({name: float(value) for name, value in logs.items()})
+        self.looked = None
         if self._is_due(epoch + 1):
-            self._look(epoch + 1)
+            self.looked = self._look(epoch + 1)
 
     def _is_due(self, epoch: int) -> bool:
         if not self.spacing or epoch in (1, self.params["epochs"]):
             return True
         return (epoch - self.looks[-1].epoch) * self.params["steps"] >= self.spacing
 
-    @property
-    def looked(self) -> LayerStatistics | None:
-        """The look after the latest epoch; None when there was none."""
-        return self.latest if self.latest and self.latest.measures.epoch == len(self.epochs) else None
-
-    def _look(self, epoch: int) -> None:
+    def _look(self, epoch: int) -> LayerStatistics:
         self.latest = self._probe(epoch)
         self.looks.append(self.latest.measures)
+        return self.latest
 
     @property
     def remarks(self) -> list[str]:
