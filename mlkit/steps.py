@@ -23,11 +23,12 @@ import mlkit.features  # noqa: F401  (before TensorFlow: it imports it quietly)
 import keras
 import tensorflow as tf
 
-# %% ../nbs/13_steps.ipynb #5fe471dc
+# %% ../nbs/13_steps.ipynb #93a2638e
 class TrainingSteps:
     """The compiled functions of a training; those of validation beside them."""
 
     alone = True  # nobody else takes part in a step
+    in_step = False  # whether other processes have to make the very same calls
 
     def __init__(
         self,
@@ -164,7 +165,7 @@ class Pace:
         elif seconds > 2 * self.GOAL:
             self.count = max(1, self.count // 2)
 
-# %% ../nbs/13_steps.ipynb #f12581fb
+# %% ../nbs/13_steps.ipynb #8fb318bd
 class DistributedSteps(TrainingSteps):
     """The compiled functions of a training on several replicas; XLA is left out, it knows no sums over processes."""
 
@@ -179,6 +180,7 @@ class DistributedSteps(TrainingSteps):
     ):
         self.distribution, self._wrap = distribution, wrap
         super().__init__(model, parts)
+        self.in_step = bool(distribution.company)
         self._total = tf.function(model.get_metrics_result)
 
     def _one(self, step: Callable) -> Callable:

@@ -207,7 +207,7 @@ class RunWriter(keras.callbacks.Callback):
                 for name, value in measures.items():
                     record.history.setdefault(name, []).append((epoch, value))
 
-# %% ../nbs/14_training.ipynb #f6156fc3
+# %% ../nbs/14_training.ipynb #7cf21203
 class TrainingCalls:
     """Steps of a training that may have begun in another process."""
 
@@ -229,7 +229,8 @@ class TrainingCalls:
         self.make_steps = make_steps or partial(TrainingSteps, model)
         self.model, self.dataset, self.state, self.checkpoint = model, dataset, state, checkpoint
         self.progress, self.epochs, self.batch_size, self.seed = progress, epochs, batch_size, seed
-        self.steps, self.pace, self.signals = self.make_steps(parts), Pace(), HeldSignals()
+        self.steps, self.signals = self.make_steps(parts), HeldSignals()
+        self.pace, self.judging_pace = (Pace(1 if self.steps.in_step else Pace.MOST) for _ in range(2))
         self.board, self.distributed = board, not self.steps.alone
         state.steps = -(-dataset.sizes["train"] // batch_size)
         self._started = time.monotonic() - state.seconds
@@ -258,7 +259,7 @@ class TrainingCalls:
     def _most(self) -> int:
         """Steps that the next call may do."""
         most = self.model.steps_per_execution if self.users else self.pace.count
-        pause = self.board.profile_pause(self._done()) if self.board else None
+        pause = self.board.profile_pause(self._done()) if self.board and not self.steps.in_step else None
         return min(most, pause - self._done()) if pause else most
 
     def _done(self) -> int:
@@ -321,7 +322,7 @@ class FittingCalls(TrainingCalls):
         for variable, value in zip(self._variables(), self._before, strict=True):
             variable.assign(value)
 
-# %% ../nbs/14_training.ipynb #eee24224
+# %% ../nbs/14_training.ipynb #a97a62de
 class TrainingLoop(FittingCalls):
     """A training from where the state says to its end, and the moments at which it can be cut off."""
 
@@ -337,7 +338,6 @@ class TrainingLoop(FittingCalls):
         self.users = keras.callbacks.CallbackList(users, add_history=False, model=model, **params) if users else None
         model.stop_training = False
         self._iterator = self._judging = None
-        self.judging_pace = Pace()
         with self.signals, self._profiling():
             self.callbacks.on_train_begin()
             while len(state.epochs) < self.epochs and not model.stop_training:
