@@ -278,7 +278,7 @@ def weighted(
     finally:
         del optimizer.scale_loss
 
-# %% ../nbs/12_strategies.ipynb #9e1cd16a
+# %% ../nbs/12_strategies.ipynb #2712b6be
 def _adder(distribution: Distribution, dtype: np.dtype) -> Callable:
     """The function that adds up a row of numbers over all processes."""
 
@@ -340,14 +340,12 @@ def check_same(
         return
     digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in what.items()}
     first = json.loads(share(distribution, json.dumps(digests)))
-    different = [name for name in digests if digests[name] != first.get(name)]
-    marks = np.zeros(distribution.replicas, np.int32)
-    marks[distribution.mine.start] = bool(different or len(first) != len(digests))
-    if (found := _add_up(distribution, marks)).any():
-        others = ", ".join(str(n // len(distribution.mine)) for n in np.flatnonzero(found))
-        raise ParameterError(
-            f"Worker {others} does not train the same as worker 0: {', '.join(different) or 'see there'}."
-        )
+    marks = np.zeros((distribution.replicas, len(first)), np.int32)
+    marks[distribution.mine.start] = [digests.get(name) != digest for name, digest in first.items()]
+    if (found := _add_up(distribution, marks.ravel()).reshape(marks.shape)).any():
+        others = ", ".join(str(n // len(distribution.mine)) for n in np.flatnonzero(found.any(axis=1)))
+        different = ", ".join(name for name, differs in zip(first, found.any(axis=0), strict=True) if differs)
+        raise ParameterError(f"Worker {others} does not train the same as worker 0: {different}.")
 
 # %% ../nbs/12_strategies.ipynb #090e5539
 @contextlib.contextmanager

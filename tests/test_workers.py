@@ -34,6 +34,7 @@ import keras
 from mlkit.data import load_dataset
 from mlkit.model import build_model
 from mlkit.runs import Run
+from mlkit.steps import Pace
 from mlkit.strategies import make_strategy
 from mlkit.training import fit
 run = Run.current()
@@ -51,7 +52,9 @@ if distribution.mine.start and "OTHER_ROWS" in os.environ:
     rows = int(os.environ["OTHER_ROWS"])
 data = load_dataset("retail", rows=rows)
 network = build_model(model, data, seed=1)
-waiting = [keras.callbacks.LambdaCallback(on_epoch_end=wait)]
+waiting = [keras.callbacks.LambdaCallback(on_epoch_end=wait)] if hold else []
+if distribution.mine.start:
+    Pace.GOAL = 100.0  # this one would ask for more and more steps at once, were it allowed to
 options = {"strategy": distribution, "checkpoint_minutes": 1e-6, "patience": 99}
 history = fit(network, data, epochs=epochs, batch_size=250, run=run, callbacks=waiting, **options)
 run.log_metrics({"weights": sum(float(abs(weight).sum()) for weight in network.get_weights())})
@@ -183,8 +186,6 @@ def test_a_worker_that_dies_each_time_fails_the_run(workshop: Workshop, tmp_path
     failure = workshop.run.record.failure
     assert failure.error == "DeadKernelError"
     assert failure.message.startswith("Worker 1: The kernel was ended by SIGKILL")
-    chief = nbformat.read(workshop.run.folder / "notebook.ipynb", 4).cells[-1].outputs
-    assert any("The others cannot go on without it" in str(output) for output in chief)
 
 
 def test_workers_with_other_data_are_refused(workshop: Workshop) -> None:
