@@ -200,7 +200,7 @@ def epoch_lines(
             steps.setdefault(step, {})[name] = value
     return [f"epoch {step}  {_named(values)}" for step, values in sorted(steps.items())]
 
-# %% ../nbs/30_cli.ipynb #25145962
+# %% ../nbs/30_cli.ipynb #9dcd197e
 @app.command(
     epilog="Example: mlkit run train --sweep learning_rate=1e-2,1e-3 --sweep model=cnn,mlp", add_help_option=False
 )
@@ -243,11 +243,24 @@ def run(
         how["retries"] = RETRIES if retries is None else retries
         _execute(lambda watch: run_workers(job, given, watch=watch, **how), as_json)
         return
-    if engine != "local":
-        raise InputError(f"--engine {engine} runs sweeps and --workers; add --sweep NAME=VALUE,... or --points FILE.")
     from mlkit.jobs import run_job
 
+    given |= _engine_parameter(job, engine)
     _execute(lambda watch: run_job(job, given, watch=watch, timeout=timeout), as_json)
+
+
+def _engine_parameter(job: str, engine: str) -> dict[str, str]:
+    """The engine as a parameter of a job that has one, a search for example; raises InputError for one that has not."""
+    from mlkit.jobs import Contract, find_job, read_notebook
+
+    if engine == "local":
+        return {}
+    if "engine" not in Contract.of(read_notebook(find_job(job))).parameters:
+        raise InputError(
+            f"--engine {engine} is for sweeps, for --workers, and for jobs with a parameter 'engine', such as tune. "
+            "Add --sweep NAME=VALUE,..., --points FILE or --workers N."
+        )
+    return {"engine": engine}
 
 
 def _explain_run(context: typer.Context, job: str | None, asked: bool) -> None:

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['tf', 'PRECISIONS', 'choose_precision', 'Devices', 'prepare_devices']
 
-# %% ../nbs/12_devices.ipynb #75d5e33a
-import os
+# %% ../nbs/12_devices.ipynb #50aa27f4
 from dataclasses import dataclass
 from typing import Literal
 
-from .settings import ParameterError, nearest
+from .settings import ParameterError, nearest, processors
 
 # %% ../nbs/12_devices.ipynb #2d080b48
 from .sources import import_tensorflow
@@ -35,7 +34,7 @@ def choose_precision(
     slowest = min(capabilities, default=(0, 0))
     return "mixed_bfloat16" if slowest >= (8, 0) else "mixed_float16" if slowest >= (7, 0) else "float32"
 
-# %% ../nbs/12_devices.ipynb #d6e50eec
+# %% ../nbs/12_devices.ipynb #e999786d
 @dataclass(frozen=True)
 class Devices:
     """What a training computes with."""
@@ -73,5 +72,4 @@ def prepare_devices(
         tpu = bool(tf.config.list_physical_devices("TPU"))
         precision = choose_precision([capability for _, capability in details], tpu)
     keras.config.set_dtype_policy(precision)
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Devices(processors, tuple(name for name, _ in details), precision)
+    return Devices(processors(), tuple(name for name, _ in details), precision)

@@ -6,7 +6,7 @@
 __all__ = ['serving_outputs', 'serving_inputs', 'parse_examples', 'as_examples', 'Servable', 'describe_model', 'check_exportable',
            'export_saved_model', 'ServedFeature', 'SavedModel', 'load_saved_model']
 
-# %% ../nbs/17_export.ipynb #d9b4e750
+# %% ../nbs/17_export.ipynb #3d91b8e7
 import json
 import os
 import shutil
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from .continuing import continuing_record
+from .continuing import continuing_record, version_folder
 from .data import MANY_CLASSES, Dataset
 from .evaluation import as_scores
 from .features import decode_images
 from .runs import Run, storage_error, write_atomic
-from .settings import ModelError, NotFoundError, nearest
+from .settings import ModelError, nearest
 from .sources import write_table
 
 # %% ../nbs/17_export.ipynb #0d5eabc0
@@ -380,16 +380,9 @@ def _load(path: Path) -> Any:
     except Exception as error:  # TensorFlow raises many kinds
         raise ModelError(f"{path} holds no model that can be loaded: {error}") from error
 
-# %% ../nbs/17_export.ipynb #4f531a33
+# %% ../nbs/17_export.ipynb #eef9ce4d
 def load_saved_model(
     path: Path | str,  # a version folder, the folder of versions (the newest is taken), or a run's folder
 ) -> SavedModel:
     """Load an exported model; raises NotFoundError where there is none, ModelError for a damaged one."""
-    path = Path(path)
-    for folder in (path, path / "saved_model"):
-        versions = [each for each in folder.glob("[0-9]*") if each.name.isdigit()]
-        if (folder / "saved_model.pb").is_file():
-            return SavedModel(folder)
-        if versions:
-            return SavedModel(max(versions, key=lambda each: int(each.name)))
-    raise NotFoundError(f"There is no SavedModel in {path}: neither saved_model.pb nor a numbered version folder.")
+    return SavedModel(version_folder(Path(path)))

@@ -239,7 +239,7 @@ def _read_exploding(looks: Sequence[LayerMeasures]) -> list[str]:
         f"{format_number(start)} at the beginning: try a smaller learning_rate."
     ]
 
-# %% ../nbs/12_health.ipynb #a2a8d76e
+# %% ../nbs/12_health.ipynb #52efae87
 def constant_loss(
     model: keras.Model,  # compiled
     dataset: Dataset | StreamedDataset,
@@ -252,12 +252,15 @@ def constant_loss(
     else:
         shares = np.bincount(labels.astype(int), minlength=len(dataset.classes)) / len(labels)
         answer = shares[1:] if dataset.task == "binary" else shares
+    values, counts = np.unique(labels, return_counts=True)  # rows with the same label have the same loss
     try:
         loss = keras.losses.get(model.loss)
         if getattr(loss, "from_logits", False):
             return None
-        repeated = np.tile(np.asarray(answer, "float32"), (len(labels), 1))
-        return float(np.mean(loss(labels.astype("float32").reshape(-1, 1), repeated)))
+        by_row = loss.call if isinstance(loss, keras.losses.Loss) else loss
+        repeated = np.tile(np.asarray(answer, "float32"), (len(values), 1))
+        found = np.asarray(by_row(values.astype("float32").reshape(-1, 1), repeated))
+        return float(np.average(found.reshape(len(values)), weights=counts))
     except Exception:  # a loss of the user's own may want anything
         return None
 

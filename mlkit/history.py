@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from .runs import format_number, format_seconds, html_table
 
-# %% ../nbs/12_history.ipynb #b5a4d14d
+# %% ../nbs/12_history.ipynb #44d56e39
 @dataclass(frozen=True)
 class History:
     """What was measured in each epoch of a training."""
@@ -44,6 +44,9 @@ class History:
     def table(self) -> pl.DataFrame:
         """One row for each epoch, one column for each metric."""
         return pl.DataFrame(self.epochs).insert_column(0, pl.Series("epoch", range(1, len(self) + 1)))
+
+    def __repr__(self) -> str:  # how long it took is no part of what a cell has shown
+        return str(self)
 
     def __len__(self) -> int:
         return len(self.epochs)

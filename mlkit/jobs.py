@@ -8,7 +8,7 @@ __all__ = ['TYPES', 'SHORTEST_SECRET', 'KEPT_TEXT', 'BLOT', 'ENGINE', 'logger', 
            'convert', 'read_secret', 'job_summary', 'CellStarted', 'Stop', 'Execution', 'keep_figures', 'FoldedText',
            'secret_forms', 'without_secrets', 'remove_secrets', 'running_kernel', 'client_class', 'register_engine',
            'run_job', 'execute_run', 'check_kernel', 'with_run', 'interrupt_on_sigterm', 'write_html', 'job_failed',
-           'failure_of', 'resume_run', 'archived_notebook']
+           'failure_of', 'restart_run', 'resume_run', 'archived_notebook']
 
 # %% ../nbs/21_jobs.ipynb #f934db43
 import ast
@@ -970,7 +970,15 @@ def _at_work(execution: Execution, error: str, message: str) -> Failure:
     message += f" In '{heading}'." if heading else ""
     return Failure(error=error, message=message, traceback=f"{message}\n{said}".strip(), cell=at, heading=heading)
 
-# %% ../nbs/21_jobs.ipynb #3472f98a
+# %% ../nbs/21_jobs.ipynb #1a289cd9
+def restart_run(
+    run: Run,  # interrupted or failed
+) -> None:
+    """Begin a run again in its own folder; raises InputError when it completed or still runs."""
+    run.restart()
+    (run.folder / "notebook.html").unlink(missing_ok=True)
+
+
 def resume_run(
     run: Run,  # interrupted or failed
     **how: Any,  # watch, timeout, stop, warm: see execute_run
@@ -980,8 +988,7 @@ def resume_run(
     contract = Contract.of(read_notebook(path))
     secrets = contract.secrets(run.record.parameters)
     check_kernel(load_settings().jobs.kernel)
-    run.restart()
-    (run.folder / "notebook.html").unlink(missing_ok=True)
+    restart_run(run)
     return execute_run(run, path, secrets=secrets, **how)
 
 

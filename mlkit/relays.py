@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE', 'Relay']
 
-# %% ../nbs/14_relays.ipynb #7fc1f1cf
+# %% ../nbs/14_relays.ipynb #37c1bbc0
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoints import VARIABLE_KEY, read_checkpoint
 from .runs import Run, RunArchive
 from .settings import NotFoundError
 
@@ -23,9 +24,8 @@ import mlkit.model  # noqa: F401  (before TensorFlow: it imports it quietly)
 import keras
 import tensorflow as tf
 
-# %% ../nbs/14_relays.ipynb #b38352ad
+# %% ../nbs/14_relays.ipynb #0fe2a58d
 STATE = "training.npz"  # in the folder of a trial's run
-_KEY = "{}/.ATTRIBUTES/VARIABLE_VALUE"  # under which tf.train.Checkpoint keeps a variable
 
 
 class Relay(keras.callbacks.Callback):
@@ -49,13 +49,16 @@ class Relay(keras.callbacks.Callback):
 
     def hand_on(self) -> None:
         """Keep the training as it was after its last epoch."""
-        reader = tf.train.load_checkpoint(str(self.folder))
-        values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+        values = read_checkpoint(self.folder)
         for number, value in enumerate(self._last or []):  # None: all was done before a kill, the best weights are left
-            values[_KEY.format(f"model/{number}")] = value
-        text = values.pop(_KEY.format("state")).decode()
-        del values[_KEY.format("save_counter")]  # TensorFlow's own
-        content = {name.removesuffix(_KEY[2:]): value for name, value in values.items() if name.endswith(_KEY[2:])}
+            values[VARIABLE_KEY.format(f"model/{number}")] = value
+        text = values.pop(VARIABLE_KEY.format("state")).decode()
+        del values[VARIABLE_KEY.format("save_counter")]  # TensorFlow's own
+        content = {
+            name.removesuffix(VARIABLE_KEY[2:]): value
+            for name, value in values.items()
+            if name.endswith(VARIABLE_KEY[2:])
+        }
         np.savez(self.run.folder / STATE, state=np.array(text), **content)
         self.run.log_artifact(self.run.folder / STATE)
 

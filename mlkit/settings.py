@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RESERVED_VARIABLES', 'MlkitError', 'InputError', 'SettingsError', 'DatasetError', 'ModelError', 'ParameterError',
            'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'DataInvalid', 'JobFailed', 'JobInterrupted',
-           'nearest', 'listed', 'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings', 'SchemasSettings',
-           'WorkersSettings', 'Settings', 'known_settings', 'Given', 'find_settings_file', 'read_settings_file',
-           'variable_name', 'read_environment', 'load_settings']
+           'nearest', 'listed', 'processors', 'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings',
+           'SchemasSettings', 'WorkersSettings', 'Settings', 'known_settings', 'Given', 'find_settings_file',
+           'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
 
 # %% ../nbs/00_settings.ipynb #d9033dba
 import configparser
@@ -92,6 +92,11 @@ def listed(
     names = [str(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+# %% ../nbs/00_settings.ipynb #6d3aaa3f
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../nbs/00_settings.ipynb #91ba818e
 class Section(BaseModel):

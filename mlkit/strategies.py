@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['tf', 'STRATEGIES', 'Distribution', 'serve', 'make_strategy', 'replica_batches', 'distribute_batches',
-           'model_variables', 'placed', 'weighted', 'share', 'share_variables', 'check_same', 'in_company']
+           'model_variables', 'optimizers', 'placed', 'weighted', 'share', 'share_variables', 'check_same',
+           'in_company']
 
 # %% ../nbs/12_strategies.ipynb #deb92489
 import contextlib
@@ -208,7 +209,7 @@ def distribute_batches(
     on_host = tf.distribute.InputOptions(experimental_fetch_to_device=False)
     return distribution.strategy.distribute_datasets_from_function(lambda context: parts, on_host)
 
-# %% ../nbs/12_strategies.ipynb #1d98d545
+# %% ../nbs/12_strategies.ipynb #d4aab217
 def model_variables(
     model: keras.Model,  # compiled and built
 ) -> list[keras.Variable]:
@@ -217,8 +218,10 @@ def model_variables(
     return list({id(variable): variable for variable in found}.values())
 
 
-def _optimizers(model: keras.Model) -> Iterator[Any]:
-    """The optimizer, and what it may wrap."""
+def optimizers(
+    model: keras.Model,
+) -> Iterator[Any]:
+    """The optimizer, and the one within it that mixed precision has wrapped."""
     optimizer = model.optimizer
     while optimizer is not None:
         yield optimizer
@@ -229,7 +232,7 @@ def _settle(model: keras.Model, strategy: tf.distribute.Strategy | None) -> None
     """Tell model and optimizer where the variables are now: Keras looks this up when they are built."""
     model._distribute_strategy = strategy
     model.train_function = model.test_function = model.predict_function = None
-    for optimizer in _optimizers(model):
+    for optimizer in optimizers(model):
         optimizer._distribution_strategy = strategy or tf.distribute.get_strategy()
         numbered = enumerate(getattr(optimizer, "_trainable_variables", ()))
         optimizer._trainable_variables_indices = {optimizer._var_key(variable): n for n, variable in numbered}

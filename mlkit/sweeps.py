@@ -6,10 +6,10 @@
 __all__ = ['THREADS', 'Watcher', 'RAY_EXTRA', 'TRAVELLING', 'LOSSES', 'PATIENCE', 'parse_axis', 'grid', 'sample', 'read_points',
            'visible_devices', 'default_jobs', 'shares', 'PointState', 'PointList', 'run_sweep', 'resume_sweep',
            'execute_sweep', 'ready_engine', 'close_abandoned', 'import_ray', 'ray_cluster', 'task_demand', 'Assignment',
-           'travelling_environment', 'News', 'open_mirror', 'push_run', 'pull_run', 'carry_out', 'assignment_of',
-           'write_hparams']
+           'travelling_environment', 'News', 'open_mirror', 'push_run', 'pull_run', 'carry_out', 'execute_point',
+           'adapted', 'bring_home', 'has_ended', 'marked', 'assignment_of', 'write_hparams']
 
-# %% ../nbs/26_sweeps.ipynb #0f2f8ee8
+# %% ../nbs/26_sweeps.ipynb #217662ed
 import contextlib
 import itertools
 import logging
@@ -43,7 +43,17 @@ from mlkit.jobs import (
     run_job,
     with_run,
 )
-from .runs import RUN_FILE, Failure, Point, Run, RunArchive, is_alive, list_artifacts
+from mlkit.runs import (
+    RUN_FILE,
+    Failure,
+    Owner,
+    Point,
+    Run,
+    RunArchive,
+    current_owner,
+    is_alive,
+    list_artifacts,
+)
 from mlkit.settings import (
     ArchiveError,
     InputError,
@@ -56,6 +66,7 @@ from mlkit.settings import (
     known_settings,
     load_settings,
     nearest,
+    processors,
     variable_name,
 )
 
@@ -101,7 +112,7 @@ def read_points(
         raise ParameterError(f"{path} should be a list of parameter sets, for example '- {{epochs: 5, model: cnn}}'.")
     return points
 
-# %% ../nbs/26_sweeps.ipynb #ea388d1b
+# %% ../nbs/26_sweeps.ipynb #5bf785b3
 def visible_devices() -> list[str]:  # [] where there are none
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -117,23 +128,19 @@ def visible_devices() -> list[str]:  # [] where there are none
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "POLARS_MAX_THREADS")
 
 
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_jobs() -> int:
     """How many runs at a time suit this machine: one a GPU, else one a processor, with 2 GB of memory for each."""
     import psutil
 
     fitting = psutil.virtual_memory().available // 2_000_000_000
-    return len(visible_devices()) or max(1, min(_processors(), fitting))
+    return len(visible_devices()) or max(1, min(processors(), fitting))
 
 
 def shares(
     jobs: int,  # kernels side by side
 ) -> list[dict[str, str]]:  # for each of them the variables of its environment
     """Divide processors and GPUs among kernels."""
-    threads = str(max(1, _processors() // jobs))
+    threads = str(max(1, processors() // jobs))
     variables = {} if jobs == 1 else {name: threads for name in THREADS if name not in os.environ}
     devices = visible_devices()
     chosen = [{"CUDA_VISIBLE_DEVICES": devices[n % len(devices)]} if devices else {} for n in range(jobs)]
@@ -396,7 +403,7 @@ class _Work:
             **how,
         )
 
-# %% ../nbs/26_sweeps.ipynb #ec460799
+# %% ../nbs/26_sweeps.ipynb #b5e5b56e
 RAY_EXTRA = "pip install 'mlkit[ray]'"
 
 
@@ -405,7 +412,7 @@ def import_ray() -> Any:  # the module
     try:
         import ray
     except ImportError as error:
-        raise MissingDependencyError(f"Sweeps over a cluster need Ray ({error}). It comes with: {RAY_EXTRA}") from error
+        raise MissingDependencyError(f"Work over a cluster needs Ray ({error}). It comes with: {RAY_EXTRA}") from error
     return ray
 
 # %% ../nbs/26_sweeps.ipynb #dc92998a
@@ -485,15 +492,15 @@ def task_demand(
         demand["memory"] = 2_000_000_000
     return demand
 
-# %% ../nbs/26_sweeps.ipynb #1da08fcd
+# %% ../nbs/26_sweeps.ipynb #a78e91f1
 TRAVELLING = ("TF_", "KERAS_", "XLA_", "OMP_NUM_THREADS")  # and every setting
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """All a process on another machine has to know to execute a point."""
+    """All a process on another machine has to know to execute a point, or what it is given else."""
 
-    sweep: Path  # folder of the sweep, on the machine where it was started
+    home: Path  # folder of the sweep, or of the run of several processes, on the machine where it was started
     token: str  # name of a file in it; who finds that sees the same archive
     folder: str  # the working folder there
     notebook: Path  # of the job, there
@@ -503,7 +510,7 @@ class Assignment:
     mirror: str  # URL at which finished runs are left by who does not see the archive
     timeout: float | None = None  # seconds
     parameters: Mapping[str, Any] | None = None
-    run: str = ""  # to go on with, if it is within reach
+    run: str = ""  # to go on with, if it is within reach; its path in the archive
 
 # %% ../nbs/26_sweeps.ipynb #230849cc
 def travelling_environment() -> dict[str, str]:  # name -> value
@@ -515,7 +522,7 @@ def travelling_environment() -> dict[str, str]:  # name -> value
     }
     return values | {name: value for name, value in os.environ.items() if name.startswith(TRAVELLING)}
 
-# %% ../nbs/26_sweeps.ipynb #e1751e5c
+# %% ../nbs/26_sweeps.ipynb #ef252e65
 @dataclass(frozen=True)
 class News:
     """What a task tells of its point."""
@@ -525,6 +532,7 @@ class News:
     ended: bool = False
     error: str = ""  # why it ended, if that was not in peace
     again: bool = False  # whether another attempt could help
+    owner: Owner | None = None  # the process that does it
 
 # %% ../nbs/26_sweeps.ipynb #7a31eb86
 def open_mirror(
@@ -542,26 +550,28 @@ def open_mirror(
         raise SettingsError(f"runs.mirror = '{url}' cannot be written: {error}. It takes a URL for fsspec.") from error
     return system, folder.rstrip("/")
 
-# %% ../nbs/26_sweeps.ipynb #1ae1632e
+# %% ../nbs/26_sweeps.ipynb #63d6e4d4
 def push_run(
-    run: Run,  # ended
+    run: Run,  # in which nobody works now
     mirror: str,  # URL
+    name: str = "",  # there; by default its id
 ) -> None:
     """Copy a run to the mirror, its record last; raises ArchiveError."""
     system, folder = open_mirror(mirror)
+    name = name or run.id
     files = [path for path in sorted(run.folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     visible = [path for path in files if not path.name.startswith(".") and path != run.folder / RUN_FILE]
     try:
         for path in [*visible, run.folder / RUN_FILE]:
-            target = f"{folder}/{run.id}/{path.relative_to(run.folder).as_posix()}"
+            target = f"{folder}/{name}/{path.relative_to(run.folder).as_posix()}"
             system.makedirs(target.rpartition("/")[0], exist_ok=True)
             system.put_file(str(path), target)
     except Exception as error:
-        raise ArchiveError(f"{run.id} could not be copied to {mirror}: {error}") from error
+        raise ArchiveError(f"{name} could not be copied to {mirror}: {error}") from error
 
-# %% ../nbs/26_sweeps.ipynb #0502da93
+# %% ../nbs/26_sweeps.ipynb #a75aa142
 def pull_run(
-    name: str,  # id of a run
+    name: str,  # of a run, at the mirror
     archive: RunArchive,  # where it is to go
     mirror: str,  # URL
 ) -> Run | None:  # None when the mirror does not have it
@@ -585,14 +595,16 @@ def pull_run(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/26_sweeps.ipynb #a24f72db
+# %% ../nbs/26_sweeps.ipynb #1fa3e012
 def carry_out(
     assignment: Assignment,
+    execute: Callable[..., None] | None = None,  # what is done in the workplace; by default a point is executed
 ) -> Iterator[News]:
-    """Execute a point on this machine; it is stopped when the caller stops listening."""
+    """Do on this machine what was assigned; it is stopped when the caller stops listening."""
     news: queue.SimpleQueue[News] = queue.SimpleQueue()
     stop = Stop()
-    thread = threading.Thread(target=_carry_out, args=(assignment, stop, news.put), name="point")
+    order = (assignment, execute or execute_point, stop, news.put)
+    thread = threading.Thread(target=_carry_out, args=order, name="point")
     thread.start()
     latest = News()
     try:
@@ -601,47 +613,43 @@ def carry_out(
                 latest = news.get(timeout=0.5)
                 yield latest
     finally:
-        stop("The sweep was stopped.")
+        stop("It was stopped from where it was started.")
         thread.join()
 
-# %% ../nbs/26_sweeps.ipynb #7e0d71b6
-def _carry_out(assignment: Assignment, stop: Stop, tell: Callable[[News], None]) -> None:
-    """Execute a point and tell how it went, whatever happens."""
-    latest = News()
+# %% ../nbs/26_sweeps.ipynb #9f92b93a
+def _carry_out(assignment: Assignment, execute: Callable[..., None], stop: Stop, tell: Callable[[News], None]) -> None:
+    """Do what was assigned and tell how it went, whatever happens."""
+    latest = News(owner=current_owner())
 
     def watch(run: Run, cell: CellStarted | None) -> None:
         nonlocal latest
-        latest = News(run.id, cell)
+        latest = replace(latest, run=run.id, cell=cell)
         tell(latest)
 
     try:
         with _workplace(assignment) as (root, notebook):
             tell(latest)
-            how = {"watch": watch, "stop": stop, "timeout": assignment.timeout, "warm": True}
-            try:
-                _execute_point(assignment, root, notebook, **how)
-            finally:
-                if latest.run:
-                    _bring_home(Run(root / latest.run), notebook, assignment)
+            how = {"stop": stop, "timeout": assignment.timeout, "warm": True}
+            execute(assignment, root, notebook, watch=watch, **how)
         tell(News(latest.run, ended=True))
     except Exception as error:
         again = _may_help_again(error)
         message = str(error) if isinstance(error, MlkitError) else f"{type(error).__name__}: {error}"
         tell(News(latest.run, ended=True, error=message, again=again))
 
-# %% ../nbs/26_sweeps.ipynb #5975027a
+# %% ../nbs/26_sweeps.ipynb #d31ca8ba
 @contextlib.contextmanager
 def _workplace(assignment: Assignment) -> Iterator[tuple[Path, Path]]:  # archive's folder, notebook
     """Environment and folders as where the sweep was started; raises SettingsError when no run could come home."""
-    if not (shared := (assignment.sweep / assignment.token).exists()):
+    if not (shared := (assignment.home / assignment.token).exists()):
         if not assignment.mirror:
             raise SettingsError(
-                f"{socket.gethostname()} does not see the archive {assignment.sweep.parent}, and no mirror is set. Put "
+                f"{socket.gethostname()} does not see the archive {assignment.home.parent}, and no mirror is set. Put "
                 "runs.root on a file system that all nodes share, or set runs.mirror to a URL that they can reach."
             )
         open_mirror(assignment.mirror)  # refused now rather than after hours
     with tempfile.TemporaryDirectory(prefix="mlkit-") as scratch:
-        root = assignment.sweep.parent if shared else Path(scratch, "runs")
+        root = assignment.home.parent if shared else Path(scratch, "runs")
         notebook = assignment.notebook
         if not (notebook.is_file() and notebook.read_bytes() == assignment.content):
             notebook = Path(scratch, notebook.name)
@@ -664,24 +672,41 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
 
-# %% ../nbs/26_sweeps.ipynb #2ddbbdb9
-def _execute_point(assignment: Assignment, root: Path, notebook: Path, **how: Any) -> None:
-    """Go on with the run where its folder can be reached, else make a new one."""
-    if assignment.run and (root / assignment.run / RUN_FILE).exists():
-        resume_run(_adapted(Run(root / assignment.run), assignment.share), **how)
-        return
-    run_job(
-        str(notebook),
-        assignment.parameters,
-        archive=RunArchive(root),
-        parents=[assignment.sweep.name],
-        variables=assignment.share,
-        **how,
-    )
+# %% ../nbs/26_sweeps.ipynb #4f2b25ea
+def execute_point(
+    assignment: Assignment,
+    root: Path,  # of the archive to work in
+    notebook: Path,  # of the job
+    *,
+    watch: Callable[[Run, CellStarted | None], None],
+    **how: Any,  # stop, timeout, warm: see execute_run
+) -> None:
+    """Go on with the run where its folder can be reached, else make a new one; it goes home whatever comes of it."""
+    begun: set[Path] = set()
 
-# %% ../nbs/26_sweeps.ipynb #8279db5b
-def _adapted(run: Run, share: Mapping[str, str]) -> Run:
-    """A run made ready to go on in this process."""
+    def note(run: Run, cell: CellStarted | None) -> None:
+        begun.add(run.folder)
+        watch(run, cell)
+
+    try:
+        if assignment.run and (root / assignment.run / RUN_FILE).exists():
+            resume_run(adapted(Run(root / assignment.run), assignment.share), watch=note, **how)
+            return
+        told = {"parents": [assignment.home.name], "variables": assignment.share}
+        run_job(str(notebook), assignment.parameters, archive=RunArchive(root), watch=note, **told, **how)
+    finally:
+        for folder in begun:
+            if notebook != assignment.notebook:
+                with Run(folder).edit() as record:
+                    record.notebook = str(assignment.notebook)
+            bring_home(Run(folder), assignment)
+
+# %% ../nbs/26_sweeps.ipynb #9e261536
+def adapted(
+    run: Run,  # to go on with in this process
+    share: Mapping[str, str],  # variables of the kernel that divide this machine
+) -> Run:  # the same
+    """A run made ready to go on here."""
     with run.edit() as record:
         record.variables = {n: value for n, value in record.variables.items() if not n.startswith("CUDA")} | dict(share)
         if not Path(record.working_folder).is_dir():
@@ -689,17 +714,31 @@ def _adapted(run: Run, share: Mapping[str, str]) -> Run:
     return run
 
 
-def _bring_home(run: Run, notebook: Path, assignment: Assignment) -> None:
-    """Write paths as they are at home, and send the run there unless that is where it lies."""
-    with run.edit() as record:
-        if notebook != assignment.notebook:
-            record.notebook = str(assignment.notebook)
-        if not Path(assignment.folder).is_dir():
+def bring_home(
+    run: Run,  # ended
+    assignment: Assignment,
+    name: str = "",  # at the mirror; by default its id
+) -> None:
+    """Write its folder as it is at home, and send the run there unless that is where it lies; raises ArchiveError."""
+    if not Path(assignment.folder).is_dir():
+        with run.edit() as record:
             record.working_folder = assignment.folder
-    if run.folder.parent != assignment.sweep.parent:
-        push_run(run, assignment.mirror)
+    if not run.folder.is_relative_to(assignment.home.parent):
+        push_run(run, assignment.mirror, name)
 
-# %% ../nbs/26_sweeps.ipynb #c3aa908c
+# %% ../nbs/26_sweeps.ipynb #3dd3958d
+def has_ended(
+    owner: Owner | None,  # a process of a node that has died
+    seconds: float = 10.0,  # to wait for it: Ray's processes end a moment after their node
+) -> bool:  # True also for one of another machine, of which nothing can be known here
+    """Whether a process has ended, or does so in time."""
+    deadline = time.monotonic() + seconds
+    here = owner is not None and owner.host == socket.gethostname()
+    while here and is_alive(owner) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not here or not is_alive(owner)
+
+# %% ../nbs/26_sweeps.ipynb #66edba09
 LOSSES = 3  # how often a point may lose its node; a fourth time, the point itself is the likely cause
 
 
@@ -760,16 +799,25 @@ class _ClusterPoints:
 
     def _close_lost(self, state: PointState, reason: str) -> None:
         """Interrupt a run whose process has ended; one whose process goes on in spite of all is left to it."""
-        owner, deadline = state.run.record.owner, time.monotonic() + 10
-        here = owner is not None and owner.host == socket.gethostname()
-        while here and is_alive(owner) and time.monotonic() < deadline:
-            time.sleep(0.05)  # Ray's processes end a moment after their node
-        if here and is_alive(owner):
+        if not has_ended(state.run.record.owner):
             state.run = None
         elif state.run.record.status in ("created", "running"):
             state.run.interrupt(Failure(error="NodeLost", message=reason))
 
-# %% ../nbs/26_sweeps.ipynb #08f0deb4
+# %% ../nbs/26_sweeps.ipynb #ad1214cb
+@contextlib.contextmanager
+def marked(
+    run: Run,  # a sweep, or a run of several processes
+) -> Iterator[str]:  # name of the file
+    """For a while, have a file in a run's folder that no other folder has."""
+    token = run.folder / f".seen-{secrets.token_hex(8)}"
+    token.touch()
+    try:
+        yield token.name
+    finally:
+        token.unlink(missing_ok=True)
+
+# %% ../nbs/26_sweeps.ipynb #c6ce6b99
 PATIENCE = 60  # seconds that cancelled tasks have to stop their kernels and close their records
 
 
@@ -781,22 +829,23 @@ class _ClusterWork(_ClusterPoints):
     def execute(self, points: PointList, jobs: int | None) -> None:
         """Execute points: so many at a time, as far as the cluster has room."""
         self.tasks, self.ray, self.points = {}, import_ray(), points
-        token = self.sweep.folder / f".seen-{secrets.token_hex(8)}"
-        token.touch()
         try:
-            submit, most = self._submitter(token, jobs), jobs or points.most
-            while True:
-                while len(self.tasks) < most and (state := self._next()):
-                    submit(state)
-                if not self.tasks:
-                    break
-                self._listen()
+            with marked(self.sweep) as token:
+                self._execute(self._submitter(token, jobs), jobs or points.most)
         except BaseException:
             self._cancel()
             raise
         finally:
-            token.unlink(missing_ok=True)
             close_abandoned(self.sweep)  # by a node that died before it could tell
+
+    def _execute(self, submit: Callable[[PointState], None], most: int) -> None:
+        """Hand out points until there are no more, and hear of each until it has ended."""
+        while True:
+            while len(self.tasks) < most and (state := self._next()):
+                submit(state)
+            if not self.tasks:
+                return
+            self._listen()
 
     def _next(self) -> PointState | None:
         """A point to hand out: one to be tried again, or a new one."""
@@ -812,13 +861,13 @@ class _ClusterWork(_ClusterPoints):
             self.settle(state)
         return state.status == "completed"
 
-    def _submitter(self, token: Path, jobs: int | None) -> Callable[[PointState], None]:
+    def _submitter(self, token: str, jobs: int | None) -> Callable[[PointState], None]:
         """What hands a point to Ray."""
         demand = task_demand([node["Resources"] for node in self.ray.nodes() if node["Alive"]], jobs)
         options = {"num_returns": "streaming", "max_retries": 0, "scheduling_strategy": "SPREAD", **demand}
         task, common = (
             self.ray.remote(**options)(carry_out),
-            assignment_of(self.sweep, token.name, demand, self.timeout, self.notebook),
+            assignment_of(self.sweep, token, demand, self.timeout, self.notebook),
         )
 
         def submit(state: PointState) -> None:
@@ -865,20 +914,20 @@ class _ClusterWork(_ClusterPoints):
         for task in self.tasks:
             self.ray.cancel(task, force=True)
 
-# %% ../nbs/26_sweeps.ipynb #b08518d5
+# %% ../nbs/26_sweeps.ipynb #5c218901
 def assignment_of(
-    sweep: Run,
+    run: Run,  # a sweep, or a run of several processes
     token: str,  # name of a file in its folder
     demand: Mapping[str, float],  # see task_demand
     timeout: float | None = None,  # seconds for each run
     notebook: str = "",  # of the job; by default the sweep's
 ) -> Assignment:  # without a point
-    """What every task of a sweep has to know; raises SettingsError when runs.mirror cannot be written."""
-    mirror, path = load_settings().runs.mirror, Path(notebook or sweep.record.notebook)
+    """What every task has to know; raises SettingsError when runs.mirror cannot be written."""
+    mirror, path = load_settings().runs.mirror, Path(notebook or run.record.notebook)
     if mirror:
         open_mirror(mirror)
     return Assignment(
-        sweep=sweep.folder,
+        home=run.folder,
         token=token,
         folder=os.getcwd(),
         notebook=path,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'LOOK_STEPS', 'set_seed', 'compile_model', 'Progress', 'KeepBest', 'RunWriter', 'TrainingCalls',
-           'FittingCalls', 'TrainingLoop', 'StateKeeper', 'EpochCheckpoint', 'fit']
+           'FittingCalls', 'TrainingLoop', 'EpochCheckpoint', 'fit']
 
-# %% ../nbs/14_training.ipynb #009f15b4
+# %% ../nbs/14_training.ipynb #80c172d5
 import contextlib
 import json
 import math
@@ -47,6 +47,7 @@ from mlkit.strategies import (
     check_same,
     in_company,
     make_strategy,
+    model_variables,
     placed,
     share,
     share_variables,
@@ -207,7 +208,7 @@ class RunWriter(keras.callbacks.Callback):
                 for name, value in measures.items():
                     record.history.setdefault(name, []).append((epoch, value))
 
-# %% ../nbs/14_training.ipynb #7cf21203
+# %% ../nbs/14_training.ipynb #b66fe635
 class TrainingCalls:
     """Steps of a training that may have begun in another process."""
 
@@ -224,9 +225,9 @@ class TrainingCalls:
         seed: int,  # of shuffling
         parts: int,  # in which a batch goes through the model at first
         board: BoardWriter | None = None,  # may want to profile some steps
-        make_steps: Callable[[int], TrainingSteps] | None = None,  # from parts; by default those of one replica
+        make_steps: Callable[[int], TrainingSteps],  # from parts
     ):
-        self.make_steps = make_steps or partial(TrainingSteps, model)
+        self.make_steps = make_steps
         self.model, self.dataset, self.state, self.checkpoint = model, dataset, state, checkpoint
         self.progress, self.epochs, self.batch_size, self.seed = progress, epochs, batch_size, seed
         self.steps, self.signals = self.make_steps(parts), HeldSignals()
@@ -284,21 +285,18 @@ class TrainingCalls:
                 "Try a smaller learning_rate, and look for infinite or huge values in the data."
             )
 
-# %% ../nbs/14_training.ipynb #fe9335a1
+# %% ../nbs/14_training.ipynb #1be93fe4
 class FittingCalls(TrainingCalls):
     """Steps whose batches are divided until they fit into memory."""
 
     _before: Sequence[np.ndarray] | None = None  # values of all variables, until the first step has succeeded
     _fits = False
 
-    def _variables(self) -> list[keras.Variable]:
-        return [*self.model.variables, *self.model.optimizer.variables, *self.model.metrics_variables]
-
     def _call(self) -> dict[str, tf.Tensor]:
         """Do the next steps; the metrics."""
         self._fits = self._fits or self.distributed  # nobody can try again alone
         if not self._fits and self._before is None:
-            self._before = [variable.numpy() for variable in self._variables()]
+            self._before = [variable.numpy() for variable in model_variables(self.model)]
         try:
             found = super()._call()
         except tf.errors.ResourceExhaustedError as error:
@@ -319,10 +317,17 @@ class FittingCalls(TrainingCalls):
             f"A batch of {self.batch_size} rows does not fit into memory; it goes through the model in {parts} parts."
         )
         self.steps, self._iterator = self.make_steps(parts), None
-        for variable, value in zip(self._variables(), self._before, strict=True):
+        for variable, value in zip(model_variables(self.model), self._before, strict=True):
             variable.assign(value)
 
-# %% ../nbs/14_training.ipynb #a97a62de
+# %% ../nbs/14_training.ipynb #78cf7b09
+def _hears_batches(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback does anything at all with batches."""
+    hooks = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
+    silent = keras.callbacks.Callback
+    return any(getattr(getattr(callback, hook), "__func__", None) is not getattr(silent, hook) for hook in hooks)
+
+
 class TrainingLoop(FittingCalls):
     """A training from where the state says to its end, and the moments at which it can be cut off."""
 
@@ -335,7 +340,8 @@ class TrainingLoop(FittingCalls):
         model, state = self.model, self.state
         params = {"epochs": self.epochs, "steps": state.steps}
         self.callbacks = keras.callbacks.CallbackList([*own, *users], add_history=True, model=model, **params)
-        self.users = keras.callbacks.CallbackList(users, add_history=False, model=model, **params) if users else None
+        near = [each for each in users if _hears_batches(each)]
+        self.users = keras.callbacks.CallbackList(near, add_history=False, model=model, **params) if near else None
         model.stop_training = False
         self._iterator = self._judging = None
         with self.signals, self._profiling():
@@ -408,6 +414,8 @@ class TrainingLoop(FittingCalls):
     def save(self) -> None:
         """Write a checkpoint if there is a place for it; raises ArchiveError when it cannot be written."""
         self.state.seconds = time.monotonic() - self._started
+        if self.board:
+            self.state.health = self.board.watch.state()
         if self.checkpoint:
             self.checkpoint.save(self.state)
 
@@ -447,7 +455,7 @@ def _checkpoint_folder(run: Run) -> Path:
     _fits[run] = _fits.get(run, 0) + 1
     return run.checkpoints / f"fit-{_fits[run]}"
 
-# %% ../nbs/14_training.ipynb #f2c5ed95
+# %% ../nbs/14_training.ipynb #538982d1
 def _recorders(run: Run, seed: int, state: TrainingState) -> list[keras.callbacks.Callback]:
     """What writes into the run, once it holds the epochs that are complete."""
     run.log_seed("training", seed)
@@ -461,17 +469,6 @@ def _recorders(run: Run, seed: int, state: TrainingState) -> list[keras.callback
 LOOK_STEPS = 200  # between two looks at the layers: a look costs as much as some tens of small steps
 
 
-class StateKeeper(keras.callbacks.Callback):
-    """Keeps what was seen at the layers in the state of a training."""
-
-    def __init__(self, state: TrainingState, watch: HealthWatch):
-        super().__init__()
-        self.state, self.watch = state, watch
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self.state.health = self.watch.state()
-
-
 def _watchers(
     run: Run, dataset: Dataset, state: TrainingState, profile: tuple[int, int] | None, alone: bool
 ) -> list[keras.callbacks.Callback]:
@@ -480,7 +477,7 @@ def _watchers(
     watch.resume(state.epochs, state.health)
     parameters = run.record.defaults | run.record.parameters
     board = BoardWriter(run.tensorboard, watch, resumed=state.begun, profile=profile, parameters=parameters)
-    return [watch, StateKeeper(state, watch), board] if alone else [board]
+    return [watch, board] if alone else [board]
 
 # %% ../nbs/14_training.ipynb #ecd2da2f
 class EpochCheckpoint(TrainingCheckpoint):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEPT', 'GRACE', 'SERVE', 'RETRIES', 'Crew', 'worker_run', 'serving', 'run_workers', 'crew_of', 'resume_workers']
 
-# %% ../nbs/27_workers.ipynb #d9fcacf8
+# %% ../nbs/27_workers.ipynb #ce5375c8
 import contextlib
 import os
 import shutil
@@ -31,13 +31,14 @@ from mlkit.jobs import (
     interrupt_on_sigterm,
     job_failed,
     read_notebook,
+    restart_run,
     with_run,
 )
 from .runs import RUN_FILE, Failure, Record, Run, RunArchive, current_owner, list_artifacts, write_atomic
-from .settings import InputError, JobInterrupted, MlkitError, ParameterError, load_settings
+from .settings import InputError, JobInterrupted, MlkitError, ParameterError, load_settings, processors
 from .sweeps import THREADS, visible_devices
 
-# %% ../nbs/27_workers.ipynb #d4ec9f00
+# %% ../nbs/27_workers.ipynb #9dfc6abc
 @dataclass(frozen=True)
 class Crew:
     """How many processes work on one run."""
@@ -65,8 +66,7 @@ class Crew:
 
     def share(self, number: int) -> dict[str, str]:
         """Variables that give one of the workers its part of the machine."""
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = str(max(1, processors // self.workers))
+        threads = str(max(1, processors() // self.workers))
         devices = visible_devices()[number :: self.workers]
         variables = {name: threads for name in THREADS if name not in os.environ}
         return variables | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {})
@@ -213,7 +213,7 @@ def serving(
             process.wait()
             process.stdin.close()
 
-# %% ../nbs/27_workers.ipynb #954097d2
+# %% ../nbs/27_workers.ipynb #28dd6491
 RETRIES = 2  # attempts after the first
 
 
@@ -237,8 +237,7 @@ def _execute_crew(run: Run, crew: Crew, path: Path, watch: Watcher, retries: int
             return run
         if not left or not any(member.died for member in members):
             raise _blame(run, members)
-        run.restart()
-        (run.folder / "notebook.html").unlink(missing_ok=True)
+        restart_run(run)
     return run
 
 
@@ -292,7 +291,7 @@ def _blame(run: Run, members: Sequence[_Member]) -> Exception:
     run.fail(failure.model_copy(update={"message": told}))
     return with_run(job_failed(run.record.failure, run), run)
 
-# %% ../nbs/27_workers.ipynb #ae045333
+# %% ../nbs/27_workers.ipynb #eea37e61
 def _check_engine(name: str) -> None:
     """Refuse what cannot start a crew."""
     if name != "local":
@@ -351,6 +350,5 @@ def resume_workers(
     if crew is None:
         raise InputError(f"{run.id} was a run of one process.")
     check_kernel(load_settings().jobs.kernel)
-    run.restart()
-    (run.folder / "notebook.html").unlink(missing_ok=True)
+    restart_run(run)
     return _execute_crew(run, crew, path, watch, retries, timeout)
