@@ -24,7 +24,8 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 $(VENV)/.installed: requirements.lock pyproject.toml jupyter/kernels/mlkit/kernel.json | $(BIN)/uv
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	@# compiled once here, not by each process that starts
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@$(BIN)/jupyter kernelspec install --sys-prefix --name mlkit --log-level ERROR jupyter/kernels/mlkit
 	@touch $@
@@ -41,7 +42,8 @@ postgresql:
 test: install lint postgresql  ## everything CI checks
 	@# each notebook in a process of its own: some settle what TensorFlow can settle only once
 	find nbs -name '*.ipynb' -not -path '*/.*' | sort | MLKIT_RUNS_ROOT=$$(mktemp -d) xargs -P 2 -n 1 $(BIN)/nbdev-test
-	$(BIN)/pytest --durations 10
+	@# two at a time: most tests wait for processes of their own; those of a file share what it has set up
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations 20
 
 lab: install  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab $(ALLOW_ROOT) --LabApp.default_url=/lab/tree/nbs/index.ipynb
@@ -56,7 +58,7 @@ lint: install  ## lint and format, as CI does
 
 lock: $(BIN)/uv  ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes \
-	  --group dev --extra lab --extra profile --extra ray --extra remote --extra sql --upgrade --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	  --group dev --extra lab --extra profile --extra ray --extra remote --extra signing --extra sql --upgrade --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:  ## remove what can be made again; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -187,15 +187,16 @@ def draw_mistakes(
         picture[top + 20 : top + 20 + height, left + 4 : left + 4 + width] = pixels
     return _png(picture)
 
-# %% ../nbs/13_board.ipynb #c3fbbc95
+# %% ../nbs/13_board.ipynb #054e0d91
 class MistakePictures:
     """Shows what a classifier gets wrong on validation rows."""
 
     def __init__(
         self,
-        dataset: Dataset | StreamedDataset,  # for classification, with validation rows
+        dataset: Dataset | StreamedDataset,  # for classification, with one label and validation rows
+        title: str = "",  # before the names of the pictures
     ):
-        self.dataset = dataset
+        self.dataset, self.title = dataset, title
         self._features, labels, _ = fixed_rows(dataset, "validation", JUDGED_ROWS)
         self._labels = np.asarray(labels).astype(int).reshape(-1)
         self._confusion = ConfusionPicture(dataset.classes) if len(dataset.classes) <= DRAWN_CLASSES else None
@@ -217,7 +218,7 @@ class MistakePictures:
             span = (self._image.maximum - self._image.minimum) or 1.0
             pixels = np.clip((self._features[self._image.name].numpy() - self._image.minimum) / span, 0, 1)
             pictures["wrong_predictions"] = draw_mistakes(pixels, self._labels, scores, self.dataset.classes)
-        return [image_summary(tag, png) for tag, png in pictures.items() if png]
+        return [image_summary(f"{self.title}{tag}", png) for tag, png in pictures.items() if png]
 
     def _scores(self, model: keras.Model) -> np.ndarray | None:
         """Probabilities, [rows, classes]."""
@@ -225,6 +226,7 @@ class MistakePictures:
         for start in range(0, len(self._labels), 256):
             rows = {name: values[start : start + 256] for name, values in self._features.items()}
             answer = model(rows, training=False)
+            answer = answer.get(self.dataset.label) if isinstance(answer, Mapping) else answer
             if not tf.is_tensor(answer) or len(answer.shape) != 2:
                 return None
             parts.append(tf.cast(answer, tf.float32).numpy())
@@ -377,7 +379,7 @@ def _write_session(folder: Path, summary: Summary) -> None:
         tf.summary.experimental.write_raw_pb(summary.SerializeToString(), 0)
     writer.close()
 
-# %% ../nbs/13_board.ipynb #e933c372
+# %% ../nbs/13_board.ipynb #afd08fa4
 class BoardWriter(keras.callbacks.Callback):
     """Writes curves, histograms, pictures, graph, embeddings and parameters for TensorBoard; profiles on request."""
 
@@ -395,14 +397,15 @@ class BoardWriter(keras.callbacks.Callback):
         self.parameters = dict(parameters or {})
         self.files = EventFiles(folder)
         self._profiler = StepProfiler(folder, *profile) if profile else None
-        self._pictures: MistakePictures | None = None
+        self._pictures: list[MistakePictures] = []  # of each label that has classes
         self._begun, self._trained = math.nan, math.nan  # when the epoch began, and when its last step was done
         self._whole = not resumed  # whether the epoch under way began in this process
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         dataset = self.watch.dataset
-        if dataset.task in ("binary", "multiclass") and dataset.sizes["validation"]:
-            self._pictures = MistakePictures(dataset)
+        for label, one in dataset.outputs.items() if dataset.sizes["validation"] else ():
+            if one.task != "regression":
+                self._pictures.append(MistakePictures(one, f"{label}_" if dataset.task == "multi" else ""))
         if self.resumed:
             return
         self.profile_step(0)
@@ -430,7 +433,8 @@ class BoardWriter(keras.callbacks.Callback):
             measured["gradient_norm"] = looked.measures.gradient_norm
         judged = {name.removeprefix("val_"): value for name, value in logs.items() if name.startswith("val_")}
         histograms = histogram_summaries(looked, self.model) if looked else []
-        pictures = self._pictures.summaries(self.model) if looked and self._pictures else []
+        drawn = [each.summaries(self.model) for each in self._pictures if looked]
+        pictures = [picture for some in drawn for picture in some]
         self.files.write("train", epoch + 1, scalar_summaries(measured) + histograms)
         self.files.write("validation", epoch + 1, scalar_summaries(judged) + pictures)
         self._whole = True

@@ -8,7 +8,7 @@ __all__ = ['app', 'EngineOption', 'RetriesOption', 'RunArgument', 'warm', 'IGNOR
            'show', 'diff', 'compare', 'open_run', 'board', 'rm', 'warm_start', 'warm_status', 'warm_stop',
            'settings_template', 'new', 'settings']
 
-# %% ../nbs/30_cli.ipynb #e3fdc6b6
+# %% ../nbs/30_cli.ipynb #0f8d7279
 import os
 import re
 import shutil
@@ -32,6 +32,7 @@ from rich.text import Text
 
 import mlkit
 from .data_commands import data
+from .model_commands import models
 from mlkit.runs import (
     STATUS_COLORS,
     Record,
@@ -200,7 +201,7 @@ def epoch_lines(
             steps.setdefault(step, {})[name] = value
     return [f"epoch {step}  {_named(values)}" for step, values in sorted(steps.items())]
 
-# %% ../nbs/30_cli.ipynb #9dcd197e
+# %% ../nbs/30_cli.ipynb #1a6e5b6d
 @app.command(
     epilog="Example: mlkit run train --sweep learning_rate=1e-2,1e-3 --sweep model=cnn,mlp", add_help_option=False
 )
@@ -228,7 +229,7 @@ def run(
         _explain_run(context, job, show_help)
         return
     given = _read_parameters(file) | dict(_pair(text, "-p") for text in parameters)
-    if (sweep or points) and workers:
+    if (sweep or points or at_once) and workers:
         raise InputError("--workers is for one run; a sweep has --jobs.")
     if sweep or points:
         how = {"jobs": at_once, "timeout": timeout, "retries": retries or 0, "engine": engine}
@@ -245,8 +246,24 @@ def run(
         return
     from mlkit.jobs import run_job
 
-    given |= _engine_parameter(job, engine)
+    given |= _engine_parameter(job, engine) | _jobs_parameter(job, at_once, given)
     _execute(lambda watch: run_job(job, given, watch=watch, timeout=timeout), as_json)
+
+
+def _jobs_parameter(job: str, at_once: int | None, given: Mapping[str, Any]) -> dict[str, int]:
+    """Runs at a time as a parameter of a job that has one, a search for example; raises InputError for another job."""
+    from mlkit.jobs import Contract, find_job, read_notebook
+
+    if at_once is None:
+        return {}
+    if "jobs" not in Contract.of(read_notebook(find_job(job))).parameters:
+        raise InputError(
+            f"--jobs {at_once} is for sweeps, and for jobs with a parameter 'jobs', such as tune. "
+            "Add --sweep NAME=VALUE,... or --points FILE, or leave it out."
+        )
+    if "jobs" in given:
+        raise InputError(f"Runs at a time are given twice: --jobs {at_once} and -p jobs={given['jobs']}. Give one.")
+    return {"jobs": at_once}
 
 
 def _engine_parameter(job: str, engine: str) -> dict[str, str]:
@@ -938,8 +955,9 @@ def warm_stop(as_json: JsonOption = False) -> None:
         return
     console.print(f"Stopped {len(stopped)} warm server{'' if len(stopped) == 1 else 's'}.")
 
-# %% ../nbs/30_cli.ipynb #a5c28585
+# %% ../nbs/30_cli.ipynb #e86a594f
 app.add_typer(data, name="data")
+app.add_typer(models)  # without a name: its commands are the app's own
 
 # %% ../nbs/30_cli.ipynb #8886a451
 IGNORED_FILES = "runs/\n.ipynb_checkpoints/\n__pycache__/\n"

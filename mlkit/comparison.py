@@ -856,7 +856,7 @@ class ComparedRuns:
         best = (min if lower_is_better(metric) else max)(values.values())
         return [name for name, value in values.items() if value == best]
 
-# %% ../nbs/02_comparison.ipynb #d1840bba
+# %% ../nbs/02_comparison.ipynb #d9f6a702
 class Comparison(ComparedRuns):
     """Two or more runs next to each other."""
 
@@ -882,9 +882,13 @@ class Comparison(ComparedRuns):
         """Histories over the steps, a panel for each metric; raises NotFoundError when no run has any."""
         return _plot_curves(self)
 
-    def plot_parallel(self, metric: str | None = None) -> "Figure":
+    def plot_parallel(
+        self,
+        metric: str | None = None,  # by default the one that matters most
+        lower: bool | None = None,  # whether its lowest value is the best; by default judged by its name
+    ) -> "Figure":
         """An axis for each parameter that differs, and a metric; raises NotFoundError when there is nothing to draw."""
-        return _plot_parallel(self, metric)
+        return _plot_parallel(self, metric, lower)
 
     def save_html(self, path: Path | str) -> Path:
         """Write one HTML file that needs nothing else; raises ArchiveError when it cannot be written."""
@@ -1072,8 +1076,8 @@ def _categorical_axis(name: str, values: Sequence[Any]) -> ParallelAxis:
     ticks = [(height, text) for text, height in place.items()][::every]
     return ParallelAxis(name, "categorical", [place[text] for text in texts], ticks)
 
-# %% ../nbs/02_comparison.ipynb #d509d047
-def _plot_parallel(comparison: Comparison, metric: str | None) -> "Figure":
+# %% ../nbs/02_comparison.ipynb #e35a3be5
+def _plot_parallel(comparison: Comparison, metric: str | None, lower: bool | None = None) -> "Figure":
     import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -1081,7 +1085,8 @@ def _plot_parallel(comparison: Comparison, metric: str | None) -> "Figure":
     scores = [run.metrics[metric] for run in chosen]
     axes = [parallel_axis(name, [run.values.get(name) for run in chosen]) for name in comparison.parameters]
     axes.append(parallel_axis(metric, scores))
-    goodness = [1 - height if lower_is_better(metric) else height for height in axes[-1].heights]
+    lower = lower_is_better(metric) if lower is None else lower
+    goodness = [1 - height if lower else height for height in axes[-1].heights]
     colors = LinearSegmentedColormap.from_list("goodness", ["#5b7fd6", "#a05bb5", "#e0662f"])
     with plt.rc_context({"text.parse_math": False}):
         figure, panel = plt.subplots(figsize=(1.8 * len(axes) + 1.6, 3.8), layout="constrained")
@@ -1093,7 +1098,7 @@ def _plot_parallel(comparison: Comparison, metric: str | None) -> "Figure":
         _draw_axes(panel, axes)
         left_out = len(comparison.runs) - len(chosen)
         note = f"; {left_out} without a number left out" if left_out else ""
-        best = "lowest" if lower_is_better(metric) else "highest"
+        best = "lowest" if lower else "highest"
         panel.set_title(f"{len(chosen)} runs, the {best} {metric} in bold orange{note}", fontsize=10)
     plt.close(figure)
     return figure

@@ -6,7 +6,7 @@
 __all__ = ['SavedWeight', 'continuing_record', 'EarlierModel', 'version_folder', 'earlier_model', 'continued_features',
            'load_continued', 'save_optimizer', 'align_ftrl', 'rows_kept', 'WarmStart', 'warm_start']
 
-# %% ../nbs/13_continuing.ipynb #f6ee099f
+# %% ../nbs/13_continuing.ipynb #a7738507
 import html
 import io
 import json
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from .data import Dataset, load_dataset
+from .data import Dataset, each_label, load_dataset
 from .feature_specs import KINDS, Cross, FeatureSpec, count_words
 from .features import Blocks
 from .runs import Run, RunArchive, html_table, write_atomic
@@ -52,7 +52,7 @@ def _spec_from(record: Mapping[str, Any]) -> FeatureSpec:
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     return FeatureSpec(**plain | {"crosses": tuple(crosses), "declared": declared})
 
-# %% ../nbs/13_continuing.ipynb #d2cbb19c
+# %% ../nbs/13_continuing.ipynb #a96d5ea5
 @dataclass(frozen=True)
 class SavedWeight:
     """A variable of an earlier model."""
@@ -78,14 +78,15 @@ def continuing_record(
     return {
         "family": model.name,
         "task": dataset.task,
+        "tasks": dataset.tasks if dataset.task == "multi" else {},
         "label": dataset.label,
         "classes": dataset.classes,
-        "label_scale": dataset.label_scale if dataset.task == "regression" else (0.0, 1.0),
+        "label_scale": dataset.label_scale if dataset.task in ("regression", "multi") else (0.0, 1.0),
         "features": [_spec_record(spec) for spec in dataset.features.values()],
         "weights": [asdict(weight) for weight in weights],
     }
 
-# %% ../nbs/13_continuing.ipynb #70a0cbda
+# %% ../nbs/13_continuing.ipynb #722b8a53
 @dataclass(frozen=True)
 class EarlierModel:
     """A model that was trained and exported, as the one that continues it sees it."""
@@ -94,11 +95,12 @@ class EarlierModel:
     folder: Path  # of the version: where saved_model.pb lies
     family: str
     task: str
-    label: str
-    classes: tuple[str, ...]
-    label_scale: tuple[float, float]
+    label: str | tuple[str, ...]
+    classes: tuple[str, ...] | dict[str, tuple[str, ...]]
+    label_scale: tuple[float, float] | dict[str, tuple[float, float]]
     features: dict[str, FeatureSpec]
     weights: tuple[SavedWeight, ...]  # in the order in which the SavedModel numbers them
+    tasks: dict[str, str] = field(default_factory=dict)  # of each label, where there are several
 
     @property
     def run(self) -> Path | None:
@@ -140,7 +142,7 @@ def _found(source: Run | str | Path) -> Path:
         return Path(source).absolute()
     return RunArchive().get(str(source), having="saved_model").folder
 
-# %% ../nbs/13_continuing.ipynb #53e28bce
+# %% ../nbs/13_continuing.ipynb #3b51805d
 def earlier_model(
     source: Run | str | Path,  # a run, its id or a unique part of it, or the folder of a run or of a version
 ) -> EarlierModel:
@@ -153,7 +155,8 @@ def earlier_model(
         told = json.loads(file.read_text(encoding="utf-8"))
         specs = [_spec_from(record) for record in told.pop("features")]
         weights = tuple(_weight_from(record) for record in told.pop("weights"))
-        told |= {"classes": tuple(told["classes"]), "label_scale": tuple(told["label_scale"])}
+        told |= {name: each_label(told[name], tuple) for name in ("classes", "label_scale")}
+        told["label"] = told["label"] if isinstance(told["label"], str) else tuple(told["label"])
         found = EarlierModel(str(folder), folder, features={s.name: s for s in specs}, weights=weights, **told)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged: {error!r}. Export the model again.") from error
@@ -218,7 +221,24 @@ def _note(spec: FeatureSpec, dataset: Dataset, before: FeatureSpec) -> list[str]
     grown = [f"{added:,} new values of '{spec.name}' were added to {len(before.vocabulary):,}."] if added else []
     return grown + ([f"{unknown:,} values of '{spec.name}' in training are unknown to the model."] if unknown else [])
 
-# %% ../nbs/13_continuing.ipynb #a2ab2918
+# %% ../nbs/13_continuing.ipynb #a5e97d5f
+def _predicted(told: Dataset | EarlierModel) -> list[tuple[str, Any]]:
+    """Task and classes of each label."""
+    if told.task != "multi":
+        return [(told.task, told.classes)]
+    return [(told.tasks[label], told.classes[label]) for label in told.label]
+
+
+def _check_same_labels(label: str | Sequence[str], earlier: EarlierModel) -> None:
+    """Raise DatasetError for other labels than several of the earlier model; a single one may have a new name."""
+    now, then = ([each] if isinstance(each, str) else list(each) for each in (label, earlier.label))
+    if len(now) != len(then) or (len(now) > 1 and now != then):
+        raise DatasetError(
+            f"The labels here are {listed(now)}, and {earlier.name} was trained on {listed(then)}: "
+            "labels and their order stay the same when a model is continued."
+        )
+
+
 def continued_features(
     dataset: Dataset,  # with the columns and kinds of the earlier model; loaded or streamed
     earlier: EarlierModel | Run | str | Path,  # see `earlier_model`
@@ -229,7 +249,8 @@ def continued_features(
         raise ParameterError(f"vocabulary='{vocabulary}' is not keep or grow.{nearest(vocabulary, ('keep', 'grow'))}")
     earlier = earlier if isinstance(earlier, EarlierModel) else earlier_model(earlier)
     _check_columns(dataset, earlier)
-    if (dataset.task, dataset.classes) != (earlier.task, earlier.classes):
+    _check_same_labels(dataset.label, earlier)
+    if _predicted(dataset) != _predicted(earlier):
         raise DatasetError(
             f"{dataset.name} is {dataset.task} with classes {listed(dataset.classes)}, and {earlier.name} is "
             f"{earlier.task} with classes {listed(earlier.classes)}: classes stay the same when a model is continued."
@@ -241,32 +262,33 @@ def continued_features(
     for name, spec in known.items() if learned else ():
         notes += _note(spec, dataset, earlier.features[name])
     changes: dict[str, Any] = {"features": known, "notes": tuple(notes)}
-    if earlier.task == "regression":
+    if earlier.task in ("regression", "multi"):
         changes["kept_scale" if isinstance(dataset, Dataset) else "label_scale"] = earlier.label_scale
     if isinstance(getattr(dataset, "inputs", None), pl.DataFrame):
         changes["inputs"] = dataset.inputs.select(list(known))
     return replace(dataset, **changes)
 
-# %% ../nbs/13_continuing.ipynb #ad438d62
+# %% ../nbs/13_continuing.ipynb #da5a4bd5
 def _choices(earlier: EarlierModel, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `load_dataset` that the earlier model settles; raises ParameterError where one is given."""
     for name in ("features", "classes"):
         if given.get(name) is not None:
             raise ParameterError(f"{name}= is settled by {earlier.name}, which is continued: leave it out.")
-    if given.get("task", "auto") not in ("auto", earlier.task):
-        raise ParameterError(f"task='{given['task']}', but {earlier.name}, which is continued, is {earlier.task}.")
+    task = earlier.tasks or earlier.task
+    if given.get("task", "auto") not in ("auto", task):
+        raise ParameterError(f"task='{given['task']}', but {earlier.name}, which is continued, is {task}.")
     features, specs = {}, earlier.features.values()
     for spec in specs:
         options = spec.declared.model_dump(exclude_defaults=True, mode="json") if spec.declared else {}
         features[spec.name] = {"kind": spec.kind, **options}
     for cross in (cross for spec in specs for cross in spec.crosses):
         features[cross.name] = {"kind": "cross", **cross.options.model_dump(exclude_defaults=True, mode="json")}
-    return {"task": earlier.task, "classes": earlier.classes or None, "features": features}
+    return {"task": task, "classes": earlier.classes or None, "features": features}
 
-# %% ../nbs/13_continuing.ipynb #f7688dfa
+# %% ../nbs/13_continuing.ipynb #e7145a47
 def load_continued(
     source: str | Path | Sequence[str | Path],  # the new rows, as for `load_dataset`
-    label: str | None = None,  # column to predict; the earlier model's by default
+    label: str | Sequence[str] | None = None,  # column to predict, or several; the earlier model's by default
     *,
     earlier: Run | str | Path | None = None,  # the model to continue, see `earlier_model`; None: there is none
     vocabulary: Literal["keep", "grow"] = "grow",  # what becomes of values that it does not know
@@ -278,6 +300,7 @@ def load_continued(
         return load(source, label, **options)
     model = earlier_model(earlier)
     settled = _choices(model, options)
+    _check_same_labels(label or model.label, model)
     return continued_features(load(source, label or model.label, **options | settled), model, vocabulary)
 
 # %% ../nbs/13_continuing.ipynb #878574b8
@@ -410,7 +433,7 @@ def _moved(name: str, here: np.ndarray, value: np.ndarray, before: Blocks, now: 
     moved[rows[1]] = value[rows[0]]
     return moved
 
-# %% ../nbs/13_continuing.ipynb #0673d31a
+# %% ../nbs/13_continuing.ipynb #a22cbbf9
 def _check_encoding(dataset: Dataset, earlier: EarlierModel) -> None:
     """Raise ModelError when the data are not encoded as the earlier model saw them."""
     wrong = [] if list(dataset.features) == list(earlier.features) else ["their names or their order"]
@@ -419,9 +442,10 @@ def _check_encoding(dataset: Dataset, earlier: EarlierModel) -> None:
         vocabulary = now.vocabulary[: len(then.vocabulary)]
         if replace(now, vocabulary=vocabulary, appended=then.appended) != then:
             wrong.append(f"'{name}'")
-    if (dataset.task, dataset.classes) != (earlier.task, earlier.classes):
-        wrong.append("the classes")
-    if dataset.task == "regression" and dataset.label_scale != earlier.label_scale:
+    several = "multi" in (dataset.task, earlier.task) and dataset.label != earlier.label
+    if several or _predicted(dataset) != _predicted(earlier):
+        wrong.append("the labels" if several else "the classes")
+    elif dataset.task in ("regression", "multi") and dataset.label_scale != earlier.label_scale:
         wrong.append("the scale of the label")
     if wrong:
         raise ModelError(

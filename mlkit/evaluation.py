@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METRICS', 'PLOTS', 'binary_metrics', 'multiclass_metrics', 'regression_metrics', 'as_scores', 'Evaluation',
            'find_mistakes', 'plot_confusion', 'plot_multiclass', 'plot_binary', 'plot_regression', 'plot_mistakes',
-           'evaluate']
+           'ByLabel', 'plot_by_label', 'LabelEvaluations', 'evaluate']
 
-# %% ../nbs/16_evaluation.ipynb #3fece136
+# %% ../nbs/16_evaluation.ipynb #19b06c4b
 import html
 import sys
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from sklearn import metrics as measures
 
 from .data import MANY_CLASSES, Dataset
 from .runs import format_number, html_table
-from .settings import DatasetError, ModelError, nearest
+from .settings import DatasetError, ModelError, listed, nearest
 
 # %% ../nbs/16_evaluation.ipynb #9712ec3f
 def binary_metrics(
@@ -82,20 +82,35 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, float]]] = {
     "regression": regression_metrics,
 }
 
-# %% ../nbs/16_evaluation.ipynb #302ff3fa
+# %% ../nbs/16_evaluation.ipynb #85526b31
+def _named(outputs: Mapping[str, Any], dataset: Dataset, *names: str) -> Any:
+    """The answer for a label, under the first name that occurs; raises ModelError when there is none."""
+    wanted = "prediction" if dataset.task == "regression" else "probabilities"
+    names = (f"{dataset.label}_{wanted}", *names)
+    for name in names:
+        if name in outputs:
+            return outputs[name]
+    raise ModelError(
+        f"'{dataset.label}' of {dataset.name} is a {dataset.task} task, for which a model answers '{names[1]}' or "
+        f"'{names[0]}'. This one answers: {', '.join(map(str, outputs)) or 'nothing'}."
+    )
+
+
 def as_scores(
     outputs: Any,  # what a model answers: an array, or a dictionary with "probabilities" or "prediction"
     dataset: Dataset,  # the data it answers for
-) -> np.ndarray:  # [rows, classes] of probabilities, or [rows] of predictions
+) -> Any:  # [rows, classes] of probabilities, or [rows] of predictions; of several labels by name
     """Bring a model's answer to one shape; raises ModelError when it does not fit the data set."""
+    if dataset.task == "multi":
+        if not isinstance(outputs, Mapping):
+            raise ModelError(
+                f"{dataset.name} has the labels {listed(dataset.label)}, and the model gives one answer. "
+                "Was it trained on another label?"
+            )
+        return {name: as_scores(_named(outputs, one, name), one) for name, one in dataset.outputs.items()}
     wanted = "prediction" if dataset.task == "regression" else "probabilities"
     if isinstance(outputs, Mapping):
-        if wanted not in outputs:
-            raise ModelError(
-                f"{dataset.name} is a {dataset.task} task, for which a model answers '{wanted}'. "
-                f"This one answers: {', '.join(map(str, outputs)) or 'nothing'}."
-            )
-        outputs = outputs[wanted]
+        outputs = _named(outputs, dataset, wanted, dataset.label)
     scores = np.asarray(outputs)
     if wanted == "prediction":
         if scores.size != len(scores):
@@ -111,7 +126,12 @@ def as_scores(
         )
     return scores
 
-# %% ../nbs/16_evaluation.ipynb #be9b02b2
+# %% ../nbs/16_evaluation.ipynb #209dfd48
+def _prefix(split: str) -> str:
+    """What stands before a measure of a split in a run."""
+    return {"validation": "val"}.get(split, split)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A model's answers on one split, and what they are worth."""
@@ -134,16 +154,28 @@ class Evaluation:
     @property
     def run_metrics(self) -> dict[str, float]:
         """The measures under the names they have in a run: test_accuracy, val_accuracy."""
-        prefix = {"validation": "val"}.get(self.split, self.split)
-        return {f"{prefix}_{name}": value for name, value in self.metrics.items()}
+        return {f"{_prefix(self.split)}_{name}": value for name, value in self.metrics.items()}
 
     def mistakes(self) -> np.ndarray:
         """Row numbers of the data set, the worst first: wrongly classified ones, or all of a regression."""
         return find_mistakes(self)
 
-    def plot(self) -> Figure:
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height of the picture, inches."""
+        side = min(10.0, 2.5 + 0.3 * len(self.dataset.classes))
+        return {"binary": (11.0, 3.4), "multiclass": (side, side), "regression": (8.0, 3.4)}[self.dataset.task]
+
+    def draw(self, place: Figure | SubFigure) -> None:
         """The picture of the task: confusion matrix, ROC and precision-recall curves, or predicted against actual."""
-        return PLOTS[self.dataset.task](self)
+        PLOTS[self.dataset.task](self, place)
+
+    def plot(self) -> Figure:
+        """The same as a figure of its own."""
+        figure = plt.figure(figsize=self.size, layout="constrained")
+        self.draw(figure)
+        plt.close(figure)  # or a notebook would show it twice
+        return figure
 
     def plot_mistakes(self, count: int = 12) -> Figure:
         """The worst mistakes on images; raises DatasetError for data that is no images."""
@@ -171,7 +203,7 @@ def _evaluation_html(evaluation: Evaluation) -> str:
     about = f"{evaluation.split} split, {len(evaluation.labels):,} rows"
     return f"<p><b>{html.escape(evaluation.dataset.name)}</b>, {about}</p>" + html_table(("measure", "value"), rows)
 
-# %% ../nbs/16_evaluation.ipynb #bf64e3f2
+# %% ../nbs/16_evaluation.ipynb #fddd3421
 def plot_confusion(
     evaluation: Evaluation,  # of a classifier
     panel: plt.Axes,
@@ -192,18 +224,20 @@ def plot_confusion(
     panel.set(xlabel="predicted", ylabel="actual", title="confusion matrix")
 
 
-def plot_multiclass(evaluation: Evaluation) -> Figure:
+def plot_multiclass(
+    evaluation: Evaluation,
+    place: Figure | SubFigure,  # to draw in
+) -> None:
     """The confusion matrix of many classes."""
-    side = min(10.0, 2.5 + 0.3 * len(evaluation.dataset.classes))
-    figure, panel = plt.subplots(figsize=(side, side), layout="constrained")
-    plot_confusion(evaluation, panel)
-    plt.close(figure)  # or a notebook would show it twice
-    return figure
+    plot_confusion(evaluation, place.subplots())
 
-# %% ../nbs/16_evaluation.ipynb #05c7fbd9
-def plot_binary(evaluation: Evaluation) -> Figure:
+# %% ../nbs/16_evaluation.ipynb #a6723428
+def plot_binary(
+    evaluation: Evaluation,
+    place: Figure | SubFigure,  # to draw in
+) -> None:
     """Confusion matrix, ROC curve and precision-recall curve."""
-    figure, (first, second, third) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    first, second, third = place.subplots(1, 3)
     plot_confusion(evaluation, first)
     labels, positive = evaluation.labels, evaluation.scores[:, 1]
     name = evaluation.dataset.classes[1]
@@ -218,13 +252,14 @@ def plot_binary(evaluation: Evaluation) -> Figure:
     second.set(xlabel="false alarms", ylabel=f"'{name}' found")
     third.axhline(labels.mean(), color="grey", linestyle=":")
     third.set(xlabel=f"'{name}' found", ylabel="of what is reported, right", ylim=(0, 1.05))
-    plt.close(figure)
-    return figure
 
 
-def plot_regression(evaluation: Evaluation) -> Figure:
+def plot_regression(
+    evaluation: Evaluation,
+    place: Figure | SubFigure,  # to draw in
+) -> None:
     """Predicted against actual, and how the errors spread."""
-    figure, (first, second) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    first, second = place.subplots(1, 2)
     actual, predicted = evaluation.labels, evaluation.scores
     span = min(actual.min(), predicted.min()), max(actual.max(), predicted.max())
     first.plot(span, span, color="grey", linestyle=":")
@@ -233,8 +268,6 @@ def plot_regression(evaluation: Evaluation) -> Figure:
     second.hist(predicted - actual, bins=30)
     second.axvline(0, color="grey", linestyle=":")
     second.set(xlabel="predicted - actual", ylabel="rows")
-    plt.close(figure)
-    return figure
 
 
 PLOTS = {"binary": plot_binary, "multiclass": plot_multiclass, "regression": plot_regression}
@@ -272,14 +305,77 @@ def _as_picture(data: Dataset, name: str, row: int) -> np.ndarray:
     pixels = (data.arrays[name][row] - spec.minimum) / ((spec.maximum - spec.minimum) or 1.0)
     return np.clip(pixels[..., 0] if pixels.shape[-1] != 3 else pixels, 0, 1)
 
-# %% ../nbs/16_evaluation.ipynb #c971d533
-def _answers(predictor: Any, dataset: Dataset, split: str, batch_size: int) -> np.ndarray:
-    """Scores of all rows of a split."""
+# %% ../nbs/16_evaluation.ipynb #e214d87e
+@dataclass(frozen=True, repr=False)
+class ByLabel:
+    """The same thing for each of several labels."""
+
+    outputs: dict[str, Any]  # by label
+
+    def __getitem__(self, label: str) -> Any:
+        if label not in self.outputs:
+            raise DatasetError(f"There is no label '{label}'.{nearest(label, self.outputs)} Labels: "
+                               f"{listed(self.outputs)}.")  # fmt: skip
+        return self.outputs[label]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.outputs)})"
+
+    def _repr_html_(self) -> str:
+        return "".join(f"<h4>{html.escape(name)}</h4>{one._repr_html_()}" for name, one in self.outputs.items())
+
+
+def plot_by_label(
+    outputs: Mapping[str, Any],  # by label: what has a `size` in inches and can `draw` itself into a figure
+) -> Figure:
+    """Draw the pictures of all labels under one another."""
+    sizes = [each.size for each in outputs.values()]
+    heights = [height + 0.4 for _, height in sizes]
+    figure = plt.figure(figsize=(max(width for width, _ in sizes), sum(heights)), layout="constrained")
+    places = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for place, (label, each) in zip(places, outputs.items(), strict=True):
+        each.draw(place)
+        place.suptitle(label, fontweight="bold")
+    plt.close(figure)  # or a notebook would show it twice
+    return figure
+
+
+class LabelEvaluations(ByLabel):
+    """A model's answers for each label on one split, and what they are worth."""
+
+    def plot(self) -> Figure:
+        """The pictures of all labels under one another."""
+        return plot_by_label(self.outputs)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Measures of all labels: returned_accuracy."""
+        return {f"{label}_{name}": value for label, one in self.outputs.items() for name, value in one.metrics.items()}
+
+    @property
+    def run_metrics(self) -> dict[str, float]:
+        """The measures under the names they have in a run: test_returned_accuracy, val_returned_accuracy."""
+        prefix = _prefix(next(iter(self.outputs.values())).split)
+        return {f"{prefix}_{name}": value for name, value in self.metrics.items()}
+
+# %% ../nbs/16_evaluation.ipynb #8e4bc105
+def _answers(predictor: Any, dataset: Dataset, split: str, batch_size: int) -> Any:
+    """Scores of all rows of a split, of several labels by name."""
     keras = sys.modules.get("keras")  # a Keras model can only come from a Keras that is imported already
     if keras and isinstance(predictor, keras.Model):
         batches = dataset.to_tf(split, batch_size=batch_size, shuffle=False)
         return as_scores(predictor.predict(batches, verbose=0), dataset)
-    return np.concatenate([as_scores(predictor(features), dataset) for features in dataset.batches(split, batch_size)])
+    parts = [as_scores(predictor(features), dataset) for features in dataset.batches(split, batch_size)]
+    if dataset.task != "multi":
+        return np.concatenate(parts)
+    return {label: np.concatenate([part[label] for part in parts]) for label in dataset.label}
+
+
+def _judge(scores: np.ndarray, dataset: Dataset, split: str) -> Evaluation:
+    if not np.isfinite(scores).all():
+        rows = int((~np.isfinite(scores)).reshape(len(scores), -1).any(axis=1).sum())
+        raise ModelError(f"The model answers {rows} of {len(scores)} rows with something that is not a number.")
+    return Evaluation(dataset, split, scores)
 
 
 def evaluate(
@@ -287,7 +383,7 @@ def evaluate(
     dataset: Dataset,
     split: str = "test",  # train, validation, test or all
     batch_size: int = 1024,  # rows that go through the model at once
-) -> Evaluation:
+) -> Evaluation | LabelEvaluations:
     """Score a split; raises DatasetError for an empty or unknown one, ModelError for answers that do not fit."""
     if split not in dataset.sizes:
         raise DatasetError(
@@ -296,7 +392,6 @@ def evaluate(
     if not dataset.sizes[split]:
         raise DatasetError(f"The {split} split of {dataset.name} has no rows to evaluate.")
     scores = _answers(predictor, dataset, split, batch_size)
-    if not np.isfinite(scores).all():
-        rows = int((~np.isfinite(scores)).reshape(len(scores), -1).any(axis=1).sum())
-        raise ModelError(f"The model answers {rows} of {len(scores)} rows with something that is not a number.")
-    return Evaluation(dataset, split, scores)
+    if dataset.task != "multi":
+        return _judge(scores, dataset, split)
+    return LabelEvaluations({name: _judge(scores[name], one, split) for name, one in dataset.outputs.items()})

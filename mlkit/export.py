@@ -6,7 +6,7 @@
 __all__ = ['serving_outputs', 'serving_inputs', 'parse_examples', 'as_examples', 'Servable', 'describe_model', 'check_exportable',
            'export_saved_model', 'ServedFeature', 'SavedModel', 'load_saved_model']
 
-# %% ../nbs/17_export.ipynb #3d91b8e7
+# %% ../nbs/17_export.ipynb #470a6254
 import json
 import os
 import shutil
@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from .continuing import continuing_record, version_folder
-from .data import MANY_CLASSES, Dataset
+from .data import MANY_CLASSES, Dataset, each_label
 from .evaluation import as_scores
 from .features import decode_images
 from .runs import Run, storage_error, write_atomic
@@ -36,12 +36,15 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.saved_model import fingerprinting_utils
 
-# %% ../nbs/17_export.ipynb #d9bbc179
+# %% ../nbs/17_export.ipynb #7c70057a
 def serving_outputs(
-    outputs: tf.Tensor,  # what the model answers
+    outputs: tf.Tensor | Mapping[str, tf.Tensor],  # what the model answers
     dataset: Dataset,  # says what the numbers mean
 ) -> dict[str, tf.Tensor]:  # by name
     """Give a model's numbers the names and shapes in which they are served."""
+    if dataset.task == "multi":
+        served = {label: serving_outputs(outputs[label], one) for label, one in dataset.outputs.items()}
+        return {f"{label}_{name}": values for label, answers in served.items() for name, values in answers.items()}
     if isinstance(outputs, Mapping):
         outputs = next(iter(outputs.values()))
     if dataset.task == "regression":
@@ -113,7 +116,7 @@ def as_examples(
         examples.append(tf.train.Example(features=message).SerializeToString())
     return examples
 
-# %% ../nbs/17_export.ipynb #97ceca34
+# %% ../nbs/17_export.ipynb #b4478822
 class Servable(tf.Module):
     """A model reduced to its weights, its lookup tables and functions from raw features to named answers."""
 
@@ -139,12 +142,13 @@ class Servable(tf.Module):
         def predict_examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
             return self.predict(parse_examples(examples, dataset))
 
-        def answer(inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-            return _as_tf_serving(self.predict_examples(inputs), dataset)
+        def answer(title: str, one: Dataset) -> Callable:
+            return lambda inputs: _as_tf_serving(self.predict_examples(inputs), title, one)
 
         self.predict = _traced(predict, serving_inputs(dataset))
         self.predict_examples = _traced(predict_examples, tf.TensorSpec([None], tf.string, name="examples"))
-        self.answer = _traced(answer, tf.TensorSpec([None], tf.string, name="inputs"))
+        takes = tf.TensorSpec([None], tf.string, name="inputs")
+        self.answers = {name: _traced(answer(*told), takes) for name, told in _answering(dataset).items()}
         if hasattr(model, "user_embedding"):
             embedded = _traced(
                 lambda features: {"user_embedding": model.user_embedding(features)}, serving_inputs(dataset)
@@ -156,14 +160,23 @@ def _traced(function: Callable, takes: Any) -> Callable:
     return tf.function(function, input_signature=[takes], autograph=False)
 
 
-def _as_tf_serving(outputs: Mapping[str, tf.Tensor], dataset: Dataset) -> dict[str, tf.Tensor]:
-    """Answers under the names that TF Serving's classify and regress look for."""
+def _answering(dataset: Dataset) -> dict[str, tuple[str, Dataset]]:
+    """Signatures for TF Serving's classify and regress: what stands before the names of a label, and the label."""
+    found = {}
+    for label, one in dataset.outputs.items():
+        title = f"{label}_" if dataset.task == "multi" else ""
+        found[title + ("regress" if one.task == "regression" else "classify")] = (title, one)
+    return found
+
+
+def _as_tf_serving(outputs: Mapping[str, tf.Tensor], title: str, dataset: Dataset) -> dict[str, tf.Tensor]:
+    """Answers for one label under the names that TF Serving's classify and regress look for."""
     if dataset.task == "regression":
-        return {"outputs": outputs["prediction"]}
-    scores = outputs["probabilities"]
+        return {"outputs": outputs[f"{title}prediction"]}
+    scores = outputs[f"{title}probabilities"]
     return {"classes": tf.tile(tf.constant([dataset.classes]), [tf.shape(scores)[0], 1]), "scores": scores}
 
-# %% ../nbs/17_export.ipynb #78f7bd04
+# %% ../nbs/17_export.ipynb #10ab06af
 _METHODS = {"classify": "tensorflow/serving/classify", "regress": "tensorflow/serving/regress"}
 
 
@@ -179,8 +192,8 @@ def _restore_names(folder: Path, dataset: Dataset) -> None:
         inputs.clear()
         for name, tensor in tensors.items():
             inputs[name].ParseFromString(tensor)
-    for name in _METHODS.keys() & graph.signature_def.keys():
-        graph.signature_def[name].method_name = _METHODS[name]
+    for name in _answering(dataset):
+        graph.signature_def[name].method_name = _METHODS[name.rpartition("_")[2]]
     for node in graph.object_graph_def.nodes:  # what tf.saved_model.load reads
         keywords = node.bare_concrete_function.argument_keywords
         if keywords:
@@ -188,7 +201,7 @@ def _restore_names(folder: Path, dataset: Dataset) -> None:
     write_atomic(path, content.SerializeToString())
     fingerprinting_utils.write_fingerprint(str(folder))  # of the file as it is now
 
-# %% ../nbs/17_export.ipynb #f776310b
+# %% ../nbs/17_export.ipynb #a675b63a
 def describe_model(
     dataset: Dataset,  # what the model was trained on
 ) -> dict[str, Any]:  # ready for JSON
@@ -196,15 +209,16 @@ def describe_model(
     return {
         "mlkit": mlkit.__version__,
         "task": dataset.task,
+        "tasks": dataset.tasks if dataset.task == "multi" else {},
         "label": dataset.label,
-        "classes": list(dataset.classes),
+        "classes": each_label(dataset.classes, list),
         "features": [
             {"name": name, "kind": dataset.features[name].kind, "dtype": spec.dtype.name, "shape": list(spec.shape[1:])}
             for name, spec in serving_inputs(dataset).items()
         ],
     }
 
-# %% ../nbs/17_export.ipynb #26c2b3a0
+# %% ../nbs/17_export.ipynb #d330c598
 def check_exportable(model: keras.Model, dataset: Dataset) -> None:
     """Let the model answer a few rows; raises ModelError for one that cannot be served for this data set."""
     if not isinstance(model, keras.Model):
@@ -217,18 +231,24 @@ def check_exportable(model: keras.Model, dataset: Dataset) -> None:
     except Exception as error:  # whatever a foreign model raises
         raise ModelError(f"The model does not take the features of {dataset.name}: {error}") from error
     scores = as_scores(outputs, dataset)
+    for label, one in dataset.outputs.items():
+        _check_scores(scores[label] if dataset.task == "multi" else scores, one)
+
+
+def _check_scores(scores: np.ndarray, dataset: Dataset) -> None:
+    """Raise ModelError for answers that should be probabilities and are none."""
     if dataset.task != "regression" and not (np.allclose(scores.sum(axis=1), 1, atol=1e-3) and (scores >= 0).all()):
         raise ModelError(
             f"The model's answers are not probabilities: they reach from {scores.min():.3g} to {scores.max():.3g}, "
             f"and a row sums to {scores[0].sum():.3g}. End it with a softmax (or a sigmoid for two classes)."
         )
 
-# %% ../nbs/17_export.ipynb #cc5efad8
+# %% ../nbs/17_export.ipynb #9d5dd332
 def _write(model: keras.Model, dataset: Dataset, folder: Path) -> None:
     """Write a SavedModel and its description into an empty folder."""
     servable = Servable(model, dataset)
     functions = {"serving_default": servable.predict, "serving_examples": servable.predict_examples}
-    functions["regress" if dataset.task == "regression" else "classify"] = servable.answer
+    functions |= servable.answers
     if hasattr(servable, "user_embedding"):
         functions["user_embedding"] = servable.user_embedding
     signatures = {name: function.get_concrete_function() for name, function in functions.items()}
@@ -303,7 +323,7 @@ class ServedFeature:
             raise ModelError(f"Feature '{self.name}' takes values of shape {wanted}, not {tuple(found.shape)}.")
         return found
 
-# %% ../nbs/17_export.ipynb #f6e65d64
+# %% ../nbs/17_export.ipynb #08f384e0
 class SavedModel:
     """An exported model, ready to be asked."""
 
@@ -313,7 +333,9 @@ class SavedModel:
     ):
         self.path = path
         about = _read_description(path)
-        self.task, self.label, self.classes = (about["task"], about["label"], tuple(about["classes"]))
+        self.task, self.tasks = about["task"], about["tasks"]
+        self.label = about["label"] if isinstance(about["label"], str) else tuple(about["label"])
+        self.classes = each_label(about["classes"], tuple)
         self.features = {
             each["name"]: ServedFeature(**each | {"shape": tuple(each["shape"])}) for each in about["features"]
         }
@@ -322,7 +344,7 @@ class SavedModel:
     def __call__(
         self,
         features: Mapping[str, Any],  # by name, one value for each row
-    ) -> dict[str, np.ndarray]:  # probabilities, class and score, of many classes the best ten; or prediction
+    ) -> dict[str, np.ndarray]:  # as `serving_outputs` names them
         """Answer a batch; raises ModelError for features that are missing, unknown, or of another type or shape."""
         for name in features:
             if name not in self.features:
@@ -350,9 +372,10 @@ class SavedModel:
         return f"The model takes: {', '.join(self.features)}."
 
     def __repr__(self) -> str:
-        return f"SavedModel({self.task} of {self.label} from {len(self.features)} features, {self.path})"
+        labels = self.label if isinstance(self.label, str) else ", ".join(self.label)
+        return f"SavedModel({self.task} of {labels} from {len(self.features)} features, {self.path})"
 
-# %% ../nbs/17_export.ipynb #2114b973
+# %% ../nbs/17_export.ipynb #b96d2f3d
 def _as_array(values: tf.Tensor) -> np.ndarray:
     """Numbers as they are, texts as Python texts."""
     array = values.numpy()
@@ -368,7 +391,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         )
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        return {name: about[name] for name in ("task", "label", "classes", "features")}
+        told = {name: about[name] for name in ("task", "label", "classes", "features")}
+        return told | {"tasks": about.get("tasks", {})}
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged: {error!r}. Export the model again.") from error
 

@@ -239,12 +239,25 @@ def _read_exploding(looks: Sequence[LayerMeasures]) -> list[str]:
         f"{format_number(start)} at the beginning: try a smaller learning_rate."
     ]
 
-# %% ../nbs/12_health.ipynb #52efae87
+# %% ../nbs/12_health.ipynb #3cdff4a7
 def constant_loss(
     model: keras.Model,  # compiled
     dataset: Dataset | StreamedDataset,
 ) -> float | None:
     """The loss of the best constant answer on training rows; None where the loss is not one of answers and labels."""
+    if dataset.task != "multi":
+        return _constant_loss(model.loss, dataset)
+    weights = getattr(model._compile_loss, "_user_loss_weights", None) or dict.fromkeys(dataset.label, 1.0)
+    if not (isinstance(model.loss, Mapping) and isinstance(weights, Mapping)):
+        return None
+    parts = [_constant_loss(model.loss.get(label), one) for label, one in dataset.outputs.items()]
+    if None in parts:
+        return None
+    return sum(weights[label] * part for label, part in zip(dataset.outputs, parts, strict=True))
+
+
+def _constant_loss(loss: Any, dataset: Dataset | StreamedDataset) -> float | None:
+    """The same of one label and its loss."""
     in_memory = isinstance(dataset, Dataset)
     labels = np.asarray(dataset.labels_of("train") if in_memory else fixed_rows(dataset, "train", 4096)[1])
     if dataset.task == "regression":
@@ -254,7 +267,7 @@ def constant_loss(
         answer = shares[1:] if dataset.task == "binary" else shares
     values, counts = np.unique(labels, return_counts=True)  # rows with the same label have the same loss
     try:
-        loss = keras.losses.get(model.loss)
+        loss = keras.losses.get(loss)
         if getattr(loss, "from_logits", False):
             return None
         by_row = loss.call if isinstance(loss, keras.losses.Loss) else loss

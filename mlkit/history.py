@@ -65,13 +65,17 @@ class History:
     def _repr_html_(self) -> str:
         return _history_html(self)
 
-# %% ../nbs/12_history.ipynb #54460c25
+# %% ../nbs/12_history.ipynb #a010c6b2
 def _plot_history(history: History) -> Figure:
     names = [name for name in history.epochs[0] if not name.startswith("val_")]
-    figure, panels = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3), squeeze=False, layout="constrained")
-    for panel, name in zip(panels[0], names, strict=True):
+    columns = min(len(names), 3)  # several labels have many
+    rows = -(-len(names) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(4.5 * columns, 3 * rows), squeeze=False, layout="constrained")
+    for panel in panels.flat[len(names) :]:
+        panel.axis("off")
+    for panel, name in zip(panels.flat, names, strict=False):
         _plot_curves(panel, history, name)
-    panels[0][-1].legend()
+    panels.flat[len(names) - 1].legend()
     plt.close(figure)  # or a notebook would show it twice
     return figure
 

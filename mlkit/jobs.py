@@ -277,7 +277,7 @@ class Contract:
             if name in given or name.upper() in os.environ
         }
 
-# %% ../nbs/21_jobs.ipynb #e2c6a064
+# %% ../nbs/21_jobs.ipynb #37382027
 def convert(
     value: Any,  # a text from the command line, or a value with its type
     annotation: Any,  # the declared type
@@ -291,6 +291,8 @@ def convert(
         candidates.append(yaml.safe_load(value))
     if annotation is Any:
         return candidates[-1]
+    if isinstance(candidates[-1], list | dict):  # [a, b] is a list wherever a list may stand
+        candidates.reverse()
     if value in ("None", "null"):
         candidates.insert(0, None)
     problem = None

@@ -6,16 +6,18 @@
 __all__ = ['READ_AT_IMPORT', 'READ_LATER', 'KIT', 'KERNEL_NAME', 'CAN_FORK', 'PR_SET_CHILD_SUBREAPER', 'KERNEL_MODULES',
            'SERVER_CODE', 'kernel_environment', 'server_key', 'servers_folder', 'send', 'receive', 'Birth',
            'birth_request', 'kill_group', 'ForkServer', 'adopt_orphans', 'run_server', 'become', 'run_kernel', 'leave',
-           'changeable_modules', 'reseed', 'choose_backend', 'WarmServer', 'running_servers', 'ForkedKernel',
-           'hold_server', 'is_warm', 'release_servers', 'WarmProvisioner', 'fork_kernel', 'main', 'kernel_specs']
+           'changeable_modules', 'kit_files', 'forget', 'reseed', 'choose_backend', 'read_storage_options',
+           'WarmServer', 'running_servers', 'ForkedKernel', 'hold_server', 'is_warm', 'release_servers',
+           'WarmProvisioner', 'fork_kernel', 'main', 'kernel_specs']
 
-# %% ../nbs/20_kernels.ipynb #8b3321c9
+# %% ../nbs/20_kernels.ipynb #c34876d0
 import asyncio
 import atexit
 import fcntl
 import gc
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -35,6 +37,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,10 +47,11 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 import mlkit
 from .settings import MlkitError, load_settings
 
-# %% ../nbs/20_kernels.ipynb #d55faa02
+# %% ../nbs/20_kernels.ipynb #e89da1bb
 READ_AT_IMPORT = (
     *("TF_", "XLA_", "CUDA_", "NVIDIA_", "ROCM_", "HIP_", "KERAS_", "OMP_", "MKL_", "OPENBLAS_", "POLARS_"),
     *("PYTHON", "PYDEVD_", "LD_", "MALLOC_", "MPLCONFIGDIR", "LANG", "LC_", "HOME", "XDG_CONFIG_HOME"),
+    *("SKLEARN_", "SCIPY_", "JOBLIB_", "FSSPEC_"),
 )
 READ_LATER = ("TF_CONFIG", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "POLARS_MAX_THREADS")
 READ_LATER += ("PYDEVD_USE_FRAME_EVAL",)  # ipykernel sets it in every kernel
@@ -63,6 +67,10 @@ def kernel_environment(
     return {"TF_CPP_MIN_LOG_LEVEL": "2"} | dict(environment)
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def server_key(
     environment: Mapping[str, str],  # of the kernel to be
     preload: str,  # modules, separated by commas
@@ -73,10 +81,11 @@ def server_key(
         for name, value in sorted(environment.items())
         if name.startswith(READ_AT_IMPORT) and name not in READ_LATER
     }
-    folders = [*site.getsitepackages(), site.getusersitepackages(), KIT / "kernels.py"]
+    folders = [*site.getsitepackages(), site.getusersitepackages()]
     changed = [os.stat(folder).st_mtime_ns for folder in folders if os.path.exists(folder)]
+    code = _digest(KIT / "kernels.py")  # by content: an export writes all modules anew
     files = os.readlink("/proc/self/ns/mnt") if CAN_FORK else ""  # a container sees other files
-    identity = [sys.executable, sys.version, platform.node(), files, preload, decisive, changed]
+    identity = [sys.executable, sys.version, platform.node(), files, preload, decisive, changed, code]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 # %% ../nbs/20_kernels.ipynb #b1d6e0ed
@@ -319,7 +328,7 @@ def adopt_orphans() -> None:
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
-# %% ../nbs/20_kernels.ipynb #aad4560a
+# %% ../nbs/20_kernels.ipynb #5e7d55a2
 KERNEL_MODULES = (  # what ipykernel imports while it starts
     *("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger"),
     *("IPython.core.magics", "IPython.core.debugger", "IPython.core.completerlib", "IPython.core.oinspect"),
@@ -337,9 +346,11 @@ def run_server(
         listener.bind(path)
         listener.listen(128)
         adopt_orphans()
-        for module in (*KERNEL_MODULES, *preload.split(",")):
+        modules = [module.strip() for module in preload.split(",")]
+        kit = kit_files() if any(module.partition(".")[0] == "mlkit" for module in modules) else {}
+        for module in (*KERNEL_MODULES, *modules):
             try:
-                importlib.import_module(module.strip())
+                importlib.import_module(module)
             except ImportError as error:
                 print(f"{module} is not preloaded: {error}", flush=True)
         changeable = changeable_modules()
@@ -350,13 +361,14 @@ def run_server(
             for left in (Path(path), Path(path).with_suffix(".log")):
                 left.unlink(missing_ok=True)
             return
-    become(birth, import_path, changeable)
+    become(birth, import_path, changeable, kit)
 
-# %% ../nbs/20_kernels.ipynb #1bfe3b36
+# %% ../nbs/20_kernels.ipynb #5725915f
 def become(
     birth: Birth,
     import_path: list[str],  # sys.path of a kernel
     changeable: list[str],  # names of modules to import anew
+    kit: dict[str, str],  # the kit's files as they were when the server imported them; {} if it did not
 ) -> None:
     """Turn this copy of the server into a kernel, run it to its end."""
     os.setsid()
@@ -378,10 +390,10 @@ def become(
     sys.path[:] = import_path
     sys.argv = ["ipykernel_launcher", *birth.arguments]
     tempfile.tempdir = None
-    for name in changeable:
-        sys.modules.pop(name, None)
+    forget(changeable, kit)
     reseed()
     choose_backend()
+    read_storage_options()
     run_kernel(birth.arguments)
 
 
@@ -410,7 +422,7 @@ def leave() -> NoReturn:
         stream.flush()
     os._exit(0)
 
-# %% ../nbs/20_kernels.ipynb #10a8f322
+# %% ../nbs/20_kernels.ipynb #ed6f462f
 def changeable_modules() -> list[str]:  # names
     """Imported modules that lie outside the installed environment, and the kit's own."""
     installed = (sys.prefix, sys.base_prefix, sys.exec_prefix, *site.getsitepackages())
@@ -420,6 +432,31 @@ def changeable_modules() -> list[str]:  # names
         for name, file in files.items()
         if name.partition(".")[0] == "mlkit" or (file and name != "__main__" and not file.startswith(installed))
     ]
+
+
+def kit_files() -> dict[str, str]:  # name -> digest of the content
+    """The kit's modules as they lie on the disk now; none while one of them is being replaced."""
+    with suppress(OSError):
+        return {path.name: _digest(path) for path in KIT.glob("*.py")}
+    return {}
+
+
+def _finds_kit() -> bool:
+    """Whether `import mlkit` would find this kit, here and now."""
+    found = PathFinder.find_spec("mlkit", [os.getcwd()]) or importlib.util.find_spec("mlkit")
+    return found is not None and found.origin == mlkit.__file__
+
+
+def forget(
+    changeable: list[str],  # names of modules
+    kit: dict[str, str],  # the kit's files as they were when they were imported; {} to forget them, too
+) -> None:
+    """Have modules imported anew when they are next asked for; the kit's own only if they have changed."""
+    ours = {name: sys.modules[name] for name in changeable if name.partition(".")[0] == "mlkit"}
+    for name in changeable:
+        sys.modules.pop(name, None)
+    if kit and kit == kit_files() and _finds_kit():
+        sys.modules.update(ours)
 
 
 def reseed() -> None:
@@ -435,6 +472,15 @@ def choose_backend() -> None:
         if "MATPLOTLIBRC" in os.environ or os.path.exists("matplotlibrc"):
             matplotlib.rcParams.update(matplotlib.rc_params())
         matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]
+
+
+def read_storage_options() -> None:
+    """Read the user's files of options for remote storage as they are now."""
+    if config := sys.modules.get("fsspec.config"):
+        config.conf.clear()
+        with suppress(Exception):  # a file that is broken now will be told of by whoever needs it
+            config.set_conf_files(config.conf_dir, config.conf)
+        config.set_conf_env(config.conf)
 
 # %% ../nbs/20_kernels.ipynb #464b6cf9
 SERVER_CODE = (

@@ -41,26 +41,43 @@ from .statistics import describe
 import keras
 from keras import layers, ops
 
-# %% ../nbs/13_model.ipynb #f1cb7b99
+# %% ../nbs/13_model.ipynb #c6f8170f
+def _units(dataset: Dataset) -> dict[str, int]:
+    """Columns of the logits for each label."""
+    return {name: len(one.classes) if one.task == "multiclass" else 1 for name, one in dataset.outputs.items()}
+
+
 def _outputs(dataset: Dataset) -> int:
-    return len(dataset.classes) if dataset.task == "multiclass" else 1
+    return sum(_units(dataset).values())
+
+
+def _answer(logits: keras.KerasTensor, dataset: Dataset, name: str) -> keras.KerasTensor:
+    """The last layer of a label: probabilities, or a number in the label's unit."""
+    if dataset.task == "regression":
+        mean, deviation = dataset.label_scale
+        return layers.Rescaling(deviation or 1.0, mean, dtype="float32", name=name)(logits)
+    function = "sigmoid" if dataset.task == "binary" else "softmax"
+    return layers.Activation(function, dtype="float32", name=name)(logits)
 
 
 def _finish(
-    inputs: dict[str, keras.KerasTensor], logits: keras.KerasTensor, dataset: Dataset, name: str
+    inputs: dict[str, keras.KerasTensor], logits: keras.KerasTensor, dataset: Dataset, make: SeededLayers, name: str
 ) -> keras.Model:
-    """Turn logits into probabilities, or into a number in the label's unit."""
-    if dataset.task == "regression":
-        mean, deviation = dataset.label_scale
-        result = layers.Rescaling(deviation or 1.0, mean, dtype="float32", name="prediction")(logits)
+    """From logits to the model: one answer, or one by the name of each label."""
+    if dataset.task == "multi":
+        units = _units(dataset)
+        parts = ops.split(logits, np.cumsum(list(units.values()))[:-1].tolist(), axis=1)
+        result = {
+            label: _answer(part, dataset.outputs[label], make.name(label))
+            for label, part in zip(units, parts, strict=True)
+        }
     else:
-        function = "sigmoid" if dataset.task == "binary" else "softmax"
-        result = layers.Activation(function, dtype="float32", name="probabilities")(logits)
+        result = _answer(logits, dataset, "prediction" if dataset.task == "regression" else "probabilities")
     with warnings.catch_warnings():  # Keras expects dictionary keys and input names to be alike
         warnings.filterwarnings("ignore", message="When providing `inputs` as a dict")
         return keras.Model(inputs, result, name=name)
 
-# %% ../nbs/13_model.ipynb #14724a86
+# %% ../nbs/13_model.ipynb #f9141696
 def _image_blocks(height: int, width: int) -> tuple[int, ...]:
     """Filters of each block: one block for each halving down to two or three pixels, four at most."""
     return tuple(32 * 2**block for block in range(max(1, min(4, int(math.log2(max(2, min(height, width)))) - 1))))
@@ -93,7 +110,7 @@ def cnn(
     if hidden:
         x = make.dense(hidden, "hidden", activation="relu")(x)
     x = make.dropout(dropout, "dropout")(x)
-    return _finish({spec.name: image}, make.logits(_outputs(dataset))(x), dataset, "cnn")
+    return _finish({spec.name: image}, make.logits(_outputs(dataset))(x), dataset, make, "cnn")
 
 # %% ../nbs/13_model.ipynb #78ccc9e9
 def cnn_space(
@@ -133,7 +150,7 @@ def _residual_block(
     y = _plain_convolution(make, filters, f"{name}_convolution_2")(y)
     return layers.Add(name=make.name(name))([x, y])
 
-# %% ../nbs/13_model.ipynb #2a4a4845
+# %% ../nbs/13_model.ipynb #85d07d21
 def resnet(
     dataset: Dataset,  # of images, about 8 to 64 pixels a side
     seed: int = 42,  # decides the initial weights
@@ -154,7 +171,7 @@ def resnet(
             x = _residual_block(x, filters * 2**stage, strides, make, f"stage_{stage + 1}_block_{block + 1}")
     x = layers.GlobalAveragePooling2D(name=make.name("average"))(_activated(x, make, "last"))
     x = make.dropout(dropout, "dropout")(x)
-    return _finish({spec.name: image}, make.logits(_outputs(dataset))(x), dataset, "resnet")
+    return _finish({spec.name: image}, make.logits(_outputs(dataset))(x), dataset, make, "resnet")
 
 
 def resnet_space(
@@ -167,7 +184,7 @@ def resnet_space(
         "dropout": hp.Float("dropout", 0.0, 0.5, step=0.1, default=0.2),
     }
 
-# %% ../nbs/13_model.ipynb #79c2230a
+# %% ../nbs/13_model.ipynb #3bcd0066
 def _hidden_layers(
     x: keras.KerasTensor, make: SeededLayers, hidden: Sequence[int], dropout: float
 ) -> keras.KerasTensor:
@@ -195,7 +212,7 @@ def mlp(
         table = encode_table(dataset.features, make)
         inputs, x = table.inputs, side_by_side(table, make, embedding)
     x = _hidden_layers(x, make, hidden, dropout)
-    return _finish(inputs, make.logits(_outputs(dataset))(x), dataset, "mlp")
+    return _finish(inputs, make.logits(_outputs(dataset))(x), dataset, make, "mlp")
 
 
 def _holds_images(dataset: Dataset) -> bool:
@@ -266,7 +283,7 @@ def _wide(
         weighed.append(layers.Dense(outputs, **zeros, name=make.name("wide_numbers"))(table.numeric)[:, None])
     return [ops.sum(ops.concatenate(weighed, axis=1), axis=1)] if weighed else []
 
-# %% ../nbs/13_model.ipynb #16a43d17
+# %% ../nbs/13_model.ipynb #6c6dbed3
 def wide_deep(
     dataset: Dataset,  # a table
     seed: int = 42,  # decides the initial weights
@@ -284,7 +301,7 @@ def wide_deep(
     outputs = _outputs(dataset)
     x = _hidden_layers(side_by_side(table, make, embedding), make, hidden, dropout)
     halves = [make.dense(outputs, "deep")(x), *_wide(table, make, outputs, crosses, cross_rows)]
-    return _finish(table.inputs, layers.Add(name="logits")(halves), dataset, "wide_deep")
+    return _finish(table.inputs, layers.Add(name="logits")(halves), dataset, make, "wide_deep")
 
 # %% ../nbs/13_model.ipynb #104d85d1
 def wide_deep_space(
@@ -296,7 +313,7 @@ def wide_deep_space(
         "cross_rows": 10_000 if hp.Boolean("pairs", default=True) else 0,
     }
 
-# %% ../nbs/13_model.ipynb #e70a15ca
+# %% ../nbs/13_model.ipynb #c2b7c64c
 def _mean_of_words(vectors: keras.KerasTensor, words: Rows) -> keras.KerasTensor:
     """The mean of the vectors of a text's words, [batch, width]; zeros for a text without words."""
     known = ops.cast(ops.not_equal(words.numbers, 0), vectors.dtype)[:, :, None]
@@ -343,7 +360,7 @@ def linear(
     if weighed:
         rows = ops.sum(ops.concatenate(weighed, axis=1), axis=1)
         logits = layers.Add(name="logits")([logits, rows])
-    return _finish(inputs, logits, dataset, "linear")
+    return _finish(inputs, logits, dataset, make, "linear")
 
 
 def linear_space(
@@ -407,7 +424,7 @@ def _attended(
         x = _block(x, allowed, make, f"{name}_block_{block + 1}", heads, dropout)
     return _mean_of_words(layers.LayerNormalization(name=make.name(f"{name}_normalised"))(x), words)
 
-# %% ../nbs/13_model.ipynb #3d09a3cd
+# %% ../nbs/13_model.ipynb #f497e09a
 def text(
     dataset: Dataset,  # a table with one text feature at least
     seed: int = 42,  # decides the initial weights
@@ -438,7 +455,7 @@ def text(
         parts.append(side_by_side(replace(table, words={}), make, embedding))
     x = ops.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     x = _hidden_layers(x, make, hidden, dropout)
-    return _finish(table.inputs, make.logits(_outputs(dataset))(x), dataset, "text")
+    return _finish(table.inputs, make.logits(_outputs(dataset))(x), dataset, make, "text")
 
 
 def text_space(
@@ -698,7 +715,7 @@ def _import_family(path: str) -> Family:
             raise ModelError(f"'{name}' in {module} should be a function; it is {type(value).__name__}.")
     return Family(found[function], ("images", "tables"), space)
 
-# %% ../nbs/13_model.ipynb #e403daef
+# %% ../nbs/13_model.ipynb #2ebc4a98
 def _check_answers(name: str, model: Any, dataset: Dataset) -> None:
     """Let a model answer a few rows; raises ModelError where it cannot be trained and served like a family's."""
     if not isinstance(model, keras.Model):
@@ -711,11 +728,23 @@ def _check_answers(name: str, model: Any, dataset: Dataset) -> None:
             f"The model of {name} does not take the features of {dataset.name}, a dictionary of "
             f"{', '.join(list(features)[:10])}: {error}"
         ) from error
+    if dataset.task == "multi" and not (isinstance(answers, Mapping) and set(answers) == set(dataset.label)):
+        told = f"for {listed(answers)}" if isinstance(answers, Mapping) else f"with {type(answers).__name__}"
+        raise ModelError(
+            f"The model of {name} answers {told}; {dataset.name} needs a dictionary of answers to "
+            f"{listed(dataset.label)}: keras.Model(inputs, {{'{dataset.label[0]}': ...}})."
+        )
+    for label, one in dataset.outputs.items():
+        _check_answer(name, answers[label] if dataset.task == "multi" else answers, one)
+
+
+def _check_answer(name: str, answers: Any, dataset: Dataset) -> None:
+    """The same for one label."""
     wanted, shape = _outputs(dataset), tuple(getattr(answers, "shape", ()))
     if len(shape) != 2 or shape[1] != wanted:
         raise ModelError(
             f"The model of {name} answers with {shape or type(answers).__name__}; "
-            f"{dataset.name} ({dataset.task}) needs (rows, {wanted})."
+            f"{dataset.name} ({dataset.task} of {dataset.label}) needs (rows, {wanted})."
         )
     if dataset.task == "regression":
         return

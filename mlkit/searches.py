@@ -6,17 +6,27 @@
 __all__ = ['BACKEND', 'FAILURES', 'joined', 'check_space', 'Trials', 'tune', 'readable_space', 'trial_parameters',
            'final_parameters', 'train_best']
 
-# %% ../nbs/27_searches.ipynb #316e03e9
+# %% ../nbs/27_searches.ipynb #1d601fec
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .jobs import Contract, Watcher, find_job, interrupt_on_sigterm, read_notebook, resume_run, run_job
 from .runs import Point, Run, RunArchive, read_summaries
-from .settings import JobFailed, ParameterError, nearest
-from .sweeps import PointList, PointState, close_abandoned, import_ray, ready_engine, write_hparams
+from .settings import JobFailed, MlkitError, ParameterError, load_settings, nearest
+from mlkit.sweeps import (
+    PointList,
+    PointState,
+    close_abandoned,
+    default_jobs,
+    import_ray,
+    ready_engine,
+    shares,
+    write_hparams,
+)
 
 if TYPE_CHECKING:
     from mlkit.data import Dataset
@@ -163,7 +173,7 @@ def _lost_runs(search: Run) -> list[Run]:
     runs = [archive.get(each.id) for each in younger if each.status != "damaged"]
     return [run for run in runs if search.id in run.parents and run.record.job != "train"]
 
-# %% ../nbs/27_searches.ipynb #44362fca
+# %% ../nbs/27_searches.ipynb #9b1a4b55
 def tune(
     space: "Mapping[str, Any] | Callable[[Any], dict[str, Any]]",  # ranges and lists by name, or a function of `hp`
     parameters: Mapping[str, Any] | None = None,  # what all trials have in common
@@ -181,7 +191,18 @@ def tune(
     run: Run | None = None,  # of the search: the current job's, or an earlier one that was cut off; else a new one
 ) -> "Search":
     """Search for good parameters of a job; raises ParameterError before any trial, JobFailed when too many fail."""
-    from mlkit.tuning import JOURNAL, Journal, Proposals, Search, SearchPlan, check_objective, metric_names
+    if engine == "local":
+        threading.Thread(target=_start_server, args=(dict(os.environ), jobs), daemon=True).start()
+    from mlkit.tuning import (
+        JOURNAL,
+        Journal,
+        Proposals,
+        Search,
+        SearchPlan,
+        check_objective,
+        continued_family,
+        metric_names,
+    )
 
     if BACKEND is None:
         os.environ.pop(
@@ -191,10 +212,12 @@ def tune(
     contract = Contract.of(read_notebook(notebook))
     given = contract.check(parameters or {})
     common = {name: value for name, value in given.items() if value != contract.defaults.get(name)}
+    if common.get("warm_start"):
+        common["model"] = continued_family(common.get("model", "auto"), common["warm_start"])
     longest = common.get("epochs", contract.defaults.get("epochs", 20))
     plan = SearchPlan(search, objective, direction, trials, longest, seed)
     if dataset is not None and job == "trial":
-        check_objective(objective, metric_names(dataset.task, bool(dataset.sizes["validation"])))
+        check_objective(objective, metric_names(dataset.tasks or dataset.task, bool(dataset.sizes["validation"])))
     chosen = readable_space(space, contract, common, dataset)
     with ready_engine(engine) as work_on, _searching(run, common) as owner, Journal(owner.folder / JOURNAL) as journal:
         proposals = Proposals(chosen, plan, journal)
@@ -206,6 +229,15 @@ def tune(
         found = Search(owner)
         owner.log_metrics({f"best_{objective}": found.best.score, "trials": len(found.trials)})
         return found
+
+
+def _start_server(environment: dict[str, str], jobs: int | None) -> None:
+    """Have the warm server of the trials start, while the search itself still imports."""
+    from mlkit.kernels import KERNEL_NAME, hold_server
+
+    with contextlib.suppress(MlkitError, OSError):  # told by the first trial
+        if load_settings().jobs.kernel == KERNEL_NAME:
+            hold_server(environment | shares(jobs or default_jobs())[0])
 
 
 def _room(engine: str) -> int | None:  # None: as this machine has it
@@ -233,7 +265,7 @@ def _searching(run: Run | None, common: Mapping[str, Any]) -> Iterator[Run]:
             raise
         run.complete()
 
-# %% ../nbs/27_searches.ipynb #b618644c
+# %% ../nbs/27_searches.ipynb #dad5d36a
 def readable_space(
     space: "Mapping[str, Any] | Callable[[Any], dict[str, Any]]",
     contract: Contract,  # of the job
@@ -245,7 +277,8 @@ def readable_space(
 
     family = common.get("model", contract.defaults.get("model", "auto"))
     suggested = None
-    if not callable(space) and space.get("model_options") == "auto":
+    settled = common.get("warm_start")  # sizes are those of the earlier model
+    if not callable(space) and space.get("model_options") == "auto" and not settled:
         from mlkit.model import search_space
 
         suggested = search_space(family, dataset)
@@ -278,7 +311,7 @@ def trial_parameters(
         parameters["continues"] = search.record.points[proposal.continues - 1].run
     return contract.check(parameters)
 
-# %% ../nbs/27_searches.ipynb #0dc9510f
+# %% ../nbs/27_searches.ipynb #669d9fd9
 def final_parameters(
     search: "Search",
     contract: Contract,  # of the job that trains
@@ -301,7 +334,7 @@ def train_best(
     archive, parents = RunArchive(search.run.folder.parent), [search.run.id, search.best.run.id]
     names = [each.id for each in read_summaries(archive.root) if each.job == Path(job).stem]
     for run in map(archive.get, names):
-        if run.parents == parents:
+        if run.parents[: len(parents)] == parents:  # behind them an earlier model that it goes on from
             close_abandoned(search.run)
             return run if run.status == "completed" else resume_run(run, warm=True, watch=watch)
     contract = Contract.of(read_notebook(find_job(job)))

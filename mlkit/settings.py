@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESERVED_VARIABLES', 'MlkitError', 'InputError', 'SettingsError', 'DatasetError', 'ModelError', 'ParameterError',
-           'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'DataInvalid', 'JobFailed', 'JobInterrupted',
-           'nearest', 'listed', 'processors', 'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings',
-           'SchemasSettings', 'WorkersSettings', 'Settings', 'known_settings', 'Given', 'find_settings_file',
-           'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
+           'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'DataInvalid', 'SignatureInvalid', 'JobFailed',
+           'JobInterrupted', 'nearest', 'listed', 'processors', 'Section', 'RunsSettings', 'JobsSettings',
+           'KernelsSettings', 'SchemasSettings', 'WorkersSettings', 'SigningSettings', 'Settings', 'known_settings',
+           'Given', 'find_settings_file', 'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
 
 # %% ../nbs/00_settings.ipynb #d9033dba
 import configparser
@@ -57,13 +57,25 @@ class NotFoundError(InputError):
 class MissingDependencyError(InputError):
     """An optional package is needed; the message holds the `pip install` line."""
 
-# %% ../nbs/00_settings.ipynb #2481d376
+# %% ../nbs/00_settings.ipynb #b36ce2fb
 class ArchiveError(MlkitError):
     """The archive of runs cannot be read or written."""
 
 
 class DataInvalid(MlkitError):
     """Data break the rules of their schema."""
+
+
+class SignatureInvalid(MlkitError):
+    """A signature is missing, is nobody's who is trusted, or does not fit what lies there now."""
+
+    def __init__(
+        self,
+        message: str,
+        findings: Iterable[str] = (),  # each file that is not as it was signed, with what happened to it
+    ):
+        super().__init__(message)
+        self.findings = list(findings)
 
 
 class JobFailed(MlkitError):
@@ -98,7 +110,7 @@ def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/00_settings.ipynb #91ba818e
+# %% ../nbs/00_settings.ipynb #64a01557
 class Section(BaseModel):
     """Base of the sections: nothing unknown, nothing changed after loading."""
 
@@ -127,7 +139,8 @@ class KernelsSettings(Section):
     """`[kernels]`: kernels in which the libraries are already imported."""
 
     preload: str = Field(
-        "tensorflow,keras,numpy,matplotlib.pyplot,polars", description="modules that warm kernels have imported"
+        "tensorflow,keras,numpy,matplotlib.pyplot,polars,sklearn.datasets,mlkit.tuning,mlkit.relays",
+        description="modules that warm kernels have imported",
     )
     idle_timeout: int = Field(1800, description="seconds `mlkit warm start` keeps them after their last use", ge=1)
 
@@ -143,7 +156,19 @@ class WorkersSettings(Section):
 
     meeting_timeout: int = Field(60, description="seconds that processes wait for one another before training", ge=1)
 
-# %% ../nbs/00_settings.ipynb #8d638a4f
+
+class SigningSettings(Section):
+    """`[signing]`: who signs, and whose signatures count."""
+
+    key: Path = Field(
+        Path("~/.config/mlkit/signing.pem"), description="private key that signs; nobody else may read it"
+    )
+    passphrase: str = Field(
+        "", description="where the key's passphrase is: env:NAME or file:PATH; asked for when this is empty"
+    )
+    trusted: Path = Field(Path("keys"), description="folder with the public keys (*.pub) whose signatures are accepted")
+
+# %% ../nbs/00_settings.ipynb #6fd12881
 class Settings(Section):
     """All settings of the kit, validated."""
 
@@ -152,6 +177,7 @@ class Settings(Section):
     kernels: KernelsSettings = KernelsSettings()
     schemas: SchemasSettings = SchemasSettings()
     workers: WorkersSettings = WorkersSettings()
+    signing: SigningSettings = SigningSettings()
     project: Path = Field(default_factory=Path.cwd, exclude=True)  # folder of settings.ini, else the working folder
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)  # "runs.root" -> "settings.ini, line 4"
 
@@ -247,7 +273,7 @@ def read_environment(
             raise SettingsError(f"Unknown environment variable {key}.{nearest(key, names)} Known: {', '.join(names)}.")
     return {names[key]: Given(text, f"environment variable {key}", Path.cwd()) for key, text in found.items()}
 
-# %% ../nbs/00_settings.ipynb #629e6cbb
+# %% ../nbs/00_settings.ipynb #f4e06118
 def load_settings(
     overrides: Mapping[str, str] | None = None,  # from the command line, by dotted name
     start: Path | None = None,  # folder from which settings.ini is looked for
@@ -264,7 +290,7 @@ def load_settings(
         if name in given:
             values[section][key] = _absolute(given[name]) if field.annotation is Path else given[name].text
         elif field.annotation is Path:
-            values[section][key] = project / field.default
+            values[section][key] = project / field.default.expanduser()
     try:
         return Settings(**values, project=project, origins={name: value.origin for name, value in given.items()})
     except ValidationError as error:

@@ -471,7 +471,7 @@ def _check_columns(
     if key and (gone := lazy.select(pl.col(key).null_count()).collect().item()):
         raise DatasetError(f"Key column '{key}' lacks a value in {gone} rows; split='{split}' needs it in all.")
 
-# %% ../nbs/11_streaming.ipynb #1b6081c5
+# %% ../nbs/11_streaming.ipynb #31674d85
 def open_dataset(
     source: str | Path | Sequence[str | Path],  # Parquet files: a path, a pattern or a list of paths
     label: str,  # column to predict
@@ -489,6 +489,8 @@ def open_dataset(
     class_weight: ClassWeight | None = None,  # what a class counts for in training: "balanced", or class -> number
 ) -> StreamedDataset:
     """Open files larger than memory, ready to learn from. Raises `DatasetError` for what cannot be learned from."""
+    if not isinstance(label, str):
+        raise DatasetError(f"Rows that stay in files have one label, load_dataset takes several. Received: {label!r}")
     overrides, ignore = read_features(features), [ignore] if isinstance(ignore, str) else list(ignore)
     fractions, files = check_fractions(fractions), tuple(find_files(source))
     arguments = {"source": [str(file.absolute()) for file in files], "label": label, "task": task, "split": split}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'SAMPLINGS', 'Builder', 'METHODS', 'TRIALS', 'FEWEST', 'JOURNAL', 'Interval', 'read_interval', 'Choices',
-           'read_choices', 'Space', 'read_space', 'metric_names', 'check_objective', 'Journal', 'SearchPlan',
-           'hyperband_trials', 'Proposal', 'Proposals', 'importances', 'Trial', 'Search']
+           'read_choices', 'Space', 'read_space', 'metric_names', 'check_objective', 'continued_family', 'Journal',
+           'SearchPlan', 'hyperband_trials', 'Proposal', 'Proposals', 'importances', 'Trial', 'Search']
 
-# %% ../nbs/15_tuning.ipynb #065ba659
+# %% ../nbs/15_tuning.ipynb #6eede038
 import contextlib
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,16 +31,18 @@ from matplotlib.figure import Figure
 
 from .comparison import ComparedRun, Comparison, lower_is_better, shown_value
 from .runs import Run, RunArchive, format_number, format_seconds, html_table, storage_error
-from .settings import ArchiveError, InputError, NotFoundError, ParameterError, nearest
+from .settings import ArchiveError, InputError, ModelError, NotFoundError, ParameterError, nearest
 
 # %% ../nbs/15_tuning.ipynb #20ea9434
 import mlkit.training  # noqa: F401  (before TensorFlow: it imports it quietly)
 
-# %% ../nbs/15_tuning.ipynb #db6adddb
+# %% ../nbs/15_tuning.ipynb #ad79eebc
 import keras
 from keras_tuner import HyperParameters, Objective
 from keras_tuner.oracles import BayesianOptimizationOracle, GridSearchOracle, HyperbandOracle, RandomSearchOracle
 
+from .continuing import earlier_model
+from .model import FAMILIES
 from .training import compile_model
 
 # %% ../nbs/15_tuning.ipynb #a5fd29e5
@@ -218,18 +220,26 @@ def _flat(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         else:
             yield f"{prefix}{name}", value
 
-# %% ../nbs/15_tuning.ipynb #5d96e43e
+# %% ../nbs/15_tuning.ipynb #69344126
 def metric_names(
-    task: Literal["binary", "multiclass", "regression"],
+    task: str | Mapping[str, str],  # binary, multiclass or regression; of several labels, label -> task
     validation: bool = True,  # whether there is a validation split
 ) -> list[str]:  # for example loss, accuracy, val_loss, val_accuracy
     """What a training of a task measures in each epoch."""
+    if isinstance(task, Mapping):
+        measured = [f"{label}_{name}" for label, each in task.items() for name in _measured(each) if name != "loss"]
+        names = ["loss", *measured]
+    else:
+        names = _measured(task)
+    return [*names, *(f"val_{name}" for name in names if validation)]
+
+
+def _measured(task: str) -> list[str]:
     classes = 2 if task == "multiclass" else 1
     last = {"binary": "sigmoid", "multiclass": "softmax"}.get(task)
     model = compile_model(keras.Sequential([keras.Input((1,)), keras.layers.Dense(classes, last)]), task)
     model.run_eagerly = True
-    names = model.evaluate(np.zeros((1, 1)), np.zeros(1), return_dict=True, verbose=0)
-    return [*names, *(f"val_{name}" for name in names if validation)]
+    return list(model.evaluate(np.zeros((1, 1)), np.zeros(1), return_dict=True, verbose=0))
 
 
 def check_objective(
@@ -242,6 +252,22 @@ def check_objective(
             f"No trial measures '{objective}'.{nearest(objective, names)} There are: {', '.join(names) or 'none'}."
         )
     return objective
+
+# %% ../nbs/15_tuning.ipynb #9b90d9c8
+def continued_family(
+    model: str,  # family, or auto
+    warm_start: str | None,  # run or folder of the model to go on from; None: there is none
+) -> str:
+    """The family that `auto` stands for; raises NotFoundError or ModelError for a model that cannot go on."""
+    if model != "auto" or warm_start is None:
+        return model
+    earlier = earlier_model(warm_start)
+    if earlier.family not in FAMILIES:
+        raise ModelError(
+            f"{earlier.name} holds a model of a builder of your own ('{earlier.family}'). "
+            "Say which: model=my_module:build."
+        )
+    return earlier.family
 
 # %% ../nbs/15_tuning.ipynb #d4db290b
 class Journal:
@@ -619,7 +645,7 @@ def _shown(value: Any) -> Any:
             return json.loads(value)
     return value
 
-# %% ../nbs/15_tuning.ipynb #7e4746db
+# %% ../nbs/15_tuning.ipynb #a81d4c5c
 class Search:
     """What a search has found."""
 
@@ -661,7 +687,8 @@ class Search:
 
     def plot_parallel(self) -> Figure:
         """An axis for each hyperparameter and the objective, a line for each trial."""
-        return _drawn(lambda: self._comparison().plot_parallel(self.plan.objective))
+        lower = self.plan.direction == "min"
+        return _drawn(lambda: self._comparison().plot_parallel(self.plan.objective, lower))
 
     def plot_curves(
         self,

@@ -24,7 +24,7 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of this machine reaches a test."""
-    for name in [name for name in os.environ if name.startswith("MLKIT_")]:
+    for name in [name for name in os.environ if name.startswith("MLKIT_") or name == "COLUMNS"]:
         monkeypatch.delenv(name)
 
 

@@ -147,6 +147,47 @@ def test_code_is_never_stale(start: Callable, tmp_path: Path, monkeypatch: pytes
     assert len(running_servers()) == 1
 
 
+@pytest.fixture
+def own_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the kit that a test may change, and the way to have kernels import it."""
+    shutil.copytree(kernels.KIT, tmp_path / "kit" / "mlkit", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "kit" / "mlkit"
+
+
+KIT_KERNEL = """
+import os, sys
+from pathlib import Path
+from mlkit import kernels
+from jupyter_client import KernelManager
+
+def ask(code):
+    texts = []
+    manager = KernelManager(kernel_name="mlkit", kernel_spec_manager=kernels.kernel_specs())
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    client.execute_interactive(code, output_hook=lambda message: texts.append(message["content"].get("text", "")))
+    manager.shutdown_kernel()
+    return "".join(texts).strip()
+
+loaded = "import sys; print('mlkit.settings' in sys.modules)"
+answers = [ask(loaded)]
+settings = kernels.KIT / "settings.py"
+settings.write_text(settings.read_text() + "\\nMARK = 'changed'\\n")
+answers += [ask(loaded), ask("from mlkit.settings import MARK; print(MARK)")]
+print(answers, len(kernels.running_servers()))
+"""
+
+
+def test_the_kit_is_imported_already_unless_it_has_changed(own_kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(kernels.KIT.parent / "jupyter", own_kit.parent / "jupyter")
+    monkeypatch.setenv("PYTHONPATH", str(own_kit.parent))
+    monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "mlkit.runs")
+    result = subprocess.run([sys.executable, "-c", KIT_KERNEL], cwd="/", capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "['True', 'False', 'changed'] 1", result.stderr
+
+
 def test_newly_installed_packages_mean_a_new_server(monkeypatch: pytest.MonkeyPatch) -> None:
     before = WarmServer.fitting(os.environ).key
     site_packages = Path(nbformat.__file__).parent.parent

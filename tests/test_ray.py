@@ -1,4 +1,4 @@
-"""Sweeps over a Ray cluster: two and more real nodes on this machine, some of which die."""
+"""Sweeps, searches and crews of workers over a Ray cluster: real nodes on this machine, some of which die."""
 
 import json
 import os
@@ -23,7 +23,8 @@ from mlkit.runs import Run, RunArchive
 from mlkit.settings import MissingDependencyError, MlkitError
 from mlkit.sweeps import run_sweep
 
-from .conftest import wait_until
+from . import test_workers
+from .conftest import run_cli, wait_until
 
 pytestmark = pytest.mark.slow
 PARAMETERS = 'number: int = 0\nmeeting: str = ""\nnodes: int = 0\nheld: str = ""\nfail: bool = False'
@@ -39,6 +40,13 @@ while len(os.listdir(meeting)) < nodes:
 """
 WAIT = "while held and not Path(held).exists():\n    time.sleep(0.05)"
 FAIL = "assert not (fail and Run.current().record.attempts == 1), 'as asked'"
+MEET = """
+import os
+from mlkit.clusters import meet, read_cluster
+from mlkit.runs import Run
+company = meet(read_cluster())
+Run.current().log_metrics({"rank": company.cluster.rank, "node": int(os.environ["RAY_RAYLET_PID"])})
+"""
 DRIVER = """
 import json, sys
 from mlkit.runs import RunArchive
@@ -133,8 +141,11 @@ def cluster() -> Iterator[Cluster]:
         try:
             head = cluster.launch()
             wait_until(cluster.answers)
-            cluster.start()
+            second = cluster.launch()
             assert head.wait(120) == 0
+            if second.wait(120):  # on a busy machine the first one may come too late for it
+                cluster.kill(second.pid)
+                cluster.start()
             yield cluster
         finally:
             for session in list(cluster.sessions):
@@ -164,7 +175,14 @@ class Sweeps:
 
     def start(self, **how: Any) -> subprocess.Popen:
         """Start a sweep in a process of its own."""
-        command = [sys.executable, "-c", DRIVER, json.dumps(how)]
+        return self._start("-c", DRIVER, json.dumps(how))
+
+    def command(self, *arguments: Any) -> subprocess.Popen:
+        """Start `mlkit ...`."""
+        return self._start("-m", "mlkit", *map(str, arguments))
+
+    def _start(self, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, *arguments]
         driver = subprocess.Popen(
             command,
             cwd=self.folder,
@@ -219,6 +237,13 @@ def finish(driver: subprocess.Popen, code: int = 0) -> str:  # what it said on s
     assert driver.returncode == code, errors
     assert output == ""  # standard output belongs to whoever reads JSON
     return errors
+
+
+def finish_json(driver: subprocess.Popen) -> dict:
+    """The record that a command prints at its end."""
+    said, errors = driver.communicate(timeout=300)
+    assert driver.returncode == 0, errors
+    return json.loads(said)
 
 
 def test_a_sweep_fans_out_over_the_nodes(two_nodes: Cluster, sweeps: Sweeps) -> None:
@@ -320,6 +345,13 @@ def test_a_node_that_does_not_see_the_archive_uses_the_mirror(cluster: Cluster, 
     assert {run.record.notebook for run in from_afar} == {str(sweeps.folder / "where.ipynb")}
     assert all((sweeps.meeting / "mirror" / run.id / "run.json").exists() for run in from_afar)
 
+    nbformat.write(new_notebook(cells=[new_code_cell(MEET)]), sweeps.folder / "meet.ipynb")
+    record = finish_json(sweeps.command("run", "meet.ipynb", "--workers", 2, "--engine", "ray", "--json"))
+    worker = Run(Path(record["folder"], "workers", "1"))  # the first one is where its checkpoints last
+    assert [record["status"], worker.record.status] == ["completed"] * 2
+    assert [record["metrics"]["node"] == raylet, worker.record.metrics["node"]] == [False, raylet]
+    assert (worker.folder / "notebook.html").exists()
+
     points = sweeps.points(2, nodes=2, held=str(second))
     driver = sweeps.start(job="where.ipynb", points=points)
     wait_until(lambda: len(os.listdir(points[0]["meeting"])) == 2 and all(p.run for p in sweeps.sweep.record.points))
@@ -330,6 +362,106 @@ def test_a_node_that_does_not_see_the_archive_uses_the_mirror(cluster: Cluster, 
     runs = sweeps.points_runs()
     assert [run.status for run in runs] == ["completed"] * 2
     assert len(begun & {run.id for run in runs}) == 1  # the other was lost with its node, and made anew
+
+
+TRY = """
+import os, time
+from pathlib import Path
+from mlkit.runs import Run
+Run.current().log_metrics({"loss": (x - 1) ** 2, "node": int(os.environ["RAY_RAYLET_PID"])}, step=1)
+while not Path(held).exists():
+    time.sleep(0.05)
+"""
+SEEK = """
+from mlkit.searches import tune
+space = {"x": {"min": -2.0, "max": 2.0}}
+tune(space, {"held": held}, job="try.ipynb", objective="loss", trials=4, jobs=2, engine=engine)
+"""
+
+
+def test_a_search_over_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -> None:
+    """A node dies under a trial, then the search is killed: no trial is lost, none is made twice."""
+    sweeps.environment["MLKIT_KERNELS_PRELOAD"] = "tensorflow,keras,mailbox"
+    for name, parameters, source in (
+        ("try", 'x: float = 0.0\nheld: str = ""', TRY),
+        ("seek", 'engine: str = "local"\nheld: str = ""', SEEK),
+    ):
+        cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(source)]
+        nbformat.write(new_notebook(cells=cells), sweeps.folder / f"{name}.ipynb")
+    archive, go, doomed = sweeps.archive, sweeps.meeting / "go", two_nodes.sessions[1]
+    raylet = two_nodes.raylet(doomed)
+
+    def trials() -> list[Run]:
+        return [
+            run for run in (archive.get(each.id) for each in archive.list(job="try")) if "node" in run.record.metrics
+        ]
+
+    driver = sweeps.command("run", "seek.ipynb", "--engine", "ray", "-p", f"held={go}", "--json")
+    begun = wait_until(lambda: len(runs := trials()) == 2 and runs, 300)
+    (lost,) = (run for run in begun if node_of(run) == raylet)
+    two_nodes.kill(doomed)
+    wait_until(lambda: lost.record.status == "interrupted")
+    two_nodes.start()
+    wait_until(lambda: lost.record.attempts == 2 and "node" in lost.record.metrics)
+    driver.kill()
+    driver.communicate()
+    (search,) = (archive.get(each.id) for each in archive.list(job="seek"))
+    wait_until(lambda: [run.status for run in (*begun, search)] == ["interrupted"] * 3)
+
+    go.touch()
+    finish_json(sweeps.command("resume", search.id, "--json"))
+    runs = [archive.get(point.run) for point in search.record.points]
+    assert [run.status for run in runs] == ["completed"] * 4
+    assert {run.id for run in runs} == {each.id for each in archive.list(job="try")}
+    assert sorted(run.record.attempts for run in runs) == [1, 1, 2, 3]
+    events = [json.loads(line) for line in (search.folder / "search.jsonl").read_text().splitlines()]
+    for kind in ("ask", "end"):
+        assert sorted(event[kind] for event in events if event.get(kind)) == [1, 2, 3, 4]
+
+
+SAY_NODE = 'print("On node", os.environ.get("RAY_RAYLET_PID"))'
+
+
+def nodes_of(run: Run) -> set[str]:
+    """Process ids of the raylets on whose nodes a run and its worker have been."""
+    notebooks = [nbformat.read(folder / "notebook.ipynb", 4) for folder in (run.folder, run.folder / "workers" / "1")]
+    return {output["text"].split()[-1] for notebook in notebooks for output in notebook.cells[-2].outputs}
+
+
+def test_a_crew_over_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -> None:
+    """It is stopped, goes on, loses a node, goes on, and has learnt what one process would have."""
+    sweeps.environment["MLKIT_KERNELS_PRELOAD"] = "tensorflow,keras,mailbox"
+    cells = [new_code_cell(test_workers.PARAMETERS, metadata={"tags": ["parameters"]})]
+    cells += [new_code_cell(source) for source in (test_workers.BEGIN, SAY_NODE, test_workers.TRAIN)]
+    nbformat.write(new_notebook(cells=cells), sweeps.folder / "learn.ipynb")
+    hold = sweeps.meeting / "hold"
+    notes = [Path(f"{hold}.{n}") for n in range(2)]
+    crew = ("--engine", "ray", "--json")
+    driver = sweeps.command("run", "learn.ipynb", "-p", f"hold={hold}", "--workers", 2, *crew)
+    kernels = [int(wait_until(lambda note=note: note.exists() and note.read_text(), 300)) for note in notes]
+    driver.send_signal(signal.SIGTERM)
+    driver.communicate(timeout=60)
+    assert driver.returncode == 143
+    wait_until(lambda: not any(map(psutil.pid_exists, kernels)))
+    run = sweeps.archive.get("latest")
+    assert [run.record.status, Run(run.folder / "workers" / "1").record.status] == ["interrupted"] * 2
+    assert nodes_of(run) == {str(two_nodes.raylet(session)) for session in two_nodes.sessions}
+
+    for note in notes:
+        note.unlink()
+    driver = sweeps.command("resume", run.id, *crew)
+    wait_until(lambda: all(note.exists() and note.read_text() for note in notes), 300)
+    two_nodes.kill(two_nodes.sessions[1])
+    two_nodes.start()
+    record = finish_json(driver)
+    assert (record["status"], record["attempts"]) == ("completed", 3)
+    output = nbformat.read(run.folder / "notebook.ipynb", 4).cells[-1].outputs
+    assert any("Continues after epoch 1" in each.get("text", "") for each in output)
+    worker = Run(run.folder / "workers" / "1").record
+    assert (worker.status, worker.metrics) == ("completed", record["metrics"])
+    assert "TF_CONFIG" not in record["variables"] | worker.variables
+    alone = run_cli("run", "learn.ipynb", "--json", folder=sweeps.folder, **sweeps.environment)
+    test_workers.assert_same(record, json.loads(alone.stdout), 1e-4)
 
 
 def test_without_a_cluster(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

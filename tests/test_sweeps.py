@@ -104,7 +104,7 @@ def test_a_failing_point_does_not_stop_the_others(cli: Callable, job: str, archi
 
 
 def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, archive: RunArchive) -> None:
-    result = cli("run", job, "--sweep", "wait=600,0", "--timeout", "5", "--jobs", "2")
+    result = cli("run", job, "--sweep", "wait=600,0", "--timeout", "10", "--jobs", "2")
     assert result.returncode == 1
     slow, fast = children(archive, sweep_of(archive))
     assert (slow.status, slow.record.failure.error, fast.status) == ("failed", "RunTimeout", "completed")

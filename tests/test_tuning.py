@@ -1,7 +1,7 @@
 """Searches as users start them: several trials at a time, killed and resumed, over a cluster, with wrong input."""
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +17,6 @@ from mlkit.runs import Run, RunArchive
 from mlkit.settings import InputError, JobFailed, ParameterError
 
 from .conftest import run_cli, wait_until
-from .test_ray import Cluster, cluster, two_nodes  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.slow
 PARAMETERS = 'x: float = 0.0\ny: float = 0.0\nheld: str = ""\nafter: int = 0\nfail: bool = False'
@@ -54,10 +53,8 @@ def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         run_cli("warm", "stop", folder=folder)
 
 
-@pytest.fixture
-def archive(project: Path, monkeypatch: pytest.MonkeyPatch) -> RunArchive:
-    """A project with a job that measures how far along a valley a point lies, and one that searches the valley."""
-    monkeypatch.chdir(project)
+def write_jobs(folder: Path) -> None:
+    """A job that measures how far along a valley a point lies, and one that searches the valley."""
     for name, parameters, code in (
         ("trial_of_valley", PARAMETERS, VALLEY),
         ("valley", SEARCH_PARAMETERS, SEARCH),
@@ -67,7 +64,14 @@ def archive(project: Path, monkeypatch: pytest.MonkeyPatch) -> RunArchive:
             new_markdown_cell("## Work"),
             new_code_cell(code),
         ]
-        nbformat.write(new_notebook(cells=cells), project / f"{name}.ipynb")
+        nbformat.write(new_notebook(cells=cells), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def archive(project: Path, monkeypatch: pytest.MonkeyPatch) -> RunArchive:
+    """The archive of a project that has the two jobs."""
+    monkeypatch.chdir(project)
+    write_jobs(project)
     return RunArchive(project / "runs")
 
 
@@ -105,9 +109,19 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What is chosen by a search that nobody cuts off."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_jobs(folder)
+    result = run_cli("run", "valley.ipynb", folder=folder)
+    assert result.returncode == 0, result.stderr
+    return choices(search_of(RunArchive(folder / "runs")))
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_search_that_is_cut_off_goes_on_and_no_trial_is_lost_or_repeated(
-    number: signal.Signals, project: Path, archive: RunArchive, cli: Callable
+    number: signal.Signals, project: Path, archive: RunArchive, cli: Callable, undisturbed: list[dict]
 ) -> None:
     fixed, gate = hold(project, after=3)
     process = start(project, "run", "valley.ipynb", "-p", fixed)
@@ -132,11 +146,7 @@ def test_a_search_that_is_cut_off_goes_on_and_no_trial_is_lost_or_repeated(
     asked = [event["ask"] for event in journal(search) if event.get("ask")]
     ended = [event["end"] for event in journal(search) if "end" in event]
     assert (asked, ended) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
-    gate.unlink()
-    undisturbed = project / "undisturbed"
-    result = cli("run", "valley.ipynb", MLKIT_RUNS_ROOT=str(undisturbed))
-    assert result.returncode == 0, result.stderr
-    assert choices(search_of(RunArchive(undisturbed))) == choices(search)
+    assert choices(search) == undisturbed
 
 
 def test_a_run_whose_id_could_not_be_noted_is_found_again(archive: RunArchive) -> None:
@@ -201,7 +211,7 @@ import json, psutil
 from mlkit.searches import tune
 how = {{"job": "trial_of_valley.ipynb", "objective": "loss", "jobs": 2}}
 sizes = []
-for trials in (6, 8, 16):
+for trials in (8, 16):
     tune({SPACE}, trials=trials, **how)
     sizes.append(psutil.Process().memory_full_info().uss / 1e6)
 print(json.dumps(sizes))
@@ -211,27 +221,8 @@ print(json.dumps(sizes))
 def test_memory_stays_flat(archive: RunArchive, project: Path) -> None:
     result = subprocess.run([sys.executable, "-c", MEMORY], cwd=project, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    first, second, third = json.loads(result.stdout.splitlines()[-1])
-    assert third - second < 16 * 0.5, f"{first:.0f}, {second:.0f}, {third:.0f} MB"  # half a megabyte a trial
-
-
-OVER_RAY = f"""
-from mlkit.searches import tune
-found = tune({SPACE}, job="trial_of_valley.ipynb", search="bayesian", objective="loss", trials=5, jobs=2, engine="ray")
-print(found)
-"""
-
-
-def test_a_search_over_a_cluster(archive: RunArchive, project: Path, two_nodes: Cluster) -> None:  # noqa: F811
-    environment = os.environ | {"RAY_ADDRESS": two_nodes.address, "MLKIT_KERNELS_PRELOAD": "numpy"}
-    result = subprocess.run(
-        [sys.executable, "-c", OVER_RAY], cwd=project, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr
-    (summary,) = archive.list(job="tune")
-    search = archive.get(summary.id)
-    assert [run.status for run in trials_of(archive, search)] == ["completed"] * 5
-    assert sorted(event["end"] for event in journal(search) if "end" in event) == [1, 2, 3, 4, 5]
+    first, second = json.loads(result.stdout.splitlines()[-1])
+    assert second - first < 16 * 0.5, f"{first:.0f}, {second:.0f} MB"  # half a megabyte a trial
 
 
 @pytest.fixture(scope="module")
@@ -241,14 +232,15 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunArchive:
     space = "space={learning_rate: {min: 1e-4, max: 1e-1, sampling: log}, model_options.dropout: [0, 0.4]}"
     flags = [
         "dataset=breast_cancer",
-        "model=mlp",
+        "class_weight=balanced",
+        "precision=float32",
+        "model=wide_deep",
         "model_options={hidden: [8]}",
         "epochs=3",
         "trials=4",
-        "jobs=2",
         space,
     ]
-    result = run_cli("run", "tune", *(part for flag in flags for part in ("-p", flag)), folder=folder)
+    result = run_cli("run", "tune", "--jobs", "2", *(part for flag in flags for part in ("-p", flag)), folder=folder)
     assert result.returncode == 0, result.stderr
     return RunArchive(folder / "runs")
 
@@ -259,9 +251,11 @@ def test_every_trial_is_a_run_that_has_not_seen_the_test_split(tuned: RunArchive
     (summary,) = tuned.list(job="tune")
     search = tuned.get(summary.id)
     assert (search.status, len(search.record.points)) == ("completed", 4)
+    assert search.record.parameters["jobs"] == 2
     for run in trials_of(tuned, search):
         assert (run.status, run.parents) == ("completed", [search.id])
         assert run.record.parameters["model_options"]["hidden"] == [8]
+        assert (run.record.parameters["class_weight"], run.record.parameters["precision"]) == ("balanced", "float32")
         assert not [name for name in run.record.metrics if name.startswith("test")]
         events = EventAccumulator(str(run.tensorboard))
         events.Reload()
@@ -281,6 +275,7 @@ def test_the_best_trial_is_trained_again_and_tested_on_the_same_rows(tuned: RunA
     assert found.best.score == min(trial.score for trial in found.trials)
     parameters = trained.record.parameters
     assert parameters["learning_rate"] == found.best.values["learning_rate"]
+    assert (parameters["class_weight"], parameters["precision"]) == ("balanced", "float32")
     assert parameters["epochs"] == found.best.best_epoch
     data, judged = (reload_dataset(run.record.data[0]) for run in (trained, tuned.get(found.best.run.id)))
     assert data.splits["test"].tolist() == judged.splits["test"].tolist()
@@ -289,24 +284,71 @@ def test_the_best_trial_is_trained_again_and_tested_on_the_same_rows(tuned: RunA
     assert any(name.startswith("test") for name in trained.record.metrics)
 
 
+def test_trials_go_on_from_an_earlier_model(tuned: RunArchive, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is then its family, and its sizes are not chosen anew."""
+    from mlkit.searches import train_best, tune
+
+    monkeypatch.chdir(project)
+    (summary,) = tuned.list(job="train")
+    earlier = tuned.get(summary.id)
+    sizes = earlier.record.parameters["model_options"]
+    common = {"dataset": "breast_cancer", "model_options": sizes, "epochs": 1, "warm_start": str(earlier.folder)}
+    space = {"learning_rate": [1e-6, 1e-5], "model_options": "auto"}
+    found = tune(space, common, search="grid", jobs=2)
+    archive = RunArchive(found.run.folder.parent)
+    for run in trials_of(archive, found.run):
+        assert run.parents == [found.run.id, earlier.id]
+        assert run.record.parameters["model"] == "wide_deep"
+        assert run.record.metrics["val_accuracy"] > 0.85  # at these rates, only of what it has brought along
+    again = archive.create("train", parents=[found.run.id, found.best.run.id, earlier.id])
+    again.start().complete()
+    assert train_best(found).id == again.id  # it is known in spite of the third parent
+
+
+def test_a_wrong_search_ends_with_exit_code_2(cli: Callable, project: Path) -> None:
+    given = ["dataset=breast_cancer", "model=mlp", "objective=val_acuracy"]
+    result = cli("run", "tune", *(part for flag in given for part in ("-p", flag)))
+    assert result.returncode == 2
+    assert "Did you mean 'val_accuracy'?" in result.stderr
+    assert not len(RunArchive(project / "runs").list(job="trial"))
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("space", "how", "message"),
     [
-        (["objective=val_acuracy"], "Did you mean 'val_accuracy'?"),
-        (["space={learning_rat: [1e-3, 1e-2]}"], "Did you mean 'learning_rate'?"),
-        (["space={}"], "nothing to choose"),
-        (["space={batch_size: []}"], "list of batch_size is empty"),
-        (["search=grid", "space={batch_size: {min: 1, max: 500}}"], "The grid has 500 points"),
+        ({"learning_rate": [1e-3, 1e-2]}, {"objective": "val_acuracy"}, "Did you mean 'val_accuracy'?"),
+        ({"learning_rat": [1e-3, 1e-2]}, {}, "Did you mean 'learning_rate'?"),
+        ({}, {}, "nothing to choose"),
+        ({"batch_size": []}, {}, "list of batch_size is empty"),
+        ({"batch_size": {"min": 1, "max": 500}}, {"search": "grid"}, "The grid has 500 points"),
     ],
 )
 def test_wrong_searches_are_refused_before_the_first_trial(
-    flags: list[str], message: str, cli: Callable, project: Path
+    space: dict, how: dict, message: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ["dataset=breast_cancer", "model=mlp", *flags]
-    result = cli("run", "tune", *(part for flag in given for part in ("-p", flag)))
+    from mlkit.data import load_dataset
+    from mlkit.searches import tune
+
+    monkeypatch.chdir(project)
+    common = {"dataset": "breast_cancer", "model": "mlp"}
+    with pytest.raises(ParameterError, match=re.escape(message)):
+        tune(space, common, dataset=load_dataset("breast_cancer"), **how)
+    assert not len(RunArchive(project / "runs").list(job="trial"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trial"], "--jobs 2 is for sweeps, and for jobs with a parameter 'jobs', such as tune"),
+        (["tune", "-p", "jobs=1"], "given twice: --jobs 2 and -p jobs=1"),
+        (["tune", "--workers", "2"], "--workers is for one run"),
+    ],
+)
+def test_runs_at_a_time_where_there_is_one(arguments: list[str], message: str, cli: Callable, project: Path) -> None:
+    result = cli("run", *arguments, "--jobs", "2")
     assert result.returncode == 2
     assert message in result.stderr
-    assert not len(RunArchive(project / "runs").list(job="trial"))
+    assert not (project / "runs").exists()
 
 
 def test_hyperband_lets_the_better_trainings_go_on(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
