@@ -39,11 +39,19 @@ postgresql:
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || ! command -v apt-get >/dev/null \
 	  || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y postgresql; }
 
-test: install lint postgresql  ## everything CI checks
+# What pages are tested with: Chromium, and LiteRT.js from npm. Where they are not to be had, those tests are skipped.
+.PHONY: browser
+browser:
+	@command -v chromium >/dev/null && command -v npm >/dev/null || ! command -v apt-get >/dev/null \
+	  || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y chromium npm; }
+	@[ -d node_modules/@litertjs/core ] || ! command -v npm >/dev/null \
+	  || npm install --silent --no-save --no-package-lock --no-audit --no-fund @litertjs/core@2.5.3
+
+test: install lint postgresql browser  ## everything CI checks
 	@# each notebook in a process of its own: some settle what TensorFlow can settle only once
 	find nbs -name '*.ipynb' -not -path '*/.*' | sort | MLKIT_RUNS_ROOT=$$(mktemp -d) xargs -P 2 -n 1 $(BIN)/nbdev-test
 	@# two at a time: most tests wait for processes of their own; those of a file share what it has set up
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --durations 20
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 lab: install  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab $(ALLOW_ROOT) --LabApp.default_url=/lab/tree/nbs/index.ipynb
@@ -58,8 +66,8 @@ lint: install  ## lint and format, as CI does
 
 lock: $(BIN)/uv  ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes \
-	  --group dev --extra lab --extra profile --extra ray --extra remote --extra signing --extra sql --upgrade --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	  --group dev --extra edge --extra lab --extra profile --extra ray --extra remote --extra signing --extra sql --upgrade --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:  ## remove what can be made again; runs stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache node_modules
 	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
