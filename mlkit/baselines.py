@@ -241,7 +241,7 @@ def _as_model(predict: _Predict, classes: np.ndarray | None, dataset: Dataset) -
 
     return model
 
-# %% ../nbs/17_baselines.ipynb #f5e83d6d
+# %% ../nbs/17_baselines.ipynb #3c853602
 MAIN_METRIC = {
     "binary": "log_loss",
     "multiclass": "log_loss",
@@ -298,10 +298,13 @@ class Baselines:
         """Hold a model against the baselines; raises DatasetError for one judged on other rows."""
         return compare(self, evaluation, name, seconds)
 
+    def __repr__(self) -> str:  # how long they took is no part of what a cell has shown
+        return f"Baselines({', '.join(self.found)}, of {self.dataset.name})"
+
     def _repr_html_(self) -> str:
         return _html_of(self.table, (*self.notes, _fitted_to(self)))
 
-# %% ../nbs/17_baselines.ipynb #d64394f6
+# %% ../nbs/17_baselines.ipynb #8f6e992f
 def _table(rows: Sequence[tuple[str, Evaluation, float | None]]) -> pl.DataFrame:
     """Model, measures and seconds; the best first."""
     main = MAIN_METRIC[rows[0][1].dataset.task]
@@ -319,7 +322,10 @@ def _fitted_to(baselines: Baselines) -> str:
 
 def _html_of(table: pl.DataFrame, sentences: Sequence[str]) -> str:
     rows = [[value if isinstance(value, str) else format_number(value) for value in row] for row in table.rows()]
-    head = [name.replace("_", " ") for name in table.columns]
+    rows = [
+        [*row[:-1], f"{row[-1]} s" if row[-1] else ""] for row in rows
+    ]  # with its unit: a comparison knows a duration
+    head = [name.replace("_", " ") for name in table.columns[:-1]] + ["fitted in"]
     return html_table(head, rows) + "".join(f"<p>{sentence}</p>" for sentence in sentences)
 
 # %% ../nbs/17_baselines.ipynb #16666424
@@ -373,7 +379,7 @@ def _difference(
     first, second = measure(pair.mean(axis=1))
     return float(first - second), *map(float, np.quantile(drawn, (0.025, 0.975)))
 
-# %% ../nbs/17_baselines.ipynb #511b9b56
+# %% ../nbs/17_baselines.ipynb #8937c59e
 @dataclass(frozen=True)
 class Comparison:
     """A model beside the baselines."""
@@ -418,7 +424,7 @@ class Comparison:
         plt.close(figure)  # or a notebook would show it twice
         return figure
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.sentence
 
     def _repr_html_(self) -> str:

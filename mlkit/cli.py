@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'EngineOption', 'RetriesOption', 'RunArgument', 'warm', 'IGNORED_FILES', 'main', 'options', 'Watch',
-           'progress_line', 'epoch_lines', 'run', 'SweepWatch', 'headline', 'resume', 'reproduce', 'jobs', 'runs',
-           'show', 'diff', 'compare', 'open_run', 'board', 'rm', 'warm_start', 'warm_status', 'warm_stop',
+           'progress_line', 'epoch_lines', 'run', 'SweepWatch', 'headline', 'resume', 'reproduce', 'gate', 'jobs',
+           'runs', 'show', 'diff', 'compare', 'open_run', 'board', 'rm', 'warm_start', 'warm_status', 'warm_stop',
            'settings_template', 'new', 'settings']
 
-# %% ../nbs/30_cli.ipynb #0f8d7279
+# %% ../nbs/30_cli.ipynb #4437f327
 import os
 import re
 import shutil
@@ -53,7 +53,7 @@ from mlkit.settings import (
     load_settings,
     variable_name,
 )
-from .terminal import JsonOption, console, errors, print_json, print_rows
+from .terminal import JsonOption, console, errors, print_json, print_rows, text_grid
 
 # %% ../nbs/30_cli.ipynb #cb024258
 app = typer.Typer(
@@ -518,6 +518,47 @@ def _print_verdict(run: Run, again: Run, verdict: str) -> None:
     color = {"identical": "green", "different": "red"}.get(verdict, "yellow")
     command = f"mlkit diff {run.id[-4:]} {again.id[-4:]}"
     console.print(f"\n{again.id} is [{color}]{verdict}[/]. Side by side: [bold]{command}[/]")
+
+# %% ../nbs/30_cli.ipynb #45424c03
+@app.command(epilog="Example: mlkit gate latest --against k3f9")
+def gate(
+    reference: RunArgument = "latest",
+    against: Annotated[
+        str | None, typer.Option(metavar="RUN", help="The model in service, asked the same rows.")
+    ] = None,
+    rules: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML file of rules; by default gate.rules.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge whether a run's model may go into service; what has not been measured is measured now."""
+    from mlkit.admission import admit_run, read_verdict
+    from mlkit.gates import read_rules
+
+    archive = RunArchive()
+    run = archive.get(reference, having="saved_model")
+    champion = archive.get(against, having="saved_model") if against else None
+    wanted = read_rules(rules or load_settings().gate.rules)
+    try:
+        if as_json:
+            verdict = admit_run(run, wanted, champion, archive)
+            print_json(read_verdict(run))
+        else:
+            with Watch() as watch:
+                verdict = admit_run(run, wanted, champion, archive, watch=watch)
+            _print_checks(run, verdict)
+    except JobFailed as error:
+        _explain_failure(error.run)
+        raise
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+def _print_checks(run: Run, verdict: Any) -> None:
+    marks = {True: "[green]passed[/]", False: "[red]failed[/]"}
+    rows = [(marks[check.passed], check.rule, check.found) for check in verdict.checks]
+    console.print(text_grid(("verdict", "asked", "found"), rows, whole=("verdict",), markup=("verdict",)))
+    console.print(f"\n{run.id}: {escape(verdict.reason)}", soft_wrap=True)
 
 # %% ../nbs/30_cli.ipynb #e3b96f8f
 @app.command(epilog="Example: mlkit jobs train")

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['JOBS', 'Cluster', 'read_cluster', 'Company', 'meet', 'reach', 'free_ports']
 
-# %% ../nbs/11_clusters.ipynb #bc26d840
+# %% ../nbs/11_clusters.ipynb #5285b362
 import json
 import os
+import random
 import selectors
 import socket
 import threading
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .settings import MlkitError, ParameterError, listed, load_settings, nearest
@@ -319,13 +321,26 @@ def _answers(address: str) -> bool:
         return True
     return False
 
-# %% ../nbs/11_clusters.ipynb #cc7d382b
+# %% ../nbs/11_clusters.ipynb #076c1cc6
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")  # from which the system takes ports for outgoing connections
+
+
 def free_ports(
     count: int,
 ) -> list[int]:  # different ones at which nobody listens now
-    """Ports of this machine for processes that are about to start."""
+    """Ports of this machine for processes that are about to start; raises MlkitError where there are none.
+
+    They are none that the system gives away by itself, so that nobody has them by chance until the processes listen.
+    """
+    end = int(_RANGE.read_text().split()[0]) if _RANGE.is_file() else 32_768
+    places = range(20_000, end) if end > 21_000 else range(61_000, 65_536)
+    found: list[int] = []
     with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for port in random.SystemRandom().sample(places, min(1_000, len(places))):
+            if len(found) == count:
+                return found
+            one = held.enter_context(socket.socket())
+            with suppress(OSError):
+                one.bind(("", port))
+                found.append(port)
+    raise MlkitError(f"This machine has no {count} free ports.")

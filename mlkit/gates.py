@@ -21,7 +21,7 @@ from .settings import ParameterError, nearest
 from .slices import CERTAIN_ROWS, make_slices, measure_slices
 from .sources import read_yaml
 
-# %% ../nbs/21_gates.ipynb #39686153
+# %% ../nbs/21_gates.ipynb #d4617786
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,6 +63,7 @@ class Limits(_Strict):
 class GateRules(_Strict):
     """Everything a model is asked before it goes into service."""
 
+    label: str | None = None  # which answers are meant, where a model answers for several labels
     measures: dict[str, float] = {}
     champion: ChampionRules | None = None
     slices: SliceRules | None = None
@@ -80,7 +81,7 @@ def read_rules(
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
         raise ParameterError(f"These are no rules of a gate: {told}.") from error
-    if rules == GateRules():
+    if rules == GateRules(label=rules.label):
         raise ParameterError("A gate without rules lets everything through: say what it asks for.")
     return rules
 

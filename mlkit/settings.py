@@ -6,8 +6,9 @@
 __all__ = ['RESERVED_VARIABLES', 'MlkitError', 'InputError', 'SettingsError', 'DatasetError', 'ModelError', 'ParameterError',
            'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'DataInvalid', 'SignatureInvalid', 'JobFailed',
            'JobInterrupted', 'nearest', 'listed', 'processors', 'Section', 'RunsSettings', 'JobsSettings',
-           'KernelsSettings', 'SchemasSettings', 'WorkersSettings', 'SigningSettings', 'Settings', 'known_settings',
-           'Given', 'find_settings_file', 'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
+           'KernelsSettings', 'GateSettings', 'SchemasSettings', 'WorkersSettings', 'SigningSettings', 'Settings',
+           'known_settings', 'Given', 'find_settings_file', 'read_settings_file', 'variable_name', 'read_environment',
+           'load_settings']
 
 # %% ../nbs/00_settings.ipynb #d9033dba
 import configparser
@@ -110,7 +111,7 @@ def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/00_settings.ipynb #64a01557
+# %% ../nbs/00_settings.ipynb #74c9fb2f
 class Section(BaseModel):
     """Base of the sections: nothing unknown, nothing changed after loading."""
 
@@ -145,6 +146,12 @@ class KernelsSettings(Section):
     idle_timeout: int = Field(1800, description="seconds `mlkit warm start` keeps them after their last use", ge=1)
 
 
+class GateSettings(Section):
+    """`[gate]`: what a model has to pass."""
+
+    rules: Path = Field(Path("gate.yaml"), description="YAML file with the rules of `mlkit gate`")
+
+
 class SchemasSettings(Section):
     """`[schemas]`: the history of what data are expected to be."""
 
@@ -168,13 +175,14 @@ class SigningSettings(Section):
     )
     trusted: Path = Field(Path("keys"), description="folder with the public keys (*.pub) whose signatures are accepted")
 
-# %% ../nbs/00_settings.ipynb #6fd12881
+# %% ../nbs/00_settings.ipynb #c62518dc
 class Settings(Section):
     """All settings of the kit, validated."""
 
     runs: RunsSettings = RunsSettings()
     jobs: JobsSettings = JobsSettings()
     kernels: KernelsSettings = KernelsSettings()
+    gate: GateSettings = GateSettings()
     schemas: SchemasSettings = SchemasSettings()
     workers: WorkersSettings = WorkersSettings()
     signing: SigningSettings = SigningSettings()

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['MOST_VALUES', 'MOST_SLICES', 'CERTAIN_ROWS', 'CERTAIN_CLASS', 'LEAST_SHARE', 'DISCOVERIES', 'CLEARLY', 'Slice',
            'check_columns', 'make_slices', 'MeasuredSlice', 'SlicedMeasures', 'measure_slices', 'plot_slices',
-           'WeakSlice', 'row_losses', 'find_weak_slices', 'Disparity', 'subtract', 'group_rates', 'find_disparities']
+           'WeakSlice', 'row_losses', 'find_weak_slices', 'weak_slices_html', 'Disparity', 'subtract', 'group_rates',
+           'find_disparities', 'disparities_html']
 
-# %% ../nbs/10_slices.ipynb #3264b4e7
+# %% ../nbs/10_slices.ipynb #d558f91f
+import html
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -199,12 +201,16 @@ def measure_slices(
     whole = _measured(task, rows, "all rows", options)
     return SlicedMeasures(whole, [_measured(task, rows.take(each.rows), each.name, options) for each in slices])
 
-# %% ../nbs/10_slices.ipynb #d6eca26e
+# %% ../nbs/10_slices.ipynb #637b3c9e
 def _slices_html(sliced: SlicedMeasures) -> str:
     """A line for each slice; values that are surely worse than on all rows are bold."""
     names = list(sliced.whole.measures)
     lines = [
-        [part.name + (" (uncertain)" if part.uncertain else ""), f"{part.rows:,}", *_cells(part, sliced.whole, names)]
+        [
+            html.escape(part.name) + (" (uncertain)" if part.uncertain else ""),
+            f"{part.rows:,}",
+            *_cells(part, sliced.whole, names),
+        ]
         for part in (sliced.whole, *sliced.slices)
     ]
     return html_table(("slice", "rows", *(name.replace("_", " ") for name in names)), lines)
@@ -352,6 +358,16 @@ def _adds(slice_: WeakSlice, alone: Mapping[str, float]) -> bool:
     known = [alone[name] for name in slice_.name.split(" and ") if name in alone]
     return slice_.name in alone or slice_.excess > CLEARLY * max([*known, 0])
 
+# %% ../nbs/10_slices.ipynb #c50c0329
+def weak_slices_html(
+    weak: Sequence[WeakSlice],
+) -> str:
+    """The slices on which a model is worse than elsewhere, as a table."""
+    if not weak:
+        return "<p>On no part of the rows is the model surely worse than on the others.</p>"
+    rows = [(html.escape(e.name), f"{e.rows:,}", *map(format_number, (e.loss, e.others, e.p_value))) for e in weak]
+    return html_table(("slice", "rows", "loss", "loss of other rows", "p"), rows)
+
 # %% ../nbs/10_slices.ipynb #78318c25
 @dataclass(frozen=True)
 class Disparity:
@@ -416,3 +432,20 @@ def find_disparities(
         (lowest, low), (highest, high) = by_group[0], by_group[-1]
         found.append(Disparity(key, highest, lowest, subtract(high[key], low[key])))
     return found
+
+# %% ../nbs/10_slices.ipynb #04e064f8
+def disparities_html(
+    disparities: Sequence[Disparity],
+) -> str:
+    """The largest differences between groups as a table; bold where chance does not explain them."""
+    rows = [
+        (
+            html.escape(each.measure.replace("_", " ")),
+            _cell(each.difference, each.is_sure),
+            *map(format_number, each.difference[1:]),
+            html.escape(each.highest),
+            html.escape(each.lowest),
+        )
+        for each in disparities
+    ]
+    return html_table(("rate", "difference", "from", "to", "highest", "lowest"), rows)
