@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GATE_FILE', 'FACTS', 'find_answers', 'obtain_answers', 'model_facts', 'admit_run', 'read_verdict']
 
-# %% ../nbs/22_admission.ipynb #9198f3a6
+# %% ../nbs/22_admission.ipynb #99d7b89e
 import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -17,14 +17,13 @@ from .gates import GateRules, Verdict, judge
 from .jobs import run_job
 from .runs import Run, RunArchive, write_atomic
 from .settings import InputError, NotFoundError, listed, nearest
+from .slices import slice_columns
 
-# %% ../nbs/22_admission.ipynb #2c3eb79b
+# %% ../nbs/22_admission.ipynb #d7456e92
 def _columns(rules: GateRules) -> list[str]:
     """The columns of the rows that the rules need."""
-    by = rules.slices.by if rules.slices else []
-    names = [name for each in by for name in ([each] if isinstance(each, str) else each)]
-    names += [*rules.slices.borders] if rules.slices else []
-    return list(dict.fromkeys([*names, *([rules.disparity.column] if rules.disparity else [])]))
+    sliced = slice_columns(rules.slices.by, rules.slices.borders) if rules.slices else []
+    return list(dict.fromkeys([*sliced, *([rules.disparity.column] if rules.disparity else [])]))
 
 
 def _answers_file(evaluation: Run, label: str | None) -> Path:
@@ -66,7 +65,7 @@ def find_answers(
                 return evaluation, answers
     return None
 
-
+# %% ../nbs/22_admission.ipynb #fa8ca55a
 def obtain_answers(
     archive: RunArchive,
     model: Run,

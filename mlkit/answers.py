@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Answers', 'identify_rows', 'save_answers', 'load_answers']
 
-# %% ../nbs/11_answers.ipynb #6e0f0758
+# %% ../nbs/11_answers.ipynb #edb1d1ae
 import hashlib
 import io
 import json
@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .measures import Measure, Rows, Task, compare_measures, list_gains, list_measures, measure
+from mlkit.measures import (
+    Measure,
+    Rows,
+    Task,
+    compare_measures,
+    list_gains,
+    list_measures,
+    measure,
+    row_losses,
+)
 from .runs import write_atomic
 from .settings import ArchiveError, DatasetError, NotFoundError
 from mlkit.slices import (
@@ -29,10 +38,9 @@ from mlkit.slices import (
     find_weak_slices,
     make_slices,
     measure_slices,
-    row_losses,
 )
 
-# %% ../nbs/11_answers.ipynb #c25aede3
+# %% ../nbs/11_answers.ipynb #8fa1441b
 @dataclass(frozen=True)
 class Answers:
     """A model's answers to rows whose labels are known."""
@@ -78,7 +86,7 @@ class Answers:
         most: int = 10,
     ) -> list[WeakSlice]:
         """Parts of the rows on which they are worse than elsewhere, and not by chance."""
-        return find_weak_slices(self.table, row_losses(self.task, self.rows), columns, most)
+        return find_weak_slices(self.table, row_losses(self.rows), columns, most)
 
     def disparities(
         self,
@@ -128,7 +136,7 @@ class Answers:
 def _kinds(answers: Answers) -> str:
     return ", ".join(answers.classes[:5]) or "a quantity"
 
-
+# %% ../nbs/11_answers.ipynb #cc9d0c4c
 def identify_rows(
     fingerprint: str,  # of the data
     rows: np.ndarray,  # numbers of the rows
@@ -136,7 +144,7 @@ def identify_rows(
     """What tells whether two evaluations have seen the same rows."""
     return hashlib.sha256(fingerprint.encode() + np.asarray(rows, "<i8").tobytes()).hexdigest()[:32]
 
-# %% ../nbs/11_answers.ipynb #cf6749a7
+# %% ../nbs/11_answers.ipynb #fd78eb70
 _FORMAT = "mlkit answers 1"
 
 
@@ -159,7 +167,7 @@ def save_answers(
     frame.write_parquet(file, metadata=head)
     write_atomic(path, file.getvalue())
 
-
+# %% ../nbs/11_answers.ipynb #b759c46c
 def load_answers(
     path: str | Path,
 ) -> Answers:

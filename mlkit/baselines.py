@@ -6,7 +6,7 @@
 __all__ = ['MAIN_METRIC', 'as_columns', 'Baseline', 'Baselines', 'measure_baselines', 'Comparison', 'compare', 'plot_comparison',
            'LabelBaselines', 'LabelComparisons']
 
-# %% ../nbs/17_baselines.ipynb #a035ded4
+# %% ../nbs/17_baselines.ipynb #793ff699
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from threadpoolctl import threadpool_limits
 from .data import Dataset
 from .evaluation import ByLabel, Evaluation, LabelEvaluations, evaluate, plot_by_label
 from .feature_specs import FeatureSpec, as_declared
+from .measures import Rows, row_losses
 from .runs import format_number, format_seconds, html_table
 from .settings import DatasetError, ParameterError
 
@@ -148,20 +149,12 @@ def _gather(dataset: Dataset, max_rows: int, seed: int) -> _Rows:
     held = _sample(dataset, "validation", rows, seed) if judged else (columns, labels)
     return _Rows(columns, labels, *held, judged, dataset.task, seed)
 
-# %% ../nbs/17_baselines.ipynb #4ffa48e9
+# %% ../nbs/17_baselines.ipynb #a1c77f63
 _Predict = Callable[[pl.DataFrame], np.ndarray]  # columns to probabilities of known classes, or to numbers
 
 
 def _answers(model: BaseEstimator, matrix: Any) -> np.ndarray:
     return model.predict_proba(matrix) if hasattr(model, "predict_proba") else model.predict(matrix)
-
-
-def _loss(labels: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """What each row costs: the logarithmic loss of its class, or the squared error."""
-    if answers.ndim == 1:
-        return (answers.astype("float64") - labels) ** 2
-    told = answers[np.arange(len(labels)), labels].astype("float64")
-    return -np.log(np.clip(told, np.finfo("float32").eps, 1))
 
 
 def _fit_constant(rows: _Rows) -> tuple[_Predict, np.ndarray]:
@@ -182,7 +175,7 @@ def _fit_linear(rows: _Rows) -> tuple[_Predict, np.ndarray]:
     models = [fitted(allowed) for allowed in (_PENALTIES if rows.judged else (1.0,))]
     places = _places(models[0], rows.held_labels)
     known = places >= 0
-    model = min(models, key=lambda each: _loss(places[known], _answers(each, held)[known]).mean())
+    model = min(models, key=lambda each: row_losses(Rows(places[known], _answers(each, held)[known])).mean())
     return lambda columns: _answers(model, encoder.transform(columns)), getattr(model, "classes_", None)
 
 
@@ -431,7 +424,7 @@ class Comparison:
         sentences = (*self.baselines.notes, _fitted_to(self.baselines))
         return f"<p><b>{self.sentence}</b></p>" + _html_of(self.table, sentences)
 
-# %% ../nbs/17_baselines.ipynb #292d9ff0
+# %% ../nbs/17_baselines.ipynb #016a23fe
 def _sentence(comparison: Comparison) -> str:
     best, name = comparison.baselines.best, comparison.name
     title, metric = best.name.replace("_", " "), MAIN_METRIC[best.evaluation.dataset.task]
@@ -461,11 +454,11 @@ def compare(
             f"Models are compared on the same rows: the baselines were judged on the {best.split} split of "
             f"{best.dataset.name}, {name} on the {evaluation.split} split of {evaluation.dataset.name}."
         )
-    losses = tuple(_loss(best.labels, each.scores) for each in (evaluation, best))
+    losses = tuple(row_losses(Rows(best.labels, each.scores)) for each in (evaluation, best))
     difference, *interval = _difference(losses, best.dataset.task == "regression")
     return Comparison(baselines, evaluation, name, seconds, difference, tuple(interval))
 
-# %% ../nbs/17_baselines.ipynb #059230da
+# %% ../nbs/17_baselines.ipynb #ee3e4538
 def plot_comparison(
     comparison: Comparison,
     place: Figure | SubFigure,  # to draw in
@@ -478,7 +471,7 @@ def plot_comparison(
     panel = place.subplots()
     order = sorted(rows, key=lambda name: rows[name].metrics[metric])
     for place, name in enumerate(order):
-        losses = _loss(rows[name].labels, rows[name].scores)
+        losses = row_losses(Rows(rows[name].labels, rows[name].scores))
         value, low, high = _difference((losses, np.zeros_like(losses)), task == "regression")
         color = "C1" if name == comparison.name else "C0"
         panel.plot((low, high), (place, place), color=color, linewidth=3, alpha=0.4)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'REPRESENTATIVE_ROWS', 'Core', 'cut_model', 'convert_model']
 
-# %% ../nbs/18_conversion.ipynb #14204035
+# %% ../nbs/18_conversion.ipynb #ccb385f3
 import contextlib
 import hashlib
 import json
@@ -22,7 +22,7 @@ import numpy as np
 from .data import Dataset
 from .export import check_exportable, describe_model
 from .feature_specs import FeatureSpec
-from .features import _CYCLES, SeededLayers, _normalisation, encode_table
+from .features import CYCLES, SeededLayers, encode_table, normalisation
 from .host import HostPart
 from .runs import Run, storage_error, write_atomic
 from .settings import MissingDependencyError, ModelError, ParameterError, listed, nearest
@@ -32,7 +32,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-# %% ../nbs/18_conversion.ipynb #360f346b
+# %% ../nbs/18_conversion.ipynb #3735c497
 def _row_record(spec: FeatureSpec) -> dict[str, Any]:
     """How a value becomes the number of a row."""
     told = {"kind": spec.kind, "feature": spec.name}
@@ -52,7 +52,7 @@ def _row_record(spec: FeatureSpec) -> dict[str, Any]:
 def _number_records(specs: Sequence[FeatureSpec]) -> Iterator[dict[str, Any]]:
     """Columns of numbers, then those that say where one is missing."""
     for spec in specs:
-        shift, scale, fill = np.array(_normalisation(spec), "float32").tolist()
+        shift, scale, fill = np.array(normalisation(spec), "float32").tolist()
         log = spec.options.normalise == "log"
         yield {"feature": spec.name, "part": "value", "log": log, "shift": shift, "scale": scale, "fill": fill}
     yield from ({"feature": spec.name, "part": "missing"} for spec in specs if spec.missing)
@@ -65,7 +65,7 @@ def _moment_records(spec: FeatureSpec) -> Iterator[dict[str, Any]]:
             whole = float(np.floor(spec.mean))
             told = {"whole": whole, "rest": spec.mean - whole, "scale": 1 / spec.deviation}
         else:
-            first, count = _CYCLES[part]
+            first, count = CYCLES[part]
             told = {"first": first, "count": count, "cyclic": spec.options.cyclic}
         yield {"feature": spec.name, "part": part, **told}
     if spec.missing:

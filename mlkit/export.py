@@ -6,7 +6,7 @@
 __all__ = ['serving_outputs', 'serving_inputs', 'parse_examples', 'as_examples', 'Servable', 'describe_model', 'check_exportable',
            'export_saved_model', 'ServedFeature', 'SavedModel', 'load_saved_model']
 
-# %% ../nbs/17_export.ipynb #470a6254
+# %% ../nbs/17_export.ipynb #54e963c8
 import json
 import os
 import shutil
@@ -20,9 +20,10 @@ import numpy as np
 import polars as pl
 
 from .continuing import continuing_record, version_folder
-from .data import MANY_CLASSES, Dataset, each_label
+from .data import Dataset, each_label
 from .evaluation import as_scores
 from .features import decode_images
+from .measures import MANY_CLASSES
 from .runs import Run, storage_error, write_atomic
 from .settings import ModelError, nearest
 from .sources import write_table

@@ -5,53 +5,50 @@
 # %% auto #0
 __all__ = ['ChampionRules', 'SliceRules', 'DisparityRules', 'Limits', 'GateRules', 'read_rules', 'Check', 'Verdict', 'judge']
 
-# %% ../nbs/21_gates.ipynb #56420be3
+# %% ../nbs/21_gates.ipynb #bb03d39d
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from .answers import Answers
-from .measures import Measure, compare_measures, is_loss
+from .comparison import lower_is_better
+from .measures import Measure, compare_measures
 from .runs import format_number, html_table
-from .settings import ParameterError, nearest
+from .settings import ParameterError, Section, nearest
 from .slices import CERTAIN_ROWS, make_slices, measure_slices
 from .sources import read_yaml
 
-# %% ../nbs/21_gates.ipynb #d4617786
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ChampionRules(_Strict):
+# %% ../nbs/21_gates.ipynb #4d3d9a08
+class ChampionRules(Section):
     """What a model has to be better at than the one in service."""
 
     improve: dict[str, float] = Field(min_length=1)  # measure -> by how much
     significant: bool = True  # and chance does not explain it
 
 
-class SliceRules(_Strict):
+class SliceRules(Section):
     """What has to hold on parts of the rows."""
 
     by: list[str | list[str]] = Field(min_length=1)
-    borders: dict[str, list[float]] = {}
+    borders: dict[str, list[float]] = Field(default_factory=dict)
     measure: str
     limit: float | None = None
     change: float | None = None  # against the champion
 
 
-class DisparityRules(_Strict):
+class DisparityRules(Section):
     """How far groups may be apart."""
 
     column: str
-    borders: list[float] = []
+    borders: list[float] = Field(default_factory=list)
     limits: dict[str, float] = Field(min_length=1)
 
 
-class Limits(_Strict):
+class Limits(Section):
     """What a model may cost."""
 
     megabytes: float | None = Field(None, gt=0)
@@ -59,12 +56,12 @@ class Limits(_Strict):
     parity: float | None = Field(None, ge=0)
     drifted_columns: int | None = Field(None, ge=0)
 
-
-class GateRules(_Strict):
+# %% ../nbs/21_gates.ipynb #dcf53282
+class GateRules(Section):
     """Everything a model is asked before it goes into service."""
 
     label: str | None = None  # which answers are meant, where a model answers for several labels
-    measures: dict[str, float] = {}
+    measures: dict[str, float] = Field(default_factory=dict)
     champion: ChampionRules | None = None
     slices: SliceRules | None = None
     disparity: DisparityRules | None = None
@@ -85,7 +82,7 @@ def read_rules(
         raise ParameterError("A gate without rules lets everything through: say what it asks for.")
     return rules
 
-# %% ../nbs/21_gates.ipynb #ad674d66
+# %% ../nbs/21_gates.ipynb #fda49099
 @dataclass(frozen=True)
 class Check:
     """One thing that was asked of a model."""
@@ -105,7 +102,7 @@ def _shown(found: Measure, sign: str = "") -> str:
 
 def _better(name: str, found: Measure) -> Measure:
     """A difference turned so that a plus is an improvement."""
-    return Measure(-found.value, -found.high, -found.low) if is_loss(name) else found
+    return Measure(-found.value, -found.high, -found.low) if lower_is_better(name) else found
 
 
 def _look_up(name: str, measures: Mapping[str, Measure]) -> Measure:
@@ -118,11 +115,11 @@ def _look_up(name: str, measures: Mapping[str, Measure]) -> Measure:
 
 
 def _reaches(name: str, value: float, limit: float) -> bool:
-    return value <= limit if is_loss(name) else value >= limit
+    return value <= limit if lower_is_better(name) else value >= limit
 
 
 def _limit_text(name: str, limit: float) -> str:
-    return f"{name} at {'most' if is_loss(name) else 'least'} {format_number(limit)}"
+    return f"{name} at {'most' if lower_is_better(name) else 'least'} {format_number(limit)}"
 
 
 def _check_measures(limits: Mapping[str, float], answers: Answers) -> Iterator[Check]:
@@ -141,7 +138,7 @@ def _check_champion(rules: ChampionRules, answers: Answers, champion: Answers) -
         )
         yield Check(text, found.value >= least and sure, _shown(found, "+"), *found)
 
-# %% ../nbs/21_gates.ipynb #4078ec7f
+# %% ../nbs/21_gates.ipynb #2afe3e21
 def _check_slices(rules: SliceRules, answers: Answers, champion: Answers | None) -> Iterator[Check]:
     slices = make_slices(answers.table, rules.by, rules.borders)
     if rules.limit is not None:
@@ -176,7 +173,7 @@ def _check_change(rules: SliceRules, answers: Answers, champion: Answers, slices
     name = min(worse or changes, key=lambda name: changes[name].value)
     return Check(text, not worse, f"{_shown(changes[name], '+')} where {name}", *changes[name])
 
-
+# %% ../nbs/21_gates.ipynb #34cbffd0
 def _check_disparity(rules: DisparityRules, answers: Answers) -> Iterator[Check]:
     told = {each.measure: each for each in answers.disparities(rules.column, rules.borders)}
     for name, limit in rules.limits.items():

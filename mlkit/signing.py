@@ -6,8 +6,9 @@
 __all__ = ['Signer', 'SIGNATURE_FILE', 'FACTS_FILE', 'CHANGING', 'STAYING', 'KINDS', 'Trust', 'check_private', 'PublicKey',
            'read_public_key', 'read_public_keys', 'new_key', 'read_passphrase', 'has_passphrase', 'KeySigner',
            'CertificateSigner', 'SigstoreSigner', 'bound_files', 'kind_of', 'frozen_record', 'changed_facts',
-           'compare_files', 'Signature', 'Bundle', 'read_bundle', 'sign_folder', 'TrustedKeys', 'TrustedAuthorities',
-           'TrustedIdentity', 'verify_folder', 'new_encryption_key', 'encrypt_folder', 'open_encrypted']
+           'compare_files', 'Signature', 'Bundle', 'read_bundle', 'sign_folder', 'check_unsigned', 'TrustedKeys',
+           'TrustedAuthorities', 'TrustedIdentity', 'verify_folder', 'new_encryption_key', 'encrypt_folder',
+           'open_encrypted']
 
 # %% ../nbs/21_signing.ipynb #b0d37e31
 import base64
@@ -283,15 +284,15 @@ def bound_files(
                 findings.append(f"{inside} is neither a file nor a folder")
     return sorted(files), sorted(findings)
 
-# %% ../nbs/21_signing.ipynb #330d0d84
+# %% ../nbs/21_signing.ipynb #2b2f111e
 KINDS = {  # what a file is, by the beginning of its path
     "model": r"saved_model/|saved_model\.pb|variables/|assets",
-    "conversions": r"conver|litert|tfjs|browser|.*\.(tflite|onnx)$",
+    "conversions": r"conver|litert|tfjs|browser|page\.html|.*\.(tflite|onnx)$",
     "model card": r"(model_)?card",
     "notebook": r"notebook\.",
     "statistics": r"(.*/)?(statistics|anomalies|drift)",
     "schema": r"(.*/)?schema",
-    "evaluation": r"(.*/)?evaluation",
+    "evaluation": r"(.*/)?(evaluation|parity)",
     "gate": r"(.*/)?gate",
     "plots": r"plots/",
     "record": re.escape(FACTS_FILE),
@@ -577,6 +578,17 @@ def _read_facts(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
 def _answer(bundle: Bundle, signer: str, files: dict[str, str], facts: Mapping[str, Any]) -> Signature:
     signed = datetime.fromisoformat(facts["signed"]) if "signed" in facts else None
     return Signature(bundle.folder, bundle.method, signer, bundle.fingerprint, signed, files, facts.get("run", {}))
+
+# %% ../nbs/21_signing.ipynb #9255bc90
+def check_unsigned(
+    folder: Path,  # a run's
+) -> None:
+    """Refuse to add to what is signed; raises InputError."""
+    if (folder / SIGNATURE_FILE).exists():
+        raise InputError(
+            f"{folder.name} is signed: what is added now would break the signature. Remove {SIGNATURE_FILE} and "
+            f"{FACTS_FILE}, and sign it anew afterwards."
+        )
 
 # %% ../nbs/21_signing.ipynb #76a68cd5
 @dataclass(frozen=True)

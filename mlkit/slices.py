@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MOST_VALUES', 'MOST_SLICES', 'CERTAIN_ROWS', 'CERTAIN_CLASS', 'LEAST_SHARE', 'DISCOVERIES', 'CLEARLY', 'Slice',
-           'check_columns', 'make_slices', 'MeasuredSlice', 'SlicedMeasures', 'measure_slices', 'plot_slices',
-           'WeakSlice', 'row_losses', 'find_weak_slices', 'weak_slices_html', 'Disparity', 'subtract', 'group_rates',
+           'check_columns', 'slice_columns', 'make_slices', 'MeasuredSlice', 'SlicedMeasures', 'measure_slices',
+           'plot_slices', 'WeakSlice', 'find_weak_slices', 'weak_slices_html', 'Disparity', 'subtract', 'group_rates',
            'find_disparities', 'disparities_html']
 
-# %% ../nbs/10_slices.ipynb #d558f91f
+# %% ../nbs/10_slices.ipynb #547331e2
 import html
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,27 +22,37 @@ import polars as pl
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .measures import CONFIDENCE, Measure, Rows, Task, is_loss, measure
+from .comparison import lower_is_better
+from .measures import CONFIDENCE, Measure, Rows, Task, measure
 from .runs import format_number, html_table
 from .settings import DatasetError, listed, nearest
 
-# %% ../nbs/10_slices.ipynb #220f7636
+# %% ../nbs/10_slices.ipynb #4df76807
 MOST_VALUES = 20  # of a column; with more of them, the rarest are taken together
 
 
-class _Coded:
+class _Coded(NamedTuple):
     """A column as numbers: which value, or which range, each row has."""
 
-    def __init__(self, column: pl.Series, borders: Sequence[float] | None = None):
-        if column.dtype.is_float():
-            column = column.fill_nan(None)
-        is_fine = column.dtype.is_numeric() and column.n_unique() > MOST_VALUES
-        codes, self.names = _ranges(column, borders) if borders or is_fine else _values(column)
-        missing = column.is_null().to_numpy()
-        if missing.any():
-            codes = np.where(missing, len(self.names), codes)
-            self.names = [*self.names, f"{column.name} is missing"]
-        self.codes = codes.astype("int64")
+    codes: np.ndarray  # [rows]
+    names: list[str]  # by code
+
+    def pair(self, other: "_Coded") -> "_Coded":
+        """Two columns as one, with a code for each pair of values."""
+        names = [f"{one} and {two}" for one, two in itertools.product(self.names, other.names)]
+        return _Coded(self.codes * len(other.names) + other.codes, names)
+
+
+def _code(column: pl.Series, borders: Sequence[float] | None = None) -> _Coded:
+    """Number the rows of a column by what they hold."""
+    if column.dtype.is_float():
+        column = column.fill_nan(None)
+    is_fine = column.dtype.is_numeric() and column.n_unique() > MOST_VALUES
+    codes, names = _ranges(column, borders) if borders or is_fine else _values(column)
+    missing = column.is_null().to_numpy()
+    if missing.any():
+        codes, names = np.where(missing, len(names), codes), [*names, f"{column.name} is missing"]
+    return _Coded(codes.astype("int64"), names)
 
 
 def _ranges(column: pl.Series, borders: Sequence[float] | None) -> tuple[np.ndarray, list[str]]:
@@ -64,7 +75,7 @@ def _values(column: pl.Series) -> tuple[np.ndarray, list[str]]:
     names = [f"{column.name}={value}" for value in kept.cast(pl.String)]
     return codes.to_numpy(), names if few else [*names, f"{column.name}=any other"]
 
-# %% ../nbs/10_slices.ipynb #0d08ab3a
+# %% ../nbs/10_slices.ipynb #7f4b7510
 MOST_SLICES = 1_000
 
 
@@ -96,7 +107,16 @@ def check_columns(
                 f"'{name}' holds {table.schema[name]}; slices are made by text, numbers, dates or yes/no."
             )
 
+# %% ../nbs/10_slices.ipynb #5dfa783c
+def slice_columns(
+    by: Sequence[str | Sequence[str]],  # columns, or pairs of columns
+    borders: Iterable[str] = (),  # columns whose numbers are cut
+) -> list[str]:
+    """The columns that slices are made of, each once."""
+    groups = [[each] if isinstance(each, str) else each for each in by]
+    return list(dict.fromkeys([*itertools.chain.from_iterable(groups), *borders]))
 
+# %% ../nbs/10_slices.ipynb #22a16b17
 def make_slices(
     table: pl.DataFrame,
     by: Sequence[str | Sequence[str]],  # columns, or pairs of columns
@@ -109,30 +129,25 @@ def make_slices(
         raise DatasetError(
             f"A slice is made of one column or two different ones, not of {', '.join(unfit[0]) or 'none'}."
         )
-    columns = sorted({name for group in wanted for name in group} | set(borders))
+    columns = slice_columns(by, borders)
     check_columns(table, columns)
-    coded = {name: _Coded(table[name], borders.get(name)) for name in columns}
+    coded = {name: _code(table[name], borders.get(name)) for name in columns}
     found: list[Slice] = []
     for group in dict.fromkeys([*wanted, *((name,) for name in borders if (name,) not in wanted)]):
-        found += _slices_of(group, [coded[name] for name in group])
+        found += _slices_of(group, reduce(_Coded.pair, (coded[name] for name in group)))
         if len(found) > MOST_SLICES:
             raise DatasetError(f"These columns make more than {MOST_SLICES:,} slices. Name fewer of them.")
     return found
 
 
-def _slices_of(columns: tuple[str, ...], coded: Sequence[_Coded]) -> list[Slice]:
+def _slices_of(columns: tuple[str, ...], coded: _Coded) -> list[Slice]:
     """The slices of one column, or of the pairs of values that occur together."""
-    first, *others = coded
-    codes, names = first.codes, first.names
-    for other in others:
-        codes = codes * len(other.names) + other.codes
-        names = [f"{one} and {two}" for one, two in itertools.product(names, other.names)]
-    order = np.argsort(codes, kind="stable")
-    ends = np.cumsum(np.bincount(codes, minlength=len(names)))
-    parts = zip(names, np.split(order, ends[:-1]), strict=True)
+    order = np.argsort(coded.codes, kind="stable")
+    ends = np.cumsum(np.bincount(coded.codes, minlength=len(coded.names)))
+    parts = zip(coded.names, np.split(order, ends[:-1]), strict=True)
     return [Slice(name, columns, rows) for name, rows in parts if len(rows)]
 
-# %% ../nbs/10_slices.ipynb #b14b0f1b
+# %% ../nbs/10_slices.ipynb #a5f470f9
 CERTAIN_ROWS, CERTAIN_CLASS = 100, 10
 
 
@@ -167,7 +182,7 @@ class SlicedMeasures:
         """The slices that have this measure, the worst first; raises DatasetError for an unknown measure."""
         if name not in self.whole.measures:
             raise DatasetError(f"There is no measure '{name}'.{nearest(name, self.whole.measures)}")
-        sign = -1 if is_loss(name) else 1
+        sign = -1 if lower_is_better(name) else 1
         return sorted(
             (each for each in self.slices if name in each.measures), key=lambda s: sign * s.measures[name].value
         )
@@ -190,7 +205,7 @@ def _measured(task: Task, rows: Rows, name: str, options: Mapping[str, float]) -
     found = measure(task, rows, **options) if count else {}
     return MeasuredSlice(name, count, found, uncertain=count < CERTAIN_ROWS or bool(scarce))
 
-
+# %% ../nbs/10_slices.ipynb #13027e6a
 def measure_slices(
     task: Task,
     rows: Rows,  # in the order of the table the slices are of
@@ -201,7 +216,7 @@ def measure_slices(
     whole = _measured(task, rows, "all rows", options)
     return SlicedMeasures(whole, [_measured(task, rows.take(each.rows), each.name, options) for each in slices])
 
-# %% ../nbs/10_slices.ipynb #637b3c9e
+# %% ../nbs/10_slices.ipynb #b4521513
 def _slices_html(sliced: SlicedMeasures) -> str:
     """A line for each slice; values that are surely worse than on all rows are bold."""
     names = list(sliced.whole.measures)
@@ -217,7 +232,7 @@ def _slices_html(sliced: SlicedMeasures) -> str:
 
 
 def _cells(part: MeasuredSlice, whole: MeasuredSlice, names: Sequence[str]) -> list[str]:
-    found = [(part.measures.get(name), whole.measures[name].value, is_loss(name)) for name in names]
+    found = [(part.measures.get(name), whole.measures[name].value, lower_is_better(name)) for name in names]
     return ["" if one is None else _cell(one, _is_worse(one, value, loss)) for one, value, loss in found]
 
 
@@ -229,7 +244,7 @@ def _cell(found: Measure, worse: bool) -> str:
     text = format_number(found.value)
     return f"<b>{text}</b>" if worse else text
 
-
+# %% ../nbs/10_slices.ipynb #2c3ec545
 def plot_slices(sliced: SlicedMeasures, name: str, most: int = 15) -> Figure:
     """A measure with its interval on the worst slices, beside that of all rows."""
     parts = sliced.by_measure(name)[:most][::-1]
@@ -244,7 +259,7 @@ def plot_slices(sliced: SlicedMeasures, name: str, most: int = 15) -> Figure:
     plt.close(figure)  # or a notebook would show it twice
     return figure
 
-# %% ../nbs/10_slices.ipynb #d9201f3f
+# %% ../nbs/10_slices.ipynb #4b48d3ce
 LEAST_SHARE = 0.005  # of all rows that a slice holds
 DISCOVERIES = 0.05  # share of false ones
 CLEARLY = 1.25  # times the excess of each of its two values that a pair has
@@ -265,18 +280,7 @@ class WeakSlice:
         """How much more a row loses here."""
         return self.loss - self.others
 
-
-def row_losses(
-    task: Task,
-    rows: Rows,
-) -> np.ndarray:  # [rows]: log loss, or the squared error
-    """What the answer to each row costs."""
-    if task == "regression":
-        return (rows.scores - rows.labels).astype("float64") ** 2
-    true = rows.scores[np.arange(len(rows.labels)), rows.labels].astype("float64")
-    return -np.log(np.clip(true, 1e-7, 1))
-
-
+# %% ../nbs/10_slices.ipynb #43f3bb7c
 def _tested(coded: Mapping[tuple[str, ...], _Coded], losses: np.ndarray) -> list[tuple[tuple[str, ...], WeakSlice]]:
     """Every slice that is large enough, with the p-value of its being worse than the rest."""
     squared_losses, count, least, found = losses**2, len(losses), max(30, LEAST_SHARE * len(losses)), []
@@ -312,15 +316,7 @@ def _welch(inside: tuple[float, float, float], outside: tuple[float, float, floa
     )
     return float(told.pvalue)
 
-
-def _paired(first: _Coded, second: _Coded) -> _Coded:
-    """Two columns as one."""
-    both = object.__new__(_Coded)
-    both.codes = first.codes * len(second.names) + second.codes
-    both.names = [f"{one} and {two}" for one, two in itertools.product(first.names, second.names)]
-    return both
-
-
+# %% ../nbs/10_slices.ipynb #09cf1db6
 def find_weak_slices(
     table: pl.DataFrame,
     losses: np.ndarray,  # [rows], what the answer to each costs
@@ -331,8 +327,8 @@ def find_weak_slices(
     if columns is None:
         columns = [name for name in table.columns if _is_telling(table[name])]
     check_columns(table, columns)
-    single = {(name,): _Coded(table[name]) for name in columns}
-    pairs = {(a, b): _paired(single[a,], single[b,]) for a, b in itertools.combinations(columns, 2)}
+    single = {(name,): _code(table[name]) for name in columns}
+    pairs = {(a, b): single[a,].pair(single[b,]) for a, b in itertools.combinations(columns, 2)}
     tested = _tested(single | pairs, losses)
     if not tested:
         return []
@@ -368,7 +364,7 @@ def weak_slices_html(
     rows = [(html.escape(e.name), f"{e.rows:,}", *map(format_number, (e.loss, e.others, e.p_value))) for e in weak]
     return html_table(("slice", "rows", "loss", "loss of other rows", "p"), rows)
 
-# %% ../nbs/10_slices.ipynb #78318c25
+# %% ../nbs/10_slices.ipynb #45321c56
 @dataclass(frozen=True)
 class Disparity:
     """The largest difference of a rate between two groups."""
@@ -409,7 +405,7 @@ def _share(count: int, of: int) -> Measure:
     found = stats.binomtest(count, of).proportion_ci(CONFIDENCE, method="wilson")
     return Measure(count / of, found.low, found.high)
 
-
+# %% ../nbs/10_slices.ipynb #8a721aa8
 def find_disparities(
     task: Task,
     rows: Rows,

@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'LOOK_STEPS', 'set_seed', 'constant_cost', 'compile_model', 'Progress', 'KeepBest', 'RunWriter',
            'TrainingCalls', 'FittingCalls', 'TrainingLoop', 'EpochCheckpoint', 'fit']
 
-# %% ../nbs/14_training.ipynb #a5873481
+# %% ../nbs/14_training.ipynb #b71f0d63
 import contextlib
 import json
 import math
@@ -28,9 +28,10 @@ from mlkit.checkpoints import (
     training_signature,
 )
 from .continuing import align_ftrl
-from .data import MANY_CLASSES, Dataset
+from .data import Dataset
 from .health import HealthWatch, LayerMeasures, constant_loss, diagnose
 from .history import History, StatusLine
+from .measures import MANY_CLASSES
 from .runs import Run, format_number
 from .settings import DatasetError, MlkitError, ModelError, ParameterError, listed, nearest
 from mlkit.steps import (

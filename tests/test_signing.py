@@ -21,9 +21,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mlkit.runs import Run, RunArchive
+from mlkit.settings import InputError
 from mlkit.signing import (
     KeySigner,
     TrustedKeys,
+    check_unsigned,
     encrypt_folder,
     new_encryption_key,
     new_key,
@@ -603,8 +605,6 @@ def test_an_encrypted_run_is_opened_privately_and_verifies(place: Path, sealed: 
 
 
 def test_it_is_opened_by_its_receiver_only_and_only_whole(place: Path, sealed: Path) -> None:
-    from mlkit.settings import InputError
-
     def refuse(reason: str, file: Path = sealed, key: str = "carol.txt") -> None:
         with pytest.raises(InputError, match=reason), open_encrypted(file, place / key):
             raise AssertionError("opened")
@@ -642,3 +642,13 @@ def test_a_failed_encryption_leaves_no_file(
     with pytest.raises(MlkitError, match="the disk has gone"):
         encrypt_folder(signed.folder, place / "c.age", [receiver])
     assert sorted(path.name for path in place.rglob("*.age*")) == ["model.age"]
+
+
+def test_what_is_signed_is_not_added_to(run: Run, place: Path) -> None:
+    check_unsigned(run.folder)
+    sign_folder(run.folder, KeySigner(place / "secret" / "alice.pem"))
+    with pytest.raises(InputError, match=r"is signed: .* Remove model\.sig and signed\.json, and sign it anew"):
+        check_unsigned(run.folder)
+    for name in ("model.sig", "signed.json"):
+        (run.folder / name).unlink()
+    check_unsigned(run.folder)
