@@ -66,7 +66,7 @@ lint: install  ## lint and format, as CI does
 
 lock: $(BIN)/uv  ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --generate-hashes \
-	  --group dev --extra edge --extra lab --extra profile --extra ray --extra remote --extra signing --extra sql --upgrade --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+	  --group dev --extra edge --extra lab --extra mlflow --extra profile --extra ray --extra remote --extra serve --extra signing --extra sql --upgrade --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:  ## remove what can be made again; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache node_modules
