@@ -33,11 +33,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml jupyter/kernels/mlkit/kerne
 run: install  ## train on the built-in digits and archive the run
 	$(BIN)/mlkit run train
 
-# The tests start a PostgreSQL of their own; where there is no apt-get and no PostgreSQL, those tests are skipped.
-.PHONY: postgresql
-postgresql:
-	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || ! command -v apt-get >/dev/null \
-	  || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y postgresql; }
+# The tests start a PostgreSQL and a Prometheus of their own; where they are not to be had, those tests are skipped.
+.PHONY: services
+services:
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 && command -v prometheus >/dev/null \
+	  || ! command -v apt-get >/dev/null || { $(SUDO) apt-get update -q \
+	  && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y postgresql prometheus; }
 
 # What pages are tested with: Chromium, and LiteRT.js from npm. Where they are not to be had, those tests are skipped.
 .PHONY: browser
@@ -47,7 +48,7 @@ browser:
 	@[ -d node_modules/@litertjs/core ] || ! command -v npm >/dev/null \
 	  || npm install --silent --no-save --no-package-lock --no-audit --no-fund @litertjs/core@2.5.3
 
-test: install lint postgresql browser  ## everything CI checks
+test: install lint services browser  ## everything CI checks
 	@# each notebook in a process of its own: some settle what TensorFlow can settle only once
 	find nbs -name '*.ipynb' -not -path '*/.*' | sort | MLKIT_RUNS_ROOT=$$(mktemp -d) xargs -P 2 -n 1 $(BIN)/nbdev-test
 	@# two at a time: most tests wait for processes of their own; those of a file share what it has set up

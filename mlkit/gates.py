@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ChampionRules', 'SliceRules', 'DisparityRules', 'Limits', 'GateRules', 'read_rules', 'Check', 'Verdict', 'judge']
 
-# %% ../nbs/21_gates.ipynb #bb03d39d
+# %% ../nbs/21_gates.ipynb #3551c042
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -19,10 +19,10 @@ from .comparison import lower_is_better
 from .measures import Measure, compare_measures
 from .runs import format_number, html_table
 from .settings import ParameterError, Section, nearest
-from .slices import CERTAIN_ROWS, make_slices, measure_slices
+from .slices import CERTAIN_ROWS, make_slices, measure_slices, slice_columns
 from .sources import read_yaml
 
-# %% ../nbs/21_gates.ipynb #4d3d9a08
+# %% ../nbs/21_gates.ipynb #c1c947a6
 class ChampionRules(Section):
     """What a model has to be better at than the one in service."""
 
@@ -53,10 +53,10 @@ class Limits(Section):
 
     megabytes: float | None = Field(None, gt=0)
     milliseconds: float | None = Field(None, gt=0)
-    parity: float | None = Field(None, ge=0)
+    parity: Literal[True] | dict[str, Annotated[float, Field(ge=0)]] | None = None  # target -> largest difference
     drifted_columns: int | None = Field(None, ge=0)
 
-# %% ../nbs/21_gates.ipynb #dcf53282
+# %% ../nbs/21_gates.ipynb #fc6269b6
 class GateRules(Section):
     """Everything a model is asked before it goes into service."""
 
@@ -66,6 +66,12 @@ class GateRules(Section):
     slices: SliceRules | None = None
     disparity: DisparityRules | None = None
     limits: Limits = Limits()
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the rows that they need."""
+        sliced = slice_columns(self.slices.by, self.slices.borders) if self.slices else []
+        return list(dict.fromkeys([*sliced, *([self.disparity.column] if self.disparity else [])]))
 
 
 def read_rules(
@@ -173,7 +179,7 @@ def _check_change(rules: SliceRules, answers: Answers, champion: Answers, slices
     name = min(worse or changes, key=lambda name: changes[name].value)
     return Check(text, not worse, f"{_shown(changes[name], '+')} where {name}", *changes[name])
 
-# %% ../nbs/21_gates.ipynb #34cbffd0
+# %% ../nbs/21_gates.ipynb #8a7aca47
 def _check_disparity(rules: DisparityRules, answers: Answers) -> Iterator[Check]:
     told = {each.measure: each for each in answers.disparities(rules.column, rules.borders)}
     for name, limit in rules.limits.items():
@@ -186,7 +192,7 @@ def _check_disparity(rules: DisparityRules, answers: Answers) -> Iterator[Check]
 
 
 def _check_limits(limits: Limits, facts: Mapping[str, float]) -> Iterator[Check]:
-    for name, limit in limits.model_dump(exclude_none=True).items():
+    for name, limit in limits.model_dump(exclude_none=True, exclude={"parity"}).items():
         value, words = facts.get(name), name.replace("_", " ")
         text = f"{words} at most {format_number(limit)}"
         if value is None:
@@ -194,7 +200,46 @@ def _check_limits(limits: Limits, facts: Mapping[str, float]) -> Iterator[Check]
         else:
             yield Check(text, value <= limit, format_number(value), float(value))
 
-# %% ../nbs/21_gates.ipynb #41ee6726
+# %% ../nbs/21_gates.ipynb #7a764dbf
+_NOT_MEASURED = "not measured: mlkit parity RUN"
+
+
+def _check_parity(
+    wanted: Literal[True] | Mapping[str, float] | None, record: Mapping[str, Any] | None
+) -> Iterator[Check]:
+    """Whether all forms of a model answer alike, or those that are named by as much as is said."""
+    asked = [each for each in (record or {}).get("targets", []) if each["passed"] is not None]
+    if wanted is True:
+        failed = [each for each in asked if not each["passed"]]
+        text = "all forms of the model answer alike"
+        if failed or not asked:
+            yield Check(text, False, _apart(failed[0]) if failed else _NOT_MEASURED)
+        else:
+            yield Check(text, True, f"{len(asked)} targets, the farthest {_apart(max(asked, key=_largest))}")
+        return
+    for target, limit in (wanted or {}).items():
+        text = f"{target} apart by at most {format_number(limit)}"
+        found = [each for each in asked if each["target"] == target]
+        if not found:
+            known = {each["target"] for each in asked}
+            yield Check(text, False, _NOT_MEASURED + (nearest(target, known) if known else ""))
+        else:
+            farthest = max(found, key=_largest)
+            yield Check(text, _largest(farthest) <= limit, _apart(farthest), _largest(farthest))
+
+
+def _largest(target: Mapping[str, Any]) -> float:
+    """Its largest difference; of one that answers no numbers, without end."""
+    return float("inf") if target.get("largest") is None else float(target["largest"])
+
+
+def _apart(target: Mapping[str, Any]) -> str:
+    """Which form is how far off."""
+    signature = f" ({target['signature']})" if target.get("signature") else ""
+    reason = f", {target['reason']}" if target.get("reason") else ""
+    return f"{target['target']}{signature} apart by {format_number(_largest(target))}{reason}"
+
+# %% ../nbs/21_gates.ipynb #584908ef
 @dataclass(frozen=True)
 class Verdict:
     """Whether a model may go into service, and why."""
@@ -230,7 +275,8 @@ def judge(
     rules: GateRules,
     answers: Answers,  # of the model that wants to go into service
     champion: Answers | None = None,  # of the model in service, to the same rows; None: there is none yet
-    facts: Mapping[str, float] | None = None,  # megabytes, milliseconds, parity, drifted_columns, as far as measured
+    facts: Mapping[str, float] | None = None,  # megabytes, milliseconds, drifted_columns, as far as measured
+    parity: Mapping[str, Any] | None = None,  # what `mlkit parity` has found, as parity.json holds it
 ) -> Verdict:
     """Ask a model everything the rules say; raises ParameterError or DatasetError for rules that do not fit.
 
@@ -243,4 +289,5 @@ def judge(
         checks += _check_slices(rules.slices, answers, champion)
     if rules.disparity:
         checks += _check_disparity(rules.disparity, answers)
-    return Verdict([*checks, *_check_limits(rules.limits, facts or {})])
+    limits = _check_limits(rules.limits, facts or {})
+    return Verdict([*checks, *limits, *_check_parity(rules.limits.parity, parity)])

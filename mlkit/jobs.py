@@ -546,7 +546,7 @@ def remove_secrets(
             removed.append(str(path.relative_to(folder)))
     return removed
 
-# %% ../nbs/21_jobs.ipynb #ca6d433d
+# %% ../nbs/21_jobs.ipynb #a4b37976
 @contextlib.contextmanager
 def running_kernel(
     kernel_name: str,  # of an installed kernelspec
@@ -568,7 +568,8 @@ def running_kernel(
         connection_file=f"{sockets}/kernel.json",
     )
     record = run.record
-    variables = kernel_environment({**os.environ, **record.variables, "MLKIT_RUN": str(run.folder)})
+    told = {"MLKIT_RUN": str(run.folder), "MLKIT_RUNS_ROOT": str(run.folder.parent)}  # other runs are its neighbours
+    variables = kernel_environment({**os.environ, **record.variables, **told})
     launch = {"env": variables, "cwd": record.working_folder or os.getcwd()}
     if kernel_name == KERNEL_NAME:
         launch["warm"] = is_warm(variables) if warm is None else warm

@@ -132,7 +132,7 @@ class PortableModel:
         labels = self.label if isinstance(self.label, str) else ", ".join(self.label)
         return f"PortableModel({self.kind}, {self.task} of {labels} from {len(self.features)} features, {self.path})"
 
-# %% ../nbs/20_portable.ipynb #34affb94
+# %% ../nbs/20_portable.ipynb #65c48193
 def kind_folder(
     path: Path,  # of one kind, the folder of kinds, or a run's folder
     kind: str,  # which one, where there are several
@@ -142,7 +142,7 @@ def kind_folder(
         if (place / "host.json").is_file():
             return place
     found = [each.parent.name for pattern in ("*", "litert/*") for each in sorted(path.glob(f"{pattern}/host.json"))]
-    there = [name for name in found if not name.startswith(".")]
+    there = [name for name in found if not name.startswith(".") and name != "tfjs"]
     held = f"It holds {', '.join(there)}." if there else "Convert a model to it: mlkit.conversion.convert_model."
     raise NotFoundError(f"There is no converted model of kind '{kind}' in {path}. {held}")
 

@@ -5,20 +5,31 @@
 # %% auto #0
 __all__ = ['restore_model']
 
-# %% ../nbs/16_restoration.ipynb #19a3e6c8
+# %% ../nbs/16_restoration.ipynb #9e213103
+from collections.abc import Mapping
+from typing import Any
+
 from .continuing import EarlierModel, continued_features, earlier_model, warm_start
 from .data import Dataset, reload_dataset
 from .model import FAMILIES, build_model
-from .runs import Run
+from .runs import Run, RunArchive
 from .settings import ModelError
 
 # %% ../nbs/16_restoration.ipynb #27f85903
 import keras
 
-# %% ../nbs/16_restoration.ipynb #d1fb9970
-def _builder(run: Run, earlier: EarlierModel) -> str:
+# %% ../nbs/16_restoration.ipynb #7d6a1853
+def _building(run: Run) -> Mapping[str, Any]:
+    """Parameters that a model was built with: the run's own, or those of the run whose model it has changed."""
+    given = run.record.defaults | run.record.parameters
+    if "model" in given or not run.parents:
+        return given
+    return _building(RunArchive(run.folder.parent).get(run.parents[0]))
+
+
+def _builder(run: Run, given: Mapping[str, Any], earlier: EarlierModel) -> str:
     """The family or the builder of a run's model; raises ModelError where the run does not say."""
-    named = run.record.parameters.get("model", "auto")
+    named = given.get("model", "auto")
     if named != "auto":
         return named
     if earlier.family not in FAMILIES:
@@ -37,6 +48,7 @@ def restore_model(
     if not run.record.data:
         raise ModelError(f"{run.id} does not say what its model was trained on: it has no record of data (log_data).")
     data = continued_features(reload_dataset(run.record.data[0]), earlier, "keep")
-    model = build_model(_builder(run, earlier), data, **run.record.parameters.get("model_options", {}))
+    given = _building(run)
+    model = build_model(_builder(run, given, earlier), data, **given.get("model_options", {}))
     warm_start(model, data, run)
     return model, data

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RESERVED_VARIABLES', 'MlkitError', 'InputError', 'SettingsError', 'DatasetError', 'ModelError', 'ParameterError',
-           'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'DataInvalid', 'SignatureInvalid', 'JobFailed',
-           'JobInterrupted', 'nearest', 'listed', 'processors', 'Section', 'RunsSettings', 'JobsSettings',
-           'KernelsSettings', 'GateSettings', 'SchemasSettings', 'WorkersSettings', 'SigningSettings', 'Settings',
-           'known_settings', 'Given', 'find_settings_file', 'read_settings_file', 'variable_name', 'read_environment',
-           'load_settings']
+           'NotFoundError', 'MissingDependencyError', 'ArchiveError', 'DataInvalid', 'SignatureInvalid',
+           'RegistrationRefused', 'JobFailed', 'JobInterrupted', 'nearest', 'listed', 'processors', 'Section',
+           'RunsSettings', 'JobsSettings', 'KernelsSettings', 'GateSettings', 'SchemasSettings', 'WorkersSettings',
+           'SigningSettings', 'RegistrySettings', 'ServingSettings', 'AccessSettings', 'Settings', 'known_settings',
+           'Given', 'find_settings_file', 'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
 
-# %% ../nbs/00_settings.ipynb #d9033dba
+# %% ../nbs/00_settings.ipynb #6fdc587f
 import configparser
 import difflib
 import html
@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,7 +58,7 @@ class NotFoundError(InputError):
 class MissingDependencyError(InputError):
     """An optional package is needed; the message holds the `pip install` line."""
 
-# %% ../nbs/00_settings.ipynb #b36ce2fb
+# %% ../nbs/00_settings.ipynb #67228982
 class ArchiveError(MlkitError):
     """The archive of runs cannot be read or written."""
 
@@ -77,6 +77,10 @@ class SignatureInvalid(MlkitError):
     ):
         super().__init__(message)
         self.findings = list(findings)
+
+
+class RegistrationRefused(MlkitError):
+    """A run may not become a model version: it has not passed its gate, or nobody who is trusted vouches for it."""
 
 
 class JobFailed(MlkitError):
@@ -111,7 +115,7 @@ def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/00_settings.ipynb #74c9fb2f
+# %% ../nbs/00_settings.ipynb #3bbe5ccb
 class Section(BaseModel):
     """Base of the sections: nothing unknown, nothing changed after loading."""
 
@@ -175,7 +179,41 @@ class SigningSettings(Section):
     )
     trusted: Path = Field(Path("keys"), description="folder with the public keys (*.pub) whose signatures are accepted")
 
-# %% ../nbs/00_settings.ipynb #c62518dc
+
+class RegistrySettings(Section):
+    """`[registry]`: model versions, and which of them are in service."""
+
+    root: Path = Field(Path("models"), description="folder in which model versions are kept, as TF Serving reads it")
+    max_versions: int = Field(
+        0, description="versions of a model that are kept; older ones that nobody needs go. 0 means all", ge=0
+    )
+
+# %% ../nbs/00_settings.ipynb #e6aba2cc
+class ServingSettings(Section):
+    """`[serving]`: what a model server writes down."""
+
+    logs: Path = Field(Path("logs"), description="folder of the server's audit log, and of requests that are logged")
+    lines: Literal["text", "json"] = Field("text", description="how the server's own log lines are written")
+    requests: Literal["all", "errors", "none"] = Field(
+        "errors", description="requests that get a log line of their own"
+    )
+    share: float = Field(0.0, description="share of requests that are logged with their answers", ge=0, le=1)
+    form: Literal["jsonl", "tfrecord"] = Field("jsonl", description="how requests and answers are logged")
+    sensitive: str = Field("", description="features that no log may tell, with commas between them")
+
+
+class AccessSettings(Section):
+    """`[access]`: who may ask a model server, and how connections are protected."""
+
+    keys: str = Field("", description="file of API keys (mlkit access new); empty: keys are not accepted")
+    jwks: str = Field("", description="file or https URL of the keys that sign tokens (JWKS); empty: no tokens")
+    issuer: str = Field("", description="who issues tokens: their iss")
+    audience: str = Field("", description="for which service tokens have to be: their aud")
+    certificate: str = Field("", description="the server's certificate (PEM); empty: no TLS")
+    private_key: str = Field("", description="the certificate's private key (PEM)")
+    clients: str = Field("", description="authority (PEM) whose certificates clients must show; empty: they need none")
+
+# %% ../nbs/00_settings.ipynb #32d1be43
 class Settings(Section):
     """All settings of the kit, validated."""
 
@@ -186,6 +224,9 @@ class Settings(Section):
     schemas: SchemasSettings = SchemasSettings()
     workers: WorkersSettings = WorkersSettings()
     signing: SigningSettings = SigningSettings()
+    registry: RegistrySettings = RegistrySettings()
+    serving: ServingSettings = ServingSettings()
+    access: AccessSettings = AccessSettings()
     project: Path = Field(default_factory=Path.cwd, exclude=True)  # folder of settings.ini, else the working folder
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)  # "runs.root" -> "settings.ini, line 4"
 

@@ -7,8 +7,8 @@ __all__ = ['Signer', 'SIGNATURE_FILE', 'FACTS_FILE', 'CHANGING', 'STAYING', 'KIN
            'read_public_key', 'read_public_keys', 'new_key', 'read_passphrase', 'has_passphrase', 'KeySigner',
            'CertificateSigner', 'SigstoreSigner', 'bound_files', 'kind_of', 'frozen_record', 'changed_facts',
            'compare_files', 'Signature', 'Bundle', 'read_bundle', 'sign_folder', 'check_unsigned', 'TrustedKeys',
-           'TrustedAuthorities', 'TrustedIdentity', 'verify_folder', 'new_encryption_key', 'encrypt_folder',
-           'open_encrypted']
+           'TrustedAuthorities', 'TrustedIdentity', 'version_path', 'newest_model', 'lying_at', 'verify_folder',
+           'new_encryption_key', 'encrypt_folder', 'open_encrypted']
 
 # %% ../nbs/21_signing.ipynb #b0d37e31
 import base64
@@ -284,9 +284,9 @@ def bound_files(
                 findings.append(f"{inside} is neither a file nor a folder")
     return sorted(files), sorted(findings)
 
-# %% ../nbs/21_signing.ipynb #2b2f111e
+# %% ../nbs/21_signing.ipynb #af9ac450
 KINDS = {  # what a file is, by the beginning of its path
-    "model": r"saved_model/|saved_model\.pb|variables/|assets",
+    "model": r"saved_model/|(saved_model|fingerprint)\.pb|variables/|assets",
     "conversions": r"conver|litert|tfjs|browser|page\.html|.*\.(tflite|onnx)$",
     "model card": r"(model_)?card",
     "notebook": r"notebook\.",
@@ -651,7 +651,39 @@ class TrustedIdentity:
 
 Trust = TrustedKeys | TrustedAuthorities | TrustedIdentity
 
-# %% ../nbs/21_signing.ipynb #a25157c0
+# %% ../nbs/21_signing.ipynb #97225eb0
+_MODEL_FILE = re.compile(r"saved_model/(\d+)/(.+)", re.DOTALL)
+
+
+def version_path(
+    path: str,  # relative to a run's folder
+    number: str,  # of the SavedModel that lies at the top, for example "1"
+) -> str:  # relative to the folder of a version in the registry
+    """Where a file of a run lies in a version."""
+    found = _MODEL_FILE.fullmatch(path)
+    return found[2] if found and found[1] == number else path
+
+
+def newest_model(
+    paths: Iterable[str],  # files of a run, relative to its folder
+) -> str:  # "1" for saved_model/1; "" where there is none
+    """The number of the newest SavedModel among the files of a run."""
+    found = [match for match in map(_MODEL_FILE.fullmatch, paths) if match and match[2] == "saved_model.pb"]
+    return max((match[1] for match in found), key=int, default="")
+
+
+def lying_at(
+    files: Mapping[str, str],  # as they were signed: path -> sha256
+    folder: Path,  # a run's, or a version's in the registry
+) -> dict[str, str]:
+    """The files of a signature by the places where they have to be."""
+    if "saved_model.pb" in files or not (folder / "saved_model.pb").is_file():
+        return dict(files)
+    number = newest_model(files)
+    moved = {version_path(path, number): digest for path, digest in files.items()}
+    return moved if len(moved) == len(files) else dict(files)
+
+# %% ../nbs/21_signing.ipynb #797202fb
 def _prove(folder: Path, bundle: Bundle, config: Any, files: list[Path]) -> dict[str, str]:
     """Digests of the files of a folder whose signature holds; raises SignatureInvalid where it does not hold."""
     digests = _Digests(files, bundle.outside)
@@ -684,7 +716,8 @@ def verify_folder(
     files, findings = bound_files(folder, bundle.outside)
     present = _prove(folder, bundle, config, files)
     links = {finding.partition(" is ")[0] for finding in findings}
-    findings += compare_files({path: it for path, it in bundle.files.items() if path not in links}, present)
+    signed = lying_at(bundle.files, folder)
+    findings += compare_files({path: it for path, it in signed.items() if path not in links}, present)
     facts = {} if findings else _read_facts(folder, present)
     findings += _differing_record(folder, facts) + _differing_rest(folder, facts) + _outlived(bundle, facts)
     if findings:

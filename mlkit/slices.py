@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_VALUES', 'MOST_SLICES', 'CERTAIN_ROWS', 'CERTAIN_CLASS', 'LEAST_SHARE', 'DISCOVERIES', 'CLEARLY', 'Slice',
-           'check_columns', 'slice_columns', 'make_slices', 'MeasuredSlice', 'SlicedMeasures', 'measure_slices',
-           'plot_slices', 'WeakSlice', 'find_weak_slices', 'weak_slices_html', 'Disparity', 'subtract', 'group_rates',
-           'find_disparities', 'disparities_html']
+           'no_such_column', 'check_columns', 'slice_columns', 'make_slices', 'MeasuredSlice', 'SlicedMeasures',
+           'measure_slices', 'plot_slices', 'WeakSlice', 'find_weak_slices', 'weak_slices_html', 'Disparity',
+           'subtract', 'group_rates', 'find_disparities', 'disparities_html']
 
 # %% ../nbs/10_slices.ipynb #547331e2
 import html
@@ -75,7 +75,7 @@ def _values(column: pl.Series) -> tuple[np.ndarray, list[str]]:
     names = [f"{column.name}={value}" for value in kept.cast(pl.String)]
     return codes.to_numpy(), names if few else [*names, f"{column.name}=any other"]
 
-# %% ../nbs/10_slices.ipynb #7f4b7510
+# %% ../nbs/10_slices.ipynb #dc248e48
 MOST_SLICES = 1_000
 
 
@@ -91,6 +91,14 @@ class Slice:
         return f"Slice({self.name!r}, {len(self.rows):,} rows)"
 
 
+def no_such_column(
+    name: str,  # that was asked for
+    columns: Sequence[str],  # that there are
+) -> DatasetError:
+    """The error that tells of a column to slice by that is not there."""
+    return DatasetError(f"There is no column '{name}' to slice by.{nearest(name, columns)} Columns: {listed(columns)}.")
+
+
 def check_columns(
     table: pl.DataFrame,
     columns: Sequence[str],
@@ -98,10 +106,7 @@ def check_columns(
     """Raise DatasetError for a column that is not there or cannot be sliced by."""
     for name in columns:
         if name not in table.columns:
-            raise DatasetError(
-                f"There is no column '{name}' to slice by.{nearest(name, table.columns)} "
-                f"Columns: {listed(table.columns)}."
-            )
+            raise no_such_column(name, table.columns)
         if table.schema[name].is_nested() or table.schema[name] == pl.Binary:
             raise DatasetError(
                 f"'{name}' holds {table.schema[name]}; slices are made by text, numbers, dates or yes/no."
@@ -280,12 +285,14 @@ class WeakSlice:
         """How much more a row loses here."""
         return self.loss - self.others
 
-# %% ../nbs/10_slices.ipynb #43f3bb7c
-def _tested(coded: Mapping[tuple[str, ...], _Coded], losses: np.ndarray) -> list[tuple[tuple[str, ...], WeakSlice]]:
+# %% ../nbs/10_slices.ipynb #0907f56d
+def _tested(
+    coded: Iterable[tuple[tuple[str, ...], _Coded]], losses: np.ndarray
+) -> list[tuple[tuple[str, ...], WeakSlice]]:
     """Every slice that is large enough, with the p-value of its being worse than the rest."""
     squared_losses, count, least, found = losses**2, len(losses), max(30, LEAST_SHARE * len(losses)), []
     total, squares = losses.sum(), squared_losses.sum()
-    for columns, group in coded.items():
+    for columns, group in coded:
         codes, names = group.codes, group.names
         rows, sums, squared = (np.bincount(codes, each, len(names)) for each in (None, losses, squared_losses))
         for code in np.flatnonzero((rows >= least) & (rows <= count - least)):
@@ -316,7 +323,7 @@ def _welch(inside: tuple[float, float, float], outside: tuple[float, float, floa
     )
     return float(told.pvalue)
 
-# %% ../nbs/10_slices.ipynb #09cf1db6
+# %% ../nbs/10_slices.ipynb #0009bf4b
 def find_weak_slices(
     table: pl.DataFrame,
     losses: np.ndarray,  # [rows], what the answer to each costs
@@ -328,8 +335,8 @@ def find_weak_slices(
         columns = [name for name in table.columns if _is_telling(table[name])]
     check_columns(table, columns)
     single = {(name,): _code(table[name]) for name in columns}
-    pairs = {(a, b): single[a,].pair(single[b,]) for a, b in itertools.combinations(columns, 2)}
-    tested = _tested(single | pairs, losses)
+    pairs = (((a, b), single[a,].pair(single[b,])) for a, b in itertools.combinations(columns, 2))  # one at a time
+    tested = _tested(itertools.chain(single.items(), pairs), losses)
     if not tested:
         return []
     adjusted = stats.false_discovery_control([each.p_value for _, each in tested])

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import pytest
@@ -18,9 +19,10 @@ from mlkit.data import load_dataset
 from mlkit.model import build_model
 from mlkit.portable import load_portable
 from mlkit.settings import MissingDependencyError, ModelError, NotFoundError
+from mlkit.training import fit
 
 from .chromium import CHROMIUM, Page, as_address
-from .conftest import REPOSITORY
+from .conftest import REPOSITORY, wait_until
 
 
 def has_engine() -> bool:
@@ -39,7 +41,7 @@ MOMENTS = ("2026-01-31T10:15:36.5", "2026-02-30", "2025-12-31T23:30-01:00", "199
 def answers_of(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a page answers in Chromium, without a network."""
     with Page(as_address(file)) as page:
-        return page.ask(f"ready.then((ask) => Promise.all({json.dumps(rows)}.map(ask)))")
+        return page.ask(f"Promise.all({json.dumps(rows)}.map(mlkit.ask))")
 
 
 def some_orders(count: int = 200) -> pl.DataFrame:
@@ -108,7 +110,7 @@ def test_a_page_answers_as_python_does(tmp_path: Path) -> None:
     assert len(different) == len(rows)  # a wrong row would have shown
 
 
-DRAW = """ready.then(async () => {
+DRAW = """mlkit.ask({ image: Array(64).fill(0) }).then(async () => {
   const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect();
   canvas.setPointerCapture = () => {};
   const move = (type, x, y) => canvas.dispatchEvent(new PointerEvent(type, {
@@ -135,6 +137,38 @@ def test_a_drawing_is_answered(tmp_path: Path) -> None:
     with Page(as_address(page)) as shown:
         assert shown.ask(DRAW.replace("EXPECTED", json.dumps(digits.classes[1]))) == digits.classes[1]
         assert shown.ask("document.querySelectorAll('.bar').length") == 10
+
+
+ANSWER = """(async () => {
+  const found = () => document.querySelector("#answers .answer")?.textContent;
+  for (let wait = 0; wait < 400 && found() !== EXPECTED; wait++) await new Promise((done) => setTimeout(done, 25));
+  return [found(), ...Array.from(document.querySelectorAll("#answers .bars .muted"), (each) => each.textContent)];
+})()"""
+
+
+@needs_browser
+def test_a_picture_file_is_answered_as_python_answers_its_pixels(tmp_path: Path) -> None:
+    digits = load_dataset("digits")
+    model = build_model("cnn", digits)
+    fit(model, digits, epochs=4)
+    convert_model(model, digits, tmp_path / "digits", ["float32"])
+    image = digits.arrays["image"][digits.splits["test"][0]]  # 8 x 8, from 0 to 16
+    pixels = np.round(image * 255 / 16)
+    plt.imsave(tmp_path / "digit.png", np.kron(pixels[..., 0], np.ones((35, 35))), cmap="gray", vmin=0, vmax=255)
+    (tmp_path / "notes.png").write_text("no picture")
+    expected = load_portable(tmp_path / "digits")({"image": pixels[None] * 16 / 255})
+    page = write_page(tmp_path / "digits", tmp_path / "digits.html", installed=REPOSITORY)
+    with Page(as_address(page)) as shown:
+        shown.ask("mlkit.ask({ image: Array(64).fill(0) })")
+        button = shown.tell("Runtime.evaluate", expression="document.getElementById('picture')")["result"]["objectId"]
+        shown.tell("DOM.setFileInputFiles", files=[str(tmp_path / "notes.png")], objectId=button)
+        label = "document.querySelector('label[for=picture]').textContent"
+        wait_until(lambda: shown.ask(label) == "notes.png is no picture that this browser can read.", 30)
+        shown.tell("DOM.setFileInputFiles", files=[str(tmp_path / "digit.png")], objectId=button)
+        answer, *bars = shown.ask(ANSWER.replace("EXPECTED", json.dumps(expected["class"][0])))
+        assert shown.ask(label) == "Draw above, or take a picture:"
+    assert answer == expected["class"][0]
+    np.testing.assert_allclose([float(each.split()[0]) for each in bars], 100 * expected["probabilities"][0], atol=0.2)
 
 
 @needs_browser

@@ -204,8 +204,7 @@ def test_missing_extras_are_told(converted: Path, shop: Dataset, monkeypatch: py
 
 def test_a_record_that_says_something_else_than_the_model_is_refused(shop: Dataset) -> None:
     core = conversion.cut_model(build_model("linear", shop), shop)
-    record = conversion._host_record(core, shop)
-    conversion._check_host(record, core, shop)
+    record = conversion.host_record(core, shop)
     record["inputs"][0]["columns"][0]["shift"] += 1
     with pytest.raises(ModelError, match="do not encode 'numbers' alike"):
         conversion._check_host(record, core, shop)
