@@ -856,8 +856,8 @@ app.add_typer(models)  # without a name: its commands are the app's own
 app.add_typer(registry)
 app.add_typer(serving)
 
-# %% ../nbs/30_cli.ipynb #8886a451
-IGNORED_FILES = "runs/\n.ipynb_checkpoints/\n__pycache__/\n"
+# %% ../nbs/30_cli.ipynb #7f1aebe3
+IGNORED_FILES = "runs/\nmodels/\nlogs/\n.ipynb_checkpoints/\n__pycache__/\n"
 
 
 def settings_template() -> str:
