@@ -511,7 +511,7 @@ def _refuse_edited(folder: Path, ended: Mapping[str, str], present: Mapping[str,
             f"{folder.name} was edited after it ended, so it is not signed: {listed(findings)}. Restore it first."
         )
 
-# %% ../nbs/21_signing.ipynb #fc92768b
+# %% ../nbs/21_signing.ipynb #d5cf10ae
 def sign_folder(
     folder: Path | str,  # a run's, or any other
     signer: Signer,
@@ -523,6 +523,10 @@ def sign_folder(
         raise NotFoundError(f"There is no folder {folder} to sign.")
     if (folder / SIGNATURE_FILE).exists() and not replace:
         raise InputError(f"{folder} is signed already. See by whom: mlkit verify {folder}; --replace signs it anew.")
+    if unfinished := next(folder.rglob(".writing-*"), None):
+        raise InputError(
+            f"{unfinished} is being written by an export, or a killed one left it. Wait for it, or remove it."
+        )
     config = signer.config()
     record, ended = _check_run(folder)
     with locked(folder) if record else contextlib.nullcontext():
