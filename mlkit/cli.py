@@ -7,7 +7,7 @@ __all__ = ['app', 'EngineOption', 'RetriesOption', 'warm', 'IGNORED_FILES', 'mai
            'resume', 'reproduce', 'jobs', 'runs', 'show', 'diff', 'compare', 'open_run', 'board', 'rm', 'warm_start',
            'warm_status', 'warm_stop', 'settings_template', 'new', 'settings']
 
-# %% ../nbs/30_cli.ipynb #e022503e
+# %% ../nbs/30_cli.ipynb #ce43a37c
 import os
 import re
 import shutil
@@ -29,6 +29,7 @@ from rich.text import Text
 import mlkit
 from .data_commands import data
 from .model_commands import models
+from .prediction_commands import prediction
 from .registry_commands import registry
 from mlkit.runs import (
     STATUS_COLORS,
@@ -850,11 +851,12 @@ def warm_stop(as_json: JsonOption = False) -> None:
         return
     console.print(f"Stopped {len(stopped)} warm server{'' if len(stopped) == 1 else 's'}.")
 
-# %% ../nbs/30_cli.ipynb #4f5029ed
+# %% ../nbs/30_cli.ipynb #b7630843
 app.add_typer(data, name="data")
 app.add_typer(models)  # without a name: its commands are the app's own
 app.add_typer(registry)
 app.add_typer(serving)
+app.add_typer(prediction)
 
 # %% ../nbs/30_cli.ipynb #7f1aebe3
 IGNORED_FILES = "runs/\nmodels/\nlogs/\n.ipynb_checkpoints/\n__pycache__/\n"
