@@ -2123,6 +2123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mlkit.runs._artifact': ('runs.html#_artifact', 'mlkit/runs.py'),
                             'mlkit.runs._as_of_now': ('runs.html#_as_of_now', 'mlkit/runs.py'),
                             'mlkit.runs._check_names': ('runs.html#_check_names', 'mlkit/runs.py'),
+                            'mlkit.runs._executed_run': ('runs.html#_executed_run', 'mlkit/runs.py'),
                             'mlkit.runs._fits_json': ('runs.html#_fits_json', 'mlkit/runs.py'),
                             'mlkit.runs._git': ('runs.html#_git', 'mlkit/runs.py'),
                             'mlkit.runs._interactive_run': ('runs.html#_interactive_run', 'mlkit/runs.py'),

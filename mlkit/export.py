@@ -209,7 +209,7 @@ class Servable(tf.Module):
             )
             self.user_embedding = embedded
 
-# %% ../nbs/17_export.ipynb #75f7a1ba
+# %% ../nbs/17_export.ipynb #5c716d61
 def _at_least_one_row(
     features: dict[str, tf.Tensor], dataset: Dataset
 ) -> tuple[dict[str, tf.Tensor], tf.Tensor | None]:
@@ -218,8 +218,12 @@ def _at_least_one_row(
     if not images:
         return features, None
     rows = tf.shape(features[images[0]])[0]
-    added = [[0, tf.cast(rows == 0, tf.int32)], [0, 0], [0, 0], [0, 0]]
-    return {name: tf.pad(features[name], added) for name in images}, rows
+    added = tf.cast(rows == 0, tf.int32)
+
+    def padded(values: tf.Tensor) -> tf.Tensor:  # by concat, which leaves the size of an image known
+        return tf.concat([values, tf.zeros([added, *values.shape[1:]], values.dtype)], axis=0)
+
+    return {name: padded(features[name]) for name in images}, rows
 
 
 def _traced(function: Callable, takes: Any) -> Callable:

@@ -262,12 +262,14 @@ def current_code(
         return None, ""
     return Code(commit=commit, branch=branch, uncommitted=bool(patch), untracked=untracked), patch
 
-# %% ../nbs/01_runs.ipynb #22ff0456
+# %% ../nbs/01_runs.ipynb #021b6c55
 RUN_FILE = "run.json"
 
 
 class RunFolder:
     """A run's folder and the record in it."""
+
+    attempt: int | None = None  # which this process belongs to, when it is the kernel of one
 
     def __init__(
         self,
@@ -290,6 +292,10 @@ class RunFolder:
         """Change the record: lock, read, yield, write back in one step."""
         with locked(self.folder):
             record = self.record
+            if self.attempt is not None and (record.attempts != self.attempt or record.status == "created"):
+                raise ArchiveError(
+                    f"{self.id} has been started again, so attempt {self.attempt} no longer writes to it."
+                )
             yield record
             write_atomic(self.folder / RUN_FILE, record.model_dump_json(indent=1), durable)
 
@@ -557,7 +563,7 @@ class SavedFigure:
     def _repr_png_(self) -> bytes:
         return self.path.read_bytes()
 
-# %% ../nbs/01_runs.ipynb #4c68ecea
+# %% ../nbs/01_runs.ipynb #285d75ff
 class Run(RunLife, RunLog, RunProducts):
     """One run of the archive; all it knows is on disk, so any number of processes may hold it."""
 
@@ -571,7 +577,7 @@ class Run(RunLife, RunLog, RunProducts):
         """The run this notebook is executed as, or a new interactive one."""
         if cls._current is None or not cls._current.folder.exists():
             folder = os.environ.get("MLKIT_RUN")
-            cls._current = cls(folder) if folder else _interactive_run(job)
+            cls._current = _executed_run(folder) if folder else _interactive_run(job)
         return cls._current
 
     def __repr__(self) -> str:
@@ -579,6 +585,13 @@ class Run(RunLife, RunLog, RunProducts):
 
     def _repr_html_(self) -> str:
         return run_html(self)
+
+
+def _executed_run(folder: str) -> Run:
+    """The run of this kernel, which may outlive its attempt by a moment when whoever started it is killed."""
+    run = Run(folder)
+    run.attempt = run.record.attempts
+    return run
 
 
 def _interactive_run(job: str) -> Run:

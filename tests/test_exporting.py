@@ -98,16 +98,16 @@ def handmade(root: Path, **options: bool) -> Run:
     from mlkit.model import build_model
 
     digits = load_dataset("digits")
-    with RunArchive(root).create("train", parameters={"model": "own_model:build", "model_options": options}) as run:
+    with RunArchive(root).create("train", parameters={"model": "handmade_model:build", "model_options": options}) as run:
         run.log_data(digits.record())
-        export_saved_model(build_model("own_model:build", digits, **options), digits, run)
+        export_saved_model(build_model("handmade_model:build", digits, **options), digits, run)
     return run
 
 
 @pytest.fixture
 def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a module that builds models."""
-    (tmp_path / "own_model.py").write_text(OWN_MODEL)
+    (tmp_path / "handmade_model.py").write_text(OWN_MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
