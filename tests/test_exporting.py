@@ -98,7 +98,9 @@ def handmade(root: Path, **options: bool) -> Run:
     from mlkit.model import build_model
 
     digits = load_dataset("digits")
-    with RunArchive(root).create("train", parameters={"model": "handmade_model:build", "model_options": options}) as run:
+    with RunArchive(root).create(
+        "train", parameters={"model": "handmade_model:build", "model_options": options}
+    ) as run:
         run.log_data(digits.record())
         export_saved_model(build_model("handmade_model:build", digits, **options), digits, run)
     return run
