@@ -89,22 +89,6 @@ def signing(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], Run
     return sign
 
 
-@pytest.fixture
-def mlkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Type a command in this process: the same entry point, without the start of another Python."""
-    from mlkit.cli import main
-
-    def type_command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlkit", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, " ".join(said.err.split())
-
-    return type_command
-
-
 def hidden(registry: Registry) -> list[str]:
     """What lies hidden among the versions."""
     return [path.name for path in (registry.root / "churn").iterdir() if path.name.startswith(".")]

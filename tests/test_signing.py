@@ -88,22 +88,6 @@ def signed(place: Path, run: Run) -> Run:
     return run
 
 
-@pytest.fixture
-def mlkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Type a command in this process: the same entry point, without the start of another Python."""
-    from mlkit.cli import main
-
-    def type_command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlkit", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, " ".join(said.err.split())
-
-    return type_command
-
-
 # The way it should go
 
 
