@@ -6,7 +6,7 @@
 __all__ = ['SAVED_MODEL', 'Candidate', 'find_candidate', 'load_rows', 'measure_candidate_drift', 'drift_metrics', 'check_open',
            'is_open']
 
-# %% ../nbs/24_candidates.ipynb #16a77dd1
+# %% ../nbs/24_candidates.ipynb #eb078515
 import hashlib
 import json
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from .drift import Drift, measure_drift
 from .feature_specs import as_declared
 from .portable import kind_folder, load_portable, read_record
 from .registry import Registry
-from .runs import RUN_FILE, Run, RunArchive
+from .runs import RUN_FILE, Run, RunArchive, find_model_version
 from .settings import DatasetError, InputError, ModelError, NotFoundError, ParameterError, listed
 from .signing import check_unsigned
 from .statistics import Statistics, describe
 from .streaming import StreamedDataset, open_rows
 
-# %% ../nbs/24_candidates.ipynb #c302f5f9
+# %% ../nbs/24_candidates.ipynb #97eb4855
 SAVED_MODEL = "savedmodel"  # the kind of a model that was exported and not converted
 
 
@@ -39,16 +39,6 @@ def _folder(reference: str, kind: str, archive: RunArchive) -> Path:
         return Registry().find(reference).path
     except NotFoundError as error:
         raise NotFoundError(f"There is no folder {reference}, and no version of that name. {error}") from error
-
-
-def _version(folder: Path) -> Path | None:
-    """The folder with saved_model.pb: of a version, of versions (the newest is taken), or of a run."""
-    for place in (folder, folder / "saved_model"):
-        if (place / "saved_model.pb").is_file():
-            return place
-        if numbers := [int(each.name) for each in place.glob("[0-9]*") if each.name.isdigit()]:
-            return place / str(max(numbers))
-    return None
 
 
 def _known_in(path: Path) -> Path:
@@ -73,7 +63,7 @@ def _describe(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged: {error!r}. Copy it again, or export the model again.") from error
 
-# %% ../nbs/24_candidates.ipynb #74057e88
+# %% ../nbs/24_candidates.ipynb #c49ffe80
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A model that can be asked, wherever it lies."""
@@ -114,9 +104,8 @@ class Candidate:
     @cached_property
     def digest(self) -> str:
         """What tells whether two candidates are the same model: SHA-256 of its files."""
-        files = [path for path in sorted(self.path.rglob("*")) if path.is_file() and _is_model(path, self.path)]
         digests = []
-        for path in files:
+        for path in self._files():
             with path.open("rb") as file:
                 digests.append(f"{path.relative_to(self.path)} {hashlib.file_digest(file, 'sha256').hexdigest()}")
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:32]
@@ -124,8 +113,10 @@ class Candidate:
     @property
     def megabytes(self) -> float:
         """Size of its files."""
-        files = [path for path in self.path.rglob("*") if path.is_file() and _is_model(path, self.path)]
-        return sum(path.stat().st_size for path in files) / 1e6
+        return sum(path.stat().st_size for path in self._files()) / 1e6
+
+    def _files(self) -> list[Path]:
+        return [path for path in sorted(self.path.rglob("*")) if path.is_file() and _is_model(path, self.path)]
 
     def load(self) -> Any:
         """The model, ready to be asked; raises ModelError for a damaged one."""
@@ -145,7 +136,7 @@ def _is_model(file: Path, folder: Path) -> bool:
     named = first in ("saved_model.pb", "model.tflite", "host.json") or parts == ("assets.extra", "mlkit.json")
     return named or (first in ("variables", "assets") and len(parts) > 1)
 
-# %% ../nbs/24_candidates.ipynb #71a331dc
+# %% ../nbs/24_candidates.ipynb #017725bc
 def find_candidate(
     reference: str | Path,  # a run, NAME@alias, NAME/3, or a folder
     kind: str = SAVED_MODEL,  # or a kind of conversion: float32, float16, int8, ...
@@ -155,7 +146,7 @@ def find_candidate(
     archive = archive or RunArchive()
     folder = _folder(str(reference), kind, archive)
     if kind == SAVED_MODEL and not (folder / "host.json").is_file():
-        path = _version(folder)
+        path = find_model_version(folder)
         if path is None:
             raise NotFoundError(
                 f"There is no model in {folder}: neither saved_model.pb, nor a numbered folder of a version, nor the "

@@ -6,7 +6,7 @@
 __all__ = ['SavedWeight', 'continuing_record', 'EarlierModel', 'version_folder', 'earlier_model', 'continued_features',
            'load_continued', 'save_optimizer', 'align_ftrl', 'rows_kept', 'WarmStart', 'warm_start']
 
-# %% ../nbs/13_continuing.ipynb #a7738507
+# %% ../nbs/13_continuing.ipynb #8561f36f
 import html
 import io
 import json
@@ -23,7 +23,7 @@ import polars as pl
 from .data import Dataset, each_label, load_dataset
 from .feature_specs import KINDS, Cross, FeatureSpec, count_words
 from .features import Blocks
-from .runs import Run, RunArchive, html_table, write_atomic
+from .runs import Run, RunArchive, find_model_version, html_table, write_atomic
 from .settings import DatasetError, ModelError, NotFoundError, ParameterError, listed, nearest
 from .strategies import optimizers
 
@@ -120,17 +120,13 @@ class EarlierModel:
 
 _SAVED = "_weights/{}/.ATTRIBUTES/VARIABLE_VALUE"  # what `mlkit.export.Servable` calls a weight
 
-# %% ../nbs/13_continuing.ipynb #0b301f9a
+# %% ../nbs/13_continuing.ipynb #24f91173
 def version_folder(
     folder: Path,  # of a version, of versions (the newest is taken), or of a run
 ) -> Path:
     """The folder of an exported version; raises NotFoundError where there is none."""
-    for place in (folder, folder / "saved_model"):
-        versions = [each for each in place.glob("[0-9]*") if each.name.isdigit()]
-        if (place / "saved_model.pb").is_file():
-            return place
-        if versions:
-            return max(versions, key=lambda each: int(each.name))
+    if found := find_model_version(folder):
+        return found
     raise NotFoundError(f"There is no SavedModel in {folder}: neither saved_model.pb nor a numbered version folder.")
 
 

@@ -6,7 +6,7 @@
 __all__ = ['TOLERANCES', 'TARGETS', 'Question', 'PARITY_FILE', 'COLUMNS', 'row_differences', 'Comparison', 'compare_answers',
            'check_tolerances', 'ask_page', 'check_server', 'Parity', 'why', 'check_parity', 'newest_version']
 
-# %% ../nbs/23_parity.ipynb #3bd1dca2
+# %% ../nbs/23_parity.ipynb #d6aa30a8
 import base64
 import contextlib
 import functools
@@ -35,7 +35,7 @@ import numpy as np
 from .cards import write_card
 from .golden import Golden, load_golden
 from .portable import load_portable
-from .runs import Run, html_table, write_atomic
+from .runs import Run, find_model_version, html_table, write_atomic
 from mlkit.settings import (
     InputError,
     MissingDependencyError,
@@ -198,12 +198,11 @@ def _check_pixels(golden: Golden, model: Any) -> None:
         if not ((pixels >= 0) & (pixels <= 255) & (pixels == np.floor(pixels))).all():
             raise _NotRunError("The pixels of these images are no whole numbers from 0 to 255, which PNG files hold.")
 
-# %% ../nbs/23_parity.ipynb #c7b9b184
+# %% ../nbs/23_parity.ipynb #a161406c
 def _ask_savedmodel(run: Run, golden: Golden) -> Iterator[Question]:
-    from mlkit.continuing import version_folder
     from mlkit.export import as_requests, load_saved_model
 
-    folder = version_folder(run.folder)
+    folder = newest_version(run.folder)
     model = load_saved_model(folder)
     requests = as_requests(golden, model.features)
     with _loaded(folder) as (session, signatures):
@@ -368,7 +367,7 @@ def _ask_browser(run: Run, golden: Golden) -> Iterator[Question]:
     page = run.folder / "page.html"
     yield "serving_default", golden.answers, lambda: _columns(ask_page(page, _single_rows(golden)), golden)
 
-# %% ../nbs/23_parity.ipynb #dbcfdc81
+# %% ../nbs/23_parity.ipynb #19646747
 def _post(url: str, body: Mapping[str, Any]) -> list[Any]:
     """The predictions of a server; raises ModelError for any other answer."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -383,10 +382,9 @@ def _post(url: str, body: Mapping[str, Any]) -> list[Any]:
 
 
 def _ask_server(url: str, run: Run, golden: Golden) -> Iterator[Question]:
-    from mlkit.continuing import version_folder
     from mlkit.export import as_requests, load_saved_model
 
-    model = load_saved_model(version_folder(run.folder))
+    model = load_saved_model(newest_version(run.folder))
 
     def ask(signature: str) -> dict[str, np.ndarray]:
         instances = list(golden.instances)
@@ -564,7 +562,7 @@ def why(
         f"{allowed / 10:g} are allowed; most in the row '{comparison.worst}'"
     )
 
-# %% ../nbs/23_parity.ipynb #73dcbf7e
+# %% ../nbs/23_parity.ipynb #9d0a7fb1
 def check_parity(
     run: Run,  # with an exported model
     targets: Iterable[str] = (),  # see TARGETS; by default all that are there
@@ -602,7 +600,6 @@ def newest_version(
     folder: Path,  # of a run
 ) -> Path:  # saved_model/<number>
     """The newest SavedModel of a run; raises NotFoundError where there is none."""
-    versions = [each for each in (folder / "saved_model").glob("[0-9]*") if each.name.isdigit()]
-    if not versions:
-        raise NotFoundError(f"{folder.name} holds no exported model. Train one: mlkit run train")
-    return max(versions, key=lambda each: int(each.name))
+    if found := find_model_version(folder / "saved_model"):
+        return found
+    raise NotFoundError(f"{folder.name} holds no exported model. Train one: mlkit run train")

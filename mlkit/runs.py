@@ -6,9 +6,10 @@
 __all__ = ['Status', 'RUN_FILE', 'INDEX_FILE', 'INDEX_TABLE', 'COMPARISONS', 'STATUS_COLORS', 'ID_PATTERN', 'write_atomic',
            'storage_error', 'Part', 'Owner', 'Environment', 'Code', 'Artifact', 'Cell', 'Failure', 'Point', 'Record',
            'current_owner', 'is_alive', 'current_environment', 'current_code', 'RunFolder', 'read_record', 'locked',
-           'RunLife', 'true_status', 'list_artifacts', 'RunLog', 'RunFiles', 'RunProducts', 'SavedFigure', 'Run',
-           'RunSummary', 'read_summaries', 'Condition', 'sparkline', 'status_html', 'format_number', 'format_seconds',
-           'html_table', 'run_html', 'RunTable', 'RunCreation', 'matching_names', 'newest_run', 'RunArchive']
+           'RunLife', 'true_status', 'list_artifacts', 'RunLog', 'RunFiles', 'RunProducts', 'SavedFigure',
+           'find_model_version', 'Run', 'RunSummary', 'read_summaries', 'Condition', 'sparkline', 'status_html',
+           'format_number', 'format_seconds', 'html_table', 'run_html', 'RunTable', 'RunCreation', 'matching_names',
+           'newest_run', 'RunArchive']
 
 # %% ../nbs/01_runs.ipynb #834ac0be
 import ast
@@ -562,6 +563,19 @@ class SavedFigure:
 
     def _repr_png_(self) -> bytes:
         return self.path.read_bytes()
+
+# %% ../nbs/01_runs.ipynb #dc140e6d
+def find_model_version(
+    folder: Path,  # of a version, of versions (the newest is taken), or of a run
+) -> Path | None:  # None where there is no SavedModel
+    """The folder of an exported version."""
+    for place in (folder, folder / "saved_model"):
+        versions = [each for each in place.glob("[0-9]*") if each.name.isdigit()]
+        if (place / "saved_model.pb").is_file():
+            return place
+        if versions:
+            return max(versions, key=lambda each: int(each.name))
+    return None
 
 # %% ../nbs/01_runs.ipynb #285d75ff
 class Run(RunLife, RunLog, RunProducts):
