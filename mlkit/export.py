@@ -7,12 +7,10 @@ __all__ = ['serving_outputs', 'serving_inputs', 'parse_examples', 'as_examples',
            'check_exportable', 'Requests', 'as_images', 'as_requests', 'keras_answers', 'export_saved_model',
            'ServedFeature', 'SavedModel', 'load_saved_model']
 
-# %% ../nbs/17_export.ipynb #77d802b2
+# %% ../nbs/17_export.ipynb #fb78f9a2
 import contextlib
 import json
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +21,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from .agreement import GOLDEN_FILE, Golden
 from .continuing import continuing_record, version_folder
 from .data import Dataset, each_label
 from .evaluation import as_scores
 from .features import decode_images
 from mlkit.golden import (
-    GOLDEN_FILE,
-    Golden,
     as_csv_row,
     as_json_row,
     as_records,
@@ -39,7 +36,7 @@ from mlkit.golden import (
     predict_log,
 )
 from .measures import MANY_CLASSES
-from .runs import Run, storage_error, write_atomic
+from .runs import Run, new_folder, write_atomic
 from .settings import ModelError, nearest
 from .sources import write_table
 
@@ -455,7 +452,7 @@ def _warm_up(golden: Golden, dataset: Dataset) -> bytes:
             logs.append(predict_log("user_embedding", raw))
     return as_records(logs)
 
-# %% ../nbs/17_export.ipynb #37268aea
+# %% ../nbs/17_export.ipynb #48f5761b
 def _write(model: keras.Model, dataset: Dataset, folder: Path) -> None:
     """Write a SavedModel and all that goes with it into an empty folder."""
     _save(model, dataset, folder)
@@ -471,25 +468,7 @@ def _write(model: keras.Model, dataset: Dataset, folder: Path) -> None:
             pl.DataFrame([pl.Series(dataset.label, dataset.classes), vectors]), extra / "item_embeddings.parquet"
         )
 
-
-def _write_beside(model: keras.Model, dataset: Dataset, target: Path) -> Path:
-    """Write under a hidden name next to the target, then rename."""
-    if target.exists():
-        raise ModelError(f"{target} exists already. Export to another folder or as another version.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".writing-"))
-    except OSError as error:
-        raise storage_error(error, target) from error
-    try:
-        _write(model, dataset, temporary)
-        os.chmod(temporary, 0o755)
-        return temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-# %% ../nbs/17_export.ipynb #af346938
+# %% ../nbs/17_export.ipynb #1dde0e11
 def export_saved_model(
     model: keras.Model,  # takes the data set's raw features; answers probabilities or a prediction
     dataset: Dataset,  # what it was trained on
@@ -500,7 +479,12 @@ def export_saved_model(
     check_exportable(model, dataset)
     if isinstance(to, Run):
         return to.save_model(lambda folder: _write(model, dataset, folder), version)
-    return _write_beside(model, dataset, Path(to) / str(version))
+    target = Path(to) / str(version)
+    if target.exists():
+        raise ModelError(f"{target} exists already. Export to another folder or as another version.")
+    with new_folder(target) as folder:
+        _write(model, dataset, folder)
+    return target
 
 # %% ../nbs/17_export.ipynb #b87108e5
 @dataclass(frozen=True)

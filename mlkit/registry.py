@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NAME', 'COMMANDS', 'ALIAS', 'RESERVED_ALIAS', 'CHAMPION', 'check_name', 'check_alias', 'ModelState', 'replay',
-           'models_config', 'batching_config', 'ModelVersion', 'folder_digests', 'version_findings', 'hold_version',
-           'RegistryReader', 'find_version', 'RegistryLookup', 'gate_evidence', 'RegistryChanges', 'RegistryIntake',
-           'RegistryNumbers', 'RegistryRegister', 'RegistryAliases', 'RegistryTraffic', 'RegistryRetention',
-           'RegistryCheck', 'Registry', 'version_row']
+           'models_config', 'batching_config', 'serving_files', 'ModelVersion', 'folder_digests', 'version_findings',
+           'hold_version', 'find_version', 'Catalogue', 'gate_evidence', 'LockedModel', 'lock_model', 'VersionStore',
+           'Switchboard', 'Registry', 'version_row']
 
-# %% ../nbs/23_registry.ipynb #b2d1c724
+# %% ../nbs/23_registry.ipynb #c649d759
 import contextlib
 import fcntl
+import functools
 import hashlib
 import html
 import json
@@ -26,8 +26,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .ledger import Event, Ledger, LedgerWriter, sync_folder, write_error
-from .runs import RUN_FILE, Record, Run, format_number, html_table, matching_names, read_record
+from .ledger import UNCHANGED, Event, Ledger, LedgerWriter, sync_folder
+from .lineage import model_cells
+from .runs import RUN_FILE, Record, Run, format_number, html_table, matching_names, read_record, storage_error
 from mlkit.settings import (
     ArchiveError,
     InputError,
@@ -148,7 +149,7 @@ def replay(
                 )
     return states
 
-# %% ../nbs/23_registry.ipynb #3906c29e
+# %% ../nbs/23_registry.ipynb #6137c224
 def models_config(
     states: Iterable[ModelState],
     root: Path | str,  # of the registry, as the server sees it
@@ -177,14 +178,25 @@ def models_config(
         ]
     return "\n".join([*lines, "}", ""])
 
-
+# %% ../nbs/23_registry.ipynb #d5ef9e01
 def batching_config() -> str:
     """How tensorflow_model_server gathers requests: whatever waits is answered together, and nobody waits for more."""
     values = {"max_batch_size": 128, "batch_timeout_micros": 0, "max_enqueued_batches": 1000}
     values |= {"num_batch_threads": processors()}
     return "".join(f"{name} {{ value: {value} }}\n" for name, value in values.items())
 
-# %% ../nbs/23_registry.ipynb #17e5b0c5
+
+def serving_files(
+    root: Path,  # of the registry
+    events: Sequence[Event],
+) -> dict[Path, bytes]:
+    """Files for TF Serving that follow from the events; the one about batching only where there is none."""
+    batching = root / "batching.config"
+    files = {root / "models.config": models_config(replay(events).values(), root)}
+    files |= {} if batching.exists() else {batching: batching_config()}
+    return {path: text.encode() for path, text in files.items()}
+
+# %% ../nbs/23_registry.ipynb #d80f96c0
 @dataclass(frozen=True)
 class ModelVersion:
     """A version of a model, as it stood when it was looked up."""
@@ -201,6 +213,7 @@ class ModelVersion:
     signer: str = ""  # who vouched for it; "" when nobody did
     gate: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the verdict, and the digest of its evidence
     forced: tuple[str, ...] = ()  # what spoke against it when it was registered all the same
+    cells: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of the notebook: trained, saved -> cell
     files: Mapping[str, str] = field(default_factory=dict, repr=False)  # path -> sha256
 
     @property
@@ -219,12 +232,12 @@ class ModelVersion:
         return self.recorded.metrics
 
     def lineage(self) -> dict[str, Any]:
-        """Where it comes from: run, notebook, commit, data and parents."""
+        """Where it comes from: run, notebook and its cells, commit, data and parents."""
         record = self.recorded
         data = [{key: each.get(key) for key in ("name", "source", "fingerprint")} for each in record.data]
         commit = record.code.commit if record.code else ""
-        told = {"run": self.run, "job": record.job, "notebook": record.notebook, "commit": commit}
-        return told | {"data": data, "parents": record.parents}
+        told = {"run": self.run, "job": record.job, "notebook": record.notebook, "cells": dict(self.cells)}
+        return told | {"commit": commit, "data": data, "parents": record.parents}
 
 # %% ../nbs/23_registry.ipynb #fbd5f23e
 def folder_digests(
@@ -285,44 +298,6 @@ def _is_held(folder: Path) -> bool:
         os.close(descriptor)
     return False
 
-# %% ../nbs/23_registry.ipynb #a0ae1b29
-class RegistryReader:
-    """A registry that is looked at."""
-
-    def __init__(
-        self,
-        root: Path | str | None = None,  # by default the setting registry.root
-    ):
-        self.root = Path(root or load_settings().registry.root).absolute()
-        self.ledger = Ledger(self.root / "ledger.jsonl", self._derived)
-
-    def _derived(self, events: Sequence[Event]) -> dict[Path, bytes]:
-        """Files for TF Serving; the one about batching is written once, for people to change."""
-        batching = self.root / "batching.config"
-        files = {self.root / "models.config": models_config(replay(events).values(), self.root)}
-        files |= {} if batching.exists() else {batching: batching_config()}
-        return {path: text.encode() for path, text in files.items()}
-
-    def token(self) -> tuple[int, ...]:
-        """Another one after each change: a cheap question for those who watch."""
-        return self.ledger.token()
-
-    def events(self, name: str | None = None) -> list[Event]:
-        """All events, or a model's; raises ArchiveError for a ledger that was tampered with, NotFoundError."""
-        events = self.ledger.events()
-        if name is None:
-            return events
-        self.state(name)
-        return [event for event in events if event.facts["model"] == name]
-
-    def states(self, at: datetime | None = None) -> dict[str, ModelState]:
-        """All models as they stand, or as they stood."""
-        return replay(self.ledger.events(), at)
-
-    def state(self, name: str) -> ModelState:
-        """A model as it stands; raises NotFoundError for one that is not there."""
-        return _look_up(self.states(), name, self.root)
-
 # %% ../nbs/23_registry.ipynb #1694941a
 def _look_up(states: Mapping[str, ModelState], name: str, root: Path) -> ModelState:
     if name not in states:
@@ -355,14 +330,82 @@ def _made_from(state: ModelState, run: str) -> list[int]:
     named = matching_names(run, list(dict.fromkeys(runs.values()))) if run else []
     return [version for version, made_from in runs.items() if made_from in named]
 
-# %% ../nbs/23_registry.ipynb #a19cc58b
-class RegistryLookup(RegistryReader):
-    """A registry that is asked for versions."""
+# %% ../nbs/23_registry.ipynb #2dc2729d
+def _referenced(
+    state: ModelState,
+    mark: str,  # "/", "@" or ""
+    wanted: str,  # what stands behind it
+) -> int:
+    """The version that a reference means; raises NotFoundError that says what there is."""
+    if mark == "/":
+        return find_version(state, wanted)
+    if wanted == "latest":
+        number = max(state.versions, default=None)
+    else:
+        number = state.aliases.get(wanted) if mark else state.default
+    if number is None:
+        known = f"Aliases: {listed(state.aliases)}." if state.aliases else "It has no aliases."
+        what = f"alias '{wanted}'" if mark and wanted != "latest" else "version left"
+        raise NotFoundError(f"{state.name} has no {what}.{nearest(wanted, state.aliases)} {known}")
+    return number
+
+
+def _version(root: Path, state: ModelState, number: int) -> ModelVersion:
+    """A version with all that the ledger knows of it."""
+    event = state.registered[number]
+    facts = event.facts
+    return ModelVersion(
+        state.name,
+        number,
+        root / state.name / str(number),
+        facts["run"],
+        event.time,
+        event.who,
+        event.why,
+        aliases=tuple(alias for alias, points_to in state.aliases.items() if points_to == number),
+        traffic=state.traffic.get(number),
+        signer=facts["signer"],
+        gate=facts["gate"],
+        forced=tuple(facts["forced"]),
+        cells=facts.get("cells", {}),
+        files=facts["files"],
+    )
+
+# %% ../nbs/23_registry.ipynb #4347463e
+class Catalogue:
+    """What a registry holds."""
+
+    def __init__(
+        self,
+        root: Path | str | None = None,  # by default the setting registry.root
+    ):
+        self.root = Path(root or load_settings().registry.root).absolute()
+        self.ledger = Ledger(self.root / "ledger.jsonl", functools.partial(serving_files, self.root))
+
+    def token(self) -> tuple[int, ...]:
+        """Another one after each change: a cheap question for those who watch."""
+        return self.ledger.token()
+
+    def events(self, name: str | None = None) -> list[Event]:
+        """All events, or a model's; raises ArchiveError for a ledger that was tampered with, NotFoundError."""
+        events = self.ledger.events()
+        if name is None:
+            return events
+        self.state(name)
+        return [event for event in events if event.facts["model"] == name]
+
+    def states(self, at: datetime | None = None) -> dict[str, ModelState]:
+        """All models as they stand, or as they stood."""
+        return replay(self.ledger.events(), at)
+
+    def state(self, name: str) -> ModelState:
+        """A model as it stands; raises NotFoundError for one that is not there."""
+        return _look_up(self.states(), name, self.root)
 
     def versions(self, name: str) -> list[ModelVersion]:
         """The versions of a model, the oldest first; raises NotFoundError."""
         state = self.state(name)
-        return [self._version(state, number) for number in state.versions]
+        return [_version(self.root, state, number) for number in state.versions]
 
     def find(
         self,
@@ -371,37 +414,9 @@ class RegistryLookup(RegistryReader):
         """Find a version; raises NotFoundError that says what there is."""
         name, mark, wanted = re.fullmatch(r"([^/@]*)([/@]?)(.*)", reference, re.DOTALL).groups()
         state = self.state(name)
-        if mark == "/":
-            return self._version(state, find_version(state, wanted))
-        number = state.aliases.get(wanted) if mark and wanted != "latest" else state.default
-        if wanted == "latest":
-            number = max(state.versions, default=None)
-        if number is None:
-            known = f"Aliases: {listed(state.aliases)}." if state.aliases else "It has no aliases."
-            what = f"alias '{wanted}'" if mark and wanted != "latest" else "version left"
-            raise NotFoundError(f"{name} has no {what}.{nearest(wanted, state.aliases)} {known}")
-        return self._version(state, number)
+        return _version(self.root, state, _referenced(state, mark, wanted))
 
-    def _version(self, state: ModelState, number: int) -> ModelVersion:
-        event = state.registered[number]
-        facts = event.facts
-        return ModelVersion(
-            state.name,
-            number,
-            self.root / state.name / str(number),
-            facts["run"],
-            event.time,
-            event.who,
-            event.why,
-            aliases=tuple(alias for alias, points_to in state.aliases.items() if points_to == number),
-            traffic=state.traffic.get(number),
-            signer=facts["signer"],
-            gate=facts["gate"],
-            forced=tuple(facts["forced"]),
-            files=facts["files"],
-        )
-
-# %% ../nbs/23_registry.ipynb #7fd46335
+# %% ../nbs/23_registry.ipynb #1bc2dc8a
 def gate_evidence(
     run: Run,
 ) -> dict[str, Any]:  # passed, reason, judged, against, sha256 of gate.json; empty when there is no verdict
@@ -431,7 +446,7 @@ def _objections(run: Run, gate: Mapping[str, Any]) -> list[str]:
         found.append(f"nobody has signed it (mlkit sign {run.id})")
     return found
 
-
+# %% ../nbs/23_registry.ipynb #737532cf
 def _vouched(folder: Path, run: Run, trust: Trust | None) -> tuple[str, list[str]]:
     """Who vouches for a copy of a run, or what speaks against the signature."""
     trusted = load_settings().signing.trusted
@@ -443,6 +458,15 @@ def _vouched(folder: Path, run: Run, trust: Trust | None) -> tuple[str, list[str
     except (SignatureInvalid, MissingDependencyError) as error:
         told = str(error).replace(str(folder), str(run.folder)).replace(folder.name, run.id)
         return "", [told.rstrip(".")]
+
+
+def _refuse(run: Run, objections: Sequence[str]) -> None:
+    """Say all that speaks against a run, not only the first thing; raises RegistrationRefused."""
+    if objections:
+        raise RegistrationRefused(
+            f"{run.id} is not registered: {'; '.join(objections)}. To register it all the same, which the ledger "
+            "will keep: --force"
+        )
 
 # %% ../nbs/23_registry.ipynb #34926296
 def _files_to_copy(run: Run) -> dict[str, Path]:  # place in the version -> file of the run
@@ -477,106 +501,241 @@ def _copy_file(source: Path, target: Path) -> str:
         os.fchmod(writing.fileno(), 0o444)
     return digest.hexdigest()
 
-# %% ../nbs/23_registry.ipynb #ef6c6399
-class RegistryChanges(RegistryLookup):
-    """The part of a registry that changes a model."""
+# %% ../nbs/23_registry.ipynb #4b2fb783
+@contextlib.contextmanager
+def _copied(ledger: Ledger, run: Run, name: str) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A copy of a run beside the versions, with its digests; what is still there at the end is removed."""
+    files = _files_to_copy(run)
+    folder, descriptor = _make_folder(ledger, name)
+    try:
+        digests = {place: _copy_file(path, folder / place) for place, path in sorted(files.items())}
+        for inner in [path for path in folder.rglob("*") if path.is_dir()]:
+            sync_folder(inner)
+        sync_folder(folder)
+        yield folder, digests
+    except OSError as error:
+        raise storage_error(error, folder.parent, UNCHANGED) from error
+    finally:
+        os.close(descriptor)
+        if folder.exists():  # it was not given a number
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError, ArchiveError), ledger.locked():  # nobody is just about to use it
+                folder.parent.rmdir()
 
-    @contextlib.contextmanager
-    def _changing(self, name: str) -> Iterator[tuple[LedgerWriter, ModelState]]:
-        """The ledger, locked, with a model's state; what the dead have left is removed first."""
-        self.state(name)  # nothing is written for a model that is not there, not even a lock
-        with self.ledger.writing() as writer:
-            state = _look_up(replay(writer.events), name, self.root)
-            self._sweep(state)
-            yield writer, state
 
-    def _sweep(self, state: ModelState) -> None:
-        folder = self.root / state.name
-        for path in [*folder.glob(".writing-*"), *folder.glob(".trash-*")]:
+def _make_folder(ledger: Ledger, name: str) -> tuple[Path, int]:
+    """A hidden folder, held by us so that others see that we live."""
+    beside = ledger.path.parent / name
+    with ledger.locked():
+        try:
+            beside.mkdir(exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=beside, prefix=".writing-"))
+            os.chmod(folder, 0o755)
+        except OSError as error:
+            raise storage_error(error, beside, UNCHANGED) from error
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return folder, descriptor
+
+# %% ../nbs/23_registry.ipynb #89eb3a80
+@dataclass(frozen=True)
+class LockedModel:
+    """A model that nobody else changes in the meantime."""
+
+    root: Path  # of the registry
+    writer: LedgerWriter
+    state: ModelState
+
+    def record(self, what: str, why: str, **facts: Any) -> None:
+        """Write what is done to it; raises ArchiveError, and then nothing has changed."""
+        self.writer.append(what, why, model=self.state.name, **facts)
+
+
+@contextlib.contextmanager
+def lock_model(
+    ledger: Ledger,
+    name: str,
+    new: bool = False,  # it need not be there yet
+) -> Iterator[LockedModel]:
+    """Lock the ledger to change a model; raises NotFoundError, ArchiveError."""
+    root = ledger.path.parent
+    if not new:
+        _look_up(replay(ledger.events()), name, root)  # nothing is written for what is not there, not even a lock
+    with ledger.writing() as writer:
+        states = replay(writer.events)
+        state = states.get(name) or ModelState(name) if new else _look_up(states, name, root)
+        for path in [*(root / name).glob(".writing-*"), *(root / name).glob(".trash-*")]:
             if not _is_held(path):
                 shutil.rmtree(path, ignore_errors=True)
         for version in state.retired:
-            self._remove(folder / str(version))
+            _remove(root / name / str(version))
+        yield LockedModel(root, writer, state)
 
-    def _remove(self, folder: Path) -> None:
-        """Take a version away in one step, then its files; what is not there is gone already."""
-        with contextlib.suppress(OSError):
-            trash = folder.rename(folder.parent / f".trash-{folder.name}-{secrets.token_hex(4)}")
-            shutil.rmtree(trash, ignore_errors=True)
 
-# %% ../nbs/23_registry.ipynb #5434b03d
-class RegistryIntake(RegistryChanges):
-    """The part of a registry that takes copies in."""
+def _remove(folder: Path) -> None:
+    """Take a version away in one step, then its files; what is not there is gone already."""
+    with contextlib.suppress(OSError):
+        trash = folder.rename(folder.parent / f".trash-{folder.name}-{secrets.token_hex(4)}")
+        shutil.rmtree(trash, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _copied(self, run: Run, name: str) -> Iterator[tuple[Path, dict[str, str]]]:
-        """A copy of a run beside the versions, with its digests; what is still there at the end is removed."""
-        files = _files_to_copy(run)
-        folder, descriptor = self._make_folder(name)
-        try:
-            digests = {place: _copy_file(path, folder / place) for place, path in sorted(files.items())}
-            for inner in [path for path in folder.rglob("*") if path.is_dir()]:
-                sync_folder(inner)
-            sync_folder(folder)
-            yield folder, digests
-        except OSError as error:
-            raise write_error(error, folder.parent) from error
-        finally:
-            os.close(descriptor)
-            if folder.exists():  # it was not given a number
-                self._unmake_folder(folder)
-
-    def _unmake_folder(self, folder: Path) -> None:
-        """Remove a copy, and the model's folder when nothing else is in it."""
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError, ArchiveError), self.ledger.locked():  # nobody is just about to use it
-            folder.parent.rmdir()
-
-    def _make_folder(self, name: str) -> tuple[Path, int]:
-        """A hidden folder, held by us so that others see that we live."""
-        with self.ledger.locked():
-            try:
-                (self.root / name).mkdir(exist_ok=True)
-                folder = Path(tempfile.mkdtemp(dir=self.root / name, prefix=".writing-"))
-                os.chmod(folder, 0o755)
-            except OSError as error:
-                raise write_error(error, self.root / name) from error
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            return folder, descriptor
-
-# %% ../nbs/23_registry.ipynb #ade00f9f
-class RegistryNumbers(RegistryIntake):
-    """The part of a registry that gives out numbers."""
-
-    def _place(self, writer: LedgerWriter, folder: Path, name: str, why: str, facts: dict[str, Any]) -> int:
-        """Give the copy its number, in one step."""
-        state = replay(writer.events).get(name) or ModelState(name)
-        self._sweep(state)
-        for version in state.versions:
-            if _same_files(state.registered[version].facts["files"], facts["files"]):
-                raise InputError(f"{facts['run']} is {name}/{version} already, file by file.")
-        number = max(state.registered, default=0) + 1
-        final = self.root / name / str(number)
-        if final.exists():  # of a registration that was killed, or of somebody who does not know the registry
-            final.rename(final.parent / f".unregistered-{number}-{secrets.token_hex(4)}")
-        folder.rename(final)
-        try:
-            sync_folder(final.parent)
-            writer.append("registered", why, model=name, version=number, **facts)
-        except BaseException:
-            final.rename(folder)
-            raise
-        return number
+# %% ../nbs/23_registry.ipynb #f1cf9399
+def _give_number(model: LockedModel, folder: Path, why: str, facts: Mapping[str, Any]) -> int:
+    """Make a copy the next version, in one step; raises InputError for one that is there already."""
+    state = model.state
+    for version in state.versions:
+        if _same_files(state.registered[version].facts["files"], facts["files"]):
+            raise InputError(f"{facts['run']} is {state.name}/{version} already, file by file.")
+    number = max(state.registered, default=0) + 1
+    final = folder.parent / str(number)
+    if final.exists():  # of a registration that was killed, or of somebody who does not know the registry
+        final.rename(final.parent / f".unregistered-{number}-{secrets.token_hex(4)}")
+    folder.rename(final)
+    try:
+        sync_folder(final.parent)
+        model.record("registered", why, version=number, **facts)
+    except BaseException:
+        final.rename(folder)
+        raise
+    return number
 
 
 def _same_files(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
     """Whether two versions are the same, but for what a run's record goes on writing."""
     return {**first, RUN_FILE: ""} == {**second, RUN_FILE: ""}
 
-# %% ../nbs/23_registry.ipynb #71965cbf
-class RegistryRegister(RegistryNumbers):
-    """The part of a registry that turns runs into versions."""
+# %% ../nbs/23_registry.ipynb #e20868bb
+def _take_in(ledger: Ledger, run: Run, name: str, why: str, force: bool, trust: Trust | None) -> int:
+    """Make a run the next version of a model; what goes wrong leaves nothing behind."""
+    check_name(name)
+    gate = gate_evidence(run)
+    found = _objections(run, gate)
+    _refuse(run, [] if force else found)
+    with _copied(ledger, run, name) as (folder, digests):
+        signer, others = _vouched(folder, run, trust) if SIGNATURE_FILE in digests else ("", [])
+        _refuse(run, [] if force else others)
+        facts = {"run": run.id, "signer": signer, "gate": gate, "forced": found + others, "files": digests}
+        facts |= {"cells": cells} if (cells := model_cells(run)) else {}
+        with lock_model(ledger, name, new=True) as model:
+            return _give_number(model, folder, why, facts)
+
+# %% ../nbs/23_registry.ipynb #27ab16c0
+def _check_whole(model: LockedModel, number: int) -> None:
+    if findings := version_findings(_version(model.root, model.state, number)):
+        raise ArchiveError(f"It is not what was registered: {listed(findings)}. It is not put into service.")
+
+
+def _point(model: LockedModel, alias: str, version: int | str, why: str) -> int:
+    """Point an alias at a version, unless it does already."""
+    number = find_version(model.state, version)
+    _check_whole(model, number)
+    before = model.state.aliases.get(alias)
+    if before != number:
+        model.record("promoted", why, alias=alias, version=number, before=before)
+    return number
+
+
+def _points_to(state: ModelState, alias: str) -> int:
+    if alias not in state.aliases:
+        known = f"Aliases: {listed(state.aliases)}." if state.aliases else "It has no aliases."
+        raise NotFoundError(f"{state.name} has no alias '{alias}'.{nearest(alias, state.aliases)} {known}")
+    return state.aliases[alias]
+
+# %% ../nbs/23_registry.ipynb #c066f49c
+def _point_back(model: LockedModel, alias: str, to: int | str | None, at: datetime | None, why: str) -> int:
+    """Point an alias back: to a version, to where it was at a time, or one step."""
+    now = _points_to(model.state, alias)
+    wanted = _as_it_was(model, alias, at) if at else to
+    number = _one_step_back(model.state, alias) if wanted is None else find_version(model.state, wanted)
+    _check_whole(model, number)
+    if number != now:
+        model.record("rolled back", why, alias=alias, version=number, before=now)
+    return number
+
+
+def _one_step_back(state: ModelState, alias: str) -> int:
+    """Where an alias was before, as far as that is still there."""
+    now = state.aliases[alias]
+    earlier = [step for step in state.history[alias] if step != now and step not in state.retired]
+    if not earlier:
+        raise NotFoundError(f"{state.name}@{alias} has been nowhere else that is still there. Say where: --to VERSION")
+    return earlier[-1]
+
+
+def _as_it_was(model: LockedModel, alias: str, at: datetime) -> int:
+    """Where an alias was at a time."""
+    name, at = model.state.name, at if at.tzinfo else at.replace(tzinfo=UTC)
+    then = replay(model.writer.events, at).get(name)
+    if then is None or alias not in then.aliases:
+        raise NotFoundError(f"{name} had no {alias} at {at:%Y-%m-%d %H:%M:%S} UTC. See: mlkit models log {name}")
+    return then.aliases[alias]
+
+# %% ../nbs/23_registry.ipynb #6bc36600
+def _divide(model: LockedModel, weights: Mapping[int | str, float], why: str) -> dict[int, float]:
+    """Say which versions answer how much; raises InputError for a weight that is none."""
+    for weight in weights.values():
+        if not 0 < weight < float("inf"):
+            raise InputError(f"A weight of traffic is a number more than 0. Received: {weight}")
+    numbers = {find_version(model.state, version): weight for version, weight in weights.items()}
+    for number in numbers:
+        _check_whole(model, number)
+    whole = sum(numbers.values())
+    shares = {number: weight / whole for number, weight in numbers.items()}
+    model.record("divided", why, traffic={str(number): share for number, share in shares.items()})
+    return shares
+
+# %% ../nbs/23_registry.ipynb #5cff81f5
+def _needed(model: LockedModel, number: int) -> str:
+    """Why a version has to stay; "" when it has not."""
+    state = model.state
+    aliases = [alias for alias, points_to in state.aliases.items() if points_to == number]
+    if aliases:
+        return f"it is {listed(aliases)} (mlkit promote another, or mlkit demote {state.name} {aliases[0]})"
+    if number in state.traffic:
+        return "it answers a share of the traffic"
+    return "a process is serving it" if _is_held(model.root / state.name / str(number)) else ""
+
+
+def _retire(model: LockedModel, number: int, why: str) -> None:
+    model.record("retired", why, version=number)
+    _remove(model.root / model.state.name / str(number))
+
+
+def _retire_oldest(model: LockedModel, most: int) -> list[int]:
+    """Retire versions that nobody needs until there are no more than that; the newest stays."""
+    versions, gone = model.state.versions, []
+    for number in versions[:-1]:
+        if len(versions) - len(gone) > most and not _needed(model, number):
+            _retire(model, number, f"more than {most} versions")
+            gone.append(number)
+    return gone
+
+# %% ../nbs/23_registry.ipynb #a7fdd6af
+def _registry_findings(
+    root: Path, events: Sequence[Event], states: Mapping[str, ModelState], head: str
+) -> Iterator[str]:
+    """What is not as the events have it."""
+    if head and not any(event.digest.startswith(head) for event in events):
+        yield f"the ledger has no event {head}: it was written anew since that was noted"
+    for state in states.values():
+        for number in state.versions:
+            yield from version_findings(_version(root, state, number))
+    yield from _strays(root, states)
+    for path, data in serving_files(root, events).items():
+        if events and (not path.is_file() or path.read_bytes() != data):
+            yield f"{path.name} is not what the ledger says (mlkit models config writes it)"
+
+
+def _strays(root: Path, states: Mapping[str, ModelState]) -> Iterator[str]:
+    """Folders that look like versions and are none."""
+    for path in sorted(root.glob("*/[0-9]*")) + sorted(root.glob("*/.unregistered-*")):
+        state = states.get(path.parent.name)
+        known = path.name.isdigit() and state and int(path.name) in state.versions
+        if not known and (path.name.isdigit() or path.name.startswith(".")):
+            yield f"{path.parent.name}/{path.name}: nobody has registered this folder; look at it, then delete it"
+
+# %% ../nbs/23_registry.ipynb #96058f15
+class VersionStore(Catalogue):
+    """A catalogue whose versions come and go."""
 
     def register(
         self,
@@ -587,29 +746,34 @@ class RegistryRegister(RegistryNumbers):
         trust: Trust | None = None,  # whose signature counts; by default the keys in signing.trusted
     ) -> ModelVersion:
         """Make a version of a run; raises InputError, RegistrationRefused or ArchiveError and leaves nothing behind."""
-        check_name(name)
-        gate = gate_evidence(run)
-        found = _objections(run, gate)
-        self._refuse(run, [] if force else found)
-        with self._copied(run, name) as (folder, digests):
-            signer, others = _vouched(folder, run, trust) if SIGNATURE_FILE in digests else ("", [])
-            self._refuse(run, [] if force else others)
-            facts = {"run": run.id, "signer": signer, "gate": gate, "forced": found + others, "files": digests}
-            with self.ledger.writing() as writer:
-                number = self._place(writer, folder, name, why, facts)
+        number = _take_in(self.ledger, run, name, why, force, trust)
         self.apply_retention(name)
         return self.find(f"{name}/{number}")
 
-    def _refuse(self, run: Run, objections: Sequence[str]) -> None:
-        if objections:
-            raise RegistrationRefused(
-                f"{run.id} is not registered: {'; '.join(objections)}. To register it all the same, which the ledger "
-                "will keep: --force"
-            )
+    def retire(self, name: str, version: int | str, why: str = "") -> int:
+        """Delete a version that nobody needs; raises NotFoundError, InputError when somebody does."""
+        with lock_model(self.ledger, name) as model:
+            number = find_version(model.state, version)
+            if reason := _needed(model, number):
+                raise InputError(f"{name}/{number} is not retired: {reason}.")
+            _retire(model, number, why)
+        return number
 
-# %% ../nbs/23_registry.ipynb #e670f7f8
-class RegistryAliases(RegistryRegister):
-    """The part of a registry that says what is in service."""
+    def apply_retention(
+        self,
+        name: str,
+        most: int | None = None,  # versions to keep; by default registry.max_versions, where 0 means all
+    ) -> list[int]:  # those that went
+        """Retire the oldest versions that nobody needs; the newest always stays."""
+        most = load_settings().registry.max_versions if most is None else most
+        if not most or len(self.state(name).versions) <= most:
+            return []
+        with lock_model(self.ledger, name) as model:
+            return _retire_oldest(model, most)
+
+# %% ../nbs/23_registry.ipynb #51c53dba
+class Switchboard(VersionStore):
+    """A store of versions in which it is said which of them answers."""
 
     def promote(
         self,
@@ -620,12 +784,8 @@ class RegistryAliases(RegistryRegister):
     ) -> ModelVersion:
         """Point an alias at a version; raises InputError, NotFoundError, ArchiveError for a changed version."""
         check_alias(alias)
-        with self._changing(name) as (writer, state):
-            number = find_version(state, version)
-            self._check_whole(state, number)
-            if state.aliases.get(alias) != number:
-                facts = {"alias": alias, "version": number, "before": state.aliases.get(alias)}
-                writer.append("promoted", why, model=name, **facts)
+        with lock_model(self.ledger, name) as model:
+            number = _point(model, alias, version, why)
         return self.find(f"{name}/{number}")
 
     def rollback(
@@ -639,54 +799,18 @@ class RegistryAliases(RegistryRegister):
         """Point an alias back; raises InputError, NotFoundError where there is nothing to go back to, ArchiveError."""
         if to is not None and at is not None:
             raise InputError("Say to which version, or to which time, and not both.")
-        with self._changing(name) as (writer, state):
-            now = _pointing(state, alias)
-            wanted = _as_it_was(writer.events, state, alias, at) if at else to
-            number = _one_step_back(state, alias) if wanted is None else find_version(state, wanted)
-            self._check_whole(state, number)
-            if number != now:
-                writer.append("rolled back", why, model=name, alias=alias, version=number, before=now)
+        with lock_model(self.ledger, name) as model:
+            number = _point_back(model, alias, to, at, why)
         return self.find(f"{name}/{number}")
 
     def demote(self, name: str, alias: str, why: str = "") -> None:
         """Take an alias away; raises NotFoundError when there is none."""
-        with self._changing(name) as (writer, state):
-            writer.append("demoted", why, model=name, alias=alias, before=_pointing(state, alias))
+        with lock_model(self.ledger, name) as model:
+            model.record("demoted", why, alias=alias, before=_points_to(model.state, alias))
 
-    def _check_whole(self, state: ModelState, number: int) -> None:
-        if findings := version_findings(self._version(state, number)):
-            raise ArchiveError(f"It is not what was registered: {listed(findings)}. It is not put into service.")
-
-# %% ../nbs/23_registry.ipynb #701b3f4d
-def _pointing(state: ModelState, alias: str) -> int:
-    if alias not in state.aliases:
-        known = f"Aliases: {listed(state.aliases)}." if state.aliases else "It has no aliases."
-        raise NotFoundError(f"{state.name} has no alias '{alias}'.{nearest(alias, state.aliases)} {known}")
-    return state.aliases[alias]
-
-
-def _one_step_back(state: ModelState, alias: str) -> int:
-    """Where an alias was before, as far as that is still there."""
-    now = state.aliases[alias]
-    earlier = [step for step in state.history[alias] if step != now and step not in state.retired]
-    if not earlier:
-        raise NotFoundError(f"{state.name}@{alias} has been nowhere else that is still there. Say where: --to VERSION")
-    return earlier[-1]
-
-
-def _as_it_was(events: Iterable[Event], state: ModelState, alias: str, at: datetime) -> int:
-    """Where an alias was at a time."""
-    at = at if at.tzinfo else at.replace(tzinfo=UTC)
-    then = replay(events, at).get(state.name)
-    if then is None or alias not in then.aliases:
-        raise NotFoundError(
-            f"{state.name} had no {alias} at {at:%Y-%m-%d %H:%M:%S} UTC. See: mlkit models log {state.name}"
-        )
-    return then.aliases[alias]
-
-# %% ../nbs/23_registry.ipynb #a98b8407
-class RegistryTraffic(RegistryAliases):
-    """The part of a registry that says who answers how much."""
+# %% ../nbs/23_registry.ipynb #213dbc4c
+class Registry(Switchboard):
+    """Model versions under one folder, and which of them are in service."""
 
     def divide_traffic(
         self,
@@ -695,64 +819,8 @@ class RegistryTraffic(RegistryAliases):
         why: str = "",
     ) -> dict[int, float]:  # version -> share
         """Say which versions answer how much of the traffic; raises InputError, NotFoundError, ArchiveError."""
-        for weight in weights.values():
-            if not 0 < weight < float("inf"):
-                raise InputError(f"A weight of traffic is a number more than 0. Received: {weight}")
-        with self._changing(name) as (writer, state):
-            numbers = {find_version(state, version): weight for version, weight in weights.items()}
-            for number in numbers:
-                self._check_whole(state, number)
-            whole = sum(numbers.values())
-            shares = {number: weight / whole for number, weight in numbers.items()}
-            writer.append("divided", why, model=name, traffic={str(n): share for n, share in shares.items()})
-        return shares
-
-# %% ../nbs/23_registry.ipynb #21c86501
-class RegistryRetention(RegistryTraffic):
-    """The part of a registry that makes room."""
-
-    def retire(self, name: str, version: int | str, why: str = "") -> int:
-        """Delete a version that nobody needs; raises NotFoundError, InputError when somebody does."""
-        with self._changing(name) as (writer, state):
-            number = find_version(state, version)
-            if reason := self._needed(state, number):
-                raise InputError(f"{name}/{number} is not retired: {reason}.")
-            self._retire(writer, name, number, why)
-        return number
-
-    def _needed(self, state: ModelState, number: int) -> str:
-        """Why a version has to stay; "" when it has not."""
-        aliases = [alias for alias, points_to in state.aliases.items() if points_to == number]
-        if aliases:
-            return f"it is {listed(aliases)} (mlkit promote another, or mlkit demote {state.name} {aliases[0]})"
-        if number in state.traffic:
-            return "it answers a share of the traffic"
-        return "a process is serving it" if _is_held(self.root / state.name / str(number)) else ""
-
-    def _retire(self, writer: LedgerWriter, name: str, number: int, why: str) -> None:
-        writer.append("retired", why, model=name, version=number)
-        self._remove(self.root / name / str(number))
-
-    def apply_retention(
-        self,
-        name: str,
-        most: int | None = None,  # versions to keep; by default registry.max_versions, where 0 means all
-    ) -> list[int]:  # those that went
-        """Retire the oldest versions that nobody needs; the newest always stays."""
-        most = load_settings().registry.max_versions if most is None else most
-        gone: list[int] = []
-        if not most or len(self.state(name).versions) <= most:
-            return gone
-        with self._changing(name) as (writer, state):
-            for number in state.versions[:-1]:
-                if len(state.versions) - len(gone) > most and not self._needed(state, number):
-                    self._retire(writer, name, number, f"more than {most} versions")
-                    gone.append(number)
-        return gone
-
-# %% ../nbs/23_registry.ipynb #75702d86
-class RegistryCheck(RegistryRetention):
-    """The part of a registry that proves itself."""
+        with lock_model(self.ledger, name) as model:
+            return _divide(model, weights, why)
 
     def check(
         self,
@@ -764,25 +832,7 @@ class RegistryCheck(RegistryRetention):
             states = replay(events)
         except ArchiveError as error:
             return [str(error)]
-        findings = []
-        if head and not any(event.digest.startswith(head) for event in events):
-            findings.append(f"the ledger has no event {head}: it was written anew since that was noted")
-        for state in states.values():
-            for version in state.versions:
-                findings += version_findings(self._version(state, version))
-        findings += self._strays(states)
-        for path, data in self._derived(events).items():
-            if events and (not path.is_file() or path.read_bytes() != data):
-                findings.append(f"{path.name} is not what the ledger says (mlkit models config writes it)")
-        return findings
-
-    def _strays(self, states: Mapping[str, ModelState]) -> Iterator[str]:
-        """Folders that look like versions and are none."""
-        for path in sorted(self.root.glob("*/[0-9]*")) + sorted(self.root.glob("*/.unregistered-*")):
-            state = states.get(path.parent.name)
-            known = path.name.isdigit() and state and int(path.name) in state.versions
-            if not known and (path.name.isdigit() or path.name.startswith(".")):
-                yield f"{path.parent.name}/{path.name}: nobody has registered this folder; look at it, then delete it"
+        return list(_registry_findings(self.root, events, states, head))
 
     def write_config(self) -> Path:
         """Write models.config from the ledger, if it is not up to date; raises NotFoundError, ArchiveError."""
@@ -791,22 +841,16 @@ class RegistryCheck(RegistryRetention):
         with self.ledger.writing():  # brings all files up to date that follow from the ledger
             return self.root / "models.config"
 
-# %% ../nbs/23_registry.ipynb #98fc2a80
-class Registry(RegistryCheck):
-    """Model versions under one folder, and which of them are in service."""
-
     def __repr__(self) -> str:
         return f"Registry({str(self.root)!r})"
 
     def _repr_html_(self) -> str:
-        rows = [
-            (f"<code>{html.escape(version.reference)}</code>", *map(html.escape, version_row(version)))
-            for name in self.states()
-            for version in self.versions(name)
-        ]
+        versions = [version for name in self.states() for version in self.versions(name)]
+        names = [f"<code>{html.escape(version.reference)}</code>" for version in versions]
+        rows = [(name, *map(html.escape, version_row(each))) for name, each in zip(names, versions, strict=True)]
         return html_table(("version", "aliases", "traffic", "registered", "signed by", "run", "metrics"), rows)
 
-
+# %% ../nbs/23_registry.ipynb #8ad30532
 def version_row(
     version: ModelVersion,
 ) -> tuple[str, ...]:  # aliases, traffic, registered, signed by, run, metrics

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlkit.ledger import Event
     from mlkit.registry import ModelVersion, Registry
 
-# %% ../nbs/29_registry_commands.ipynb #3ec5f074
+# %% ../nbs/29_registry_commands.ipynb #c9dd6d45
 registry = typer.Typer(rich_markup_mode=None)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a model.")]
@@ -43,7 +43,7 @@ def _registry() -> "Registry":
 
 def _version_record(version: "ModelVersion") -> dict[str, Any]:
     """A version as JSON can hold it."""
-    told = {name: value for name, value in vars(version).items() if name != "files"}
+    told = {name: value for name, value in vars(version).items() if name not in ("files", "cells")}
     told |= {"reference": version.reference, "registered": version.registered.isoformat(), "path": str(version.path)}
     try:
         return told | {"metrics": version.metrics, "lineage": version.lineage()}
@@ -185,18 +185,23 @@ models = typer.Typer(
 )
 registry.add_typer(models, name="models")
 
-# %% ../nbs/29_registry_commands.ipynb #da436b26
-@models.command(epilog="Example: mlkit models churn --json")
+# %% ../nbs/29_registry_commands.ipynb #61d9410f
+@models.command(epilog="Example: mlkit models churn/3; mlkit models churn@champion; mlkit models churn --json")
 def show(
-    name: Annotated[str | None, typer.Argument(help="Name of a model; all by default.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME|NAME/VERSION|NAME@ALIAS]", help="A model or a version; all by default."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show versions with their aliases, traffic, metrics, and the run they come from."""
+    """Show versions with their aliases, traffic, metrics, and where they come from: run, notebook cell, data."""
     from mlkit.registry import version_row
 
     kept = _registry()
-    names = [name] if name else list(kept.states())
-    versions = [version for each in names for version in kept.versions(each)]
+    if name and re.search("[/@]", name):
+        versions = [kept.find(name)]
+    else:
+        versions = [version for each in ([name] if name else kept.states()) for version in kept.versions(each)]
     if as_json:
         print_json([_version_record(version) for version in versions])
         return
@@ -209,20 +214,29 @@ def show(
     if name:
         _print_lineage(versions[-1])
 
-
+# %% ../nbs/29_registry_commands.ipynb #6b5ef127
 def _print_lineage(version: "ModelVersion") -> None:
-    """Where the newest version comes from."""
+    """Where a version comes from."""
     told = _version_record(version)["lineage"]
     console.print(f"\n{version.reference} comes from the run {version.run}", soft_wrap=True)
-    for word in ("notebook", "commit"):
-        if told.get(word):
-            console.print(f"  {word:9} {escape(told[word])}", soft_wrap=True)
-    for data in told.get("data", []):
-        console.print(f"  data      {escape(str(data['name']))}  {str(data['fingerprint'])[:16]}", soft_wrap=True)
+    rows = [("notebook", told.get("notebook", ""))]
+    rows += [(what, _cell_told(cell)) for what, cell in told.get("cells", {}).items()]
+    rows += [("commit", told.get("commit", ""))]
+    rows += [
+        ("data", f"{each['name']}  {each['source']}  {str(each['fingerprint'])[:16]}") for each in told.get("data", [])
+    ]
+    for word, text in rows:
+        if text:
+            console.print(f"  {word:9} {escape(text)}", soft_wrap=True)
     if version.gate:
         console.print(f"  gate      {escape(version.gate.get('reason', ''))}", soft_wrap=True)
     for objection in version.forced:
         console.print(f"  [yellow]forced[/]    {escape(objection)}", soft_wrap=True)
+
+
+def _cell_told(cell: dict[str, Any]) -> str:
+    """A cell of the notebook in a line."""
+    return f"by cell {cell['index']}, {cell['heading']}:  {cell['line']}"
 
 # %% ../nbs/29_registry_commands.ipynb #48a48b9e
 @models.command(epilog="Example: mlkit models log churn")
@@ -296,7 +310,7 @@ def config(
     path = kept.write_config()
     console.print(f"[green]●[/] {escape(str(path))} is what the ledger says", soft_wrap=True)
 
-# %% ../nbs/29_registry_commands.ipynb #7c504f90
+# %% ../nbs/29_registry_commands.ipynb #63e57bdb
 mirror = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Mirror runs and models into MLflow, and back.")
 registry.add_typer(mirror, name="mlflow")
 
@@ -328,7 +342,7 @@ def push(
     rows = [(each.reference, str(each.number), ", ".join(each.aliases), "new" if each.new else "") for each in done]
     console.print(text_grid(("version", "in MLflow", "aliases", ""), rows, right=("in MLflow",)))
 
-
+# %% ../nbs/29_registry_commands.ipynb #bcc04cc4
 @mirror.command(epilog="Example: mlkit mlflow pull churn@champion")
 def pull(
     reference: Annotated[str, typer.Argument(metavar="NAME@ALIAS|NAME/VERSION", help="As MLflow has it.")],

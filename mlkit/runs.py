@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Status', 'RUN_FILE', 'INDEX_FILE', 'INDEX_TABLE', 'COMPARISONS', 'STATUS_COLORS', 'ID_PATTERN', 'write_atomic',
-           'storage_error', 'Part', 'Owner', 'Environment', 'Code', 'Artifact', 'Cell', 'Failure', 'Point', 'Record',
-           'current_owner', 'is_alive', 'current_environment', 'current_code', 'RunFolder', 'read_record', 'locked',
-           'RunLife', 'true_status', 'list_artifacts', 'RunLog', 'RunFiles', 'RunProducts', 'SavedFigure',
-           'find_model_version', 'Run', 'RunSummary', 'read_summaries', 'Condition', 'sparkline', 'status_html',
-           'format_number', 'format_seconds', 'html_table', 'run_html', 'RunTable', 'RunCreation', 'matching_names',
-           'newest_run', 'RunArchive']
+           'storage_error', 'new_folder', 'Part', 'Owner', 'Environment', 'Code', 'Artifact', 'Cell', 'Failure',
+           'Point', 'Record', 'current_owner', 'is_alive', 'current_environment', 'current_code', 'RunFolder',
+           'read_record', 'locked', 'RunLife', 'true_status', 'list_artifacts', 'RunLog', 'RunFiles', 'RunProducts',
+           'SavedFigure', 'find_model_version', 'Run', 'RunSummary', 'read_summaries', 'Condition', 'sparkline',
+           'status_html', 'format_number', 'format_seconds', 'html_table', 'run_html', 'RunTable', 'RunCreation',
+           'matching_names', 'newest_run', 'RunArchive']
 
 # %% ../nbs/01_runs.ipynb #834ac0be
 import ast
@@ -45,7 +45,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import mlkit
 from .settings import ArchiveError, InputError, NotFoundError, load_settings, nearest
 
-# %% ../nbs/01_runs.ipynb #926daa77
+# %% ../nbs/01_runs.ipynb #d79d68cb
 def write_atomic(
     path: Path,  # the file to replace
     data: bytes | str,  # its new content
@@ -74,14 +74,34 @@ def write_atomic(
 def storage_error(
     error: OSError,  # what the operating system said
     path: Path,  # what was being written
+    following: str = "choose another folder with `--set runs.root=...`",  # what else there is to say
 ) -> ArchiveError:
     """The operating system's refusal, with what to do about it."""
-    advice = {
-        errno.ENOSPC: "The disk is full: make room (`mlkit rm`) or choose another folder with `--set runs.root=...`",
-        errno.EROFS: "The file system is read-only: choose another folder with `--set runs.root=...`",
-        errno.EACCES: "No permission to write there: choose another folder with `--set runs.root=...`",
-    }.get(error.errno, "Check the folder, or choose another with `--set runs.root=...`")
-    return ArchiveError(f"Cannot write {path}: {error.strerror}. {advice}.")
+    reason = {
+        errno.ENOSPC: "The disk is full: make room (`mlkit rm`)",
+        errno.EROFS: "The file system is read-only",
+        errno.EACCES: "No permission to write there",
+    }.get(error.errno, "Check the folder")
+    return ArchiveError(f"Cannot write {path}: {error.strerror}. {reason}; {following}.")
+
+# %% ../nbs/01_runs.ipynb #adc681bc
+@contextlib.contextmanager
+def new_folder(
+    final: Path,  # its name in the end, which nothing has yet
+) -> Iterator[Path]:  # to write into
+    """Make a folder in one step, all of it or nothing; raises ArchiveError where it cannot be made."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(dir=final.parent, prefix=".writing-"))
+    except OSError as error:
+        raise storage_error(error, final) from error
+    try:
+        yield hidden
+        os.chmod(hidden, 0o755)
+        hidden.rename(final)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
 
 # %% ../nbs/01_runs.ipynb #3028a96b
 Status = Literal["created", "running", "completed", "failed", "interrupted", "interactive"]
@@ -517,7 +537,7 @@ class RunFiles(RunFolder):
             names = {artifact.path for artifact in added}
             record.artifacts = [artifact for artifact in record.artifacts if artifact.path not in names] + added
 
-# %% ../nbs/01_runs.ipynb #e268fa45
+# %% ../nbs/01_runs.ipynb #2a3abef2
 class RunProducts(RunFiles):
     """What a job leaves behind."""
 
@@ -543,14 +563,8 @@ class RunProducts(RunFiles):
         final = self._subfolder("saved_model") / str(version)
         if final.exists():
             raise InputError(f"{self.id} already holds saved_model/{version}; pass another version.")
-        temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=".writing-"))
-        try:
-            save(temporary)
-            os.chmod(temporary, 0o755)
-            temporary.rename(final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        with new_folder(final) as folder:
+            save(folder)
         self._list(*(path for path in sorted(final.rglob("*")) if path.is_file()))
         return final
 

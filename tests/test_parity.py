@@ -22,11 +22,12 @@ import keras
 import tensorflow as tf
 
 from mlkit import export, parity, restoration, tfjs
+from mlkit.agreement import load_golden
 from mlkit.browser import write_page
 from mlkit.conversion import KINDS, convert_model
 from mlkit.data import Dataset, load_dataset
 from mlkit.export import SavedModel, as_requests, export_saved_model, load_saved_model
-from mlkit.golden import as_csv_row, as_json_row, load_golden
+from mlkit.golden import as_csv_row, as_json_row
 from mlkit.model import build_model
 from mlkit.parity import Parity, check_parity
 from mlkit.portable import load_portable

@@ -39,13 +39,13 @@ FILES = {
 
 
 def make_run(
-    root: Path, model: str = "the graph", *, passed: bool | None = True, others: dict[str, str] = FILES
+    root: Path, model: str | bytes = "the graph", *, passed: bool | None = True, others: dict[str, str] = FILES
 ) -> Run:
     """A completed run as the registry wants it, but for a signature."""
     with RunArchive(root / "runs").create("train", notebook="nbs/jobs/train.ipynb") as run:
         for name, text in (others | {"saved_model/1/saved_model.pb": model}).items():
             (run.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (run.folder / name).write_text(text)
+            (run.folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         if passed is not None:
             verdict = {"passed": passed, "reason": "Refused: auc." if not passed else "All passed.", "run": run.id}
             (run.folder / "gate.json").write_text(json.dumps(verdict))
@@ -140,9 +140,49 @@ def test_the_command_line_shows_and_moves_versions(registry: Registry, mlkit: Ca
     assert 'base_path: "/models/churn"' in mlkit("models", "config", "--base", "/models/")[1]
 
 
+def write_notebook(run: Run, *sources: str) -> None:
+    """An executed notebook under one heading, whose cells were at work for a minute each, the last until now."""
+    cells = [{"cell_type": "markdown", "source": "## Training", "metadata": {}}]
+    for minutes, source in zip(range(len(sources), 0, -1), sources, strict=True):
+        begun = datetime.now(UTC) - timedelta(minutes=minutes) + timedelta(seconds=5)
+        ended = begun + timedelta(seconds=59)
+        timing = {"start_time": begun.isoformat(), "end_time": ended.isoformat(), "status": "completed"}
+        cells += [{"cell_type": "code", "source": source, "outputs": [], "metadata": {"papermill": timing}}]
+    (run.folder / "notebook.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}))
+
+
+def test_a_version_leads_back_to_run_data_and_notebook_cell(place: Path, signing: Callable, mlkit: Callable) -> None:
+    run = make_run(place)
+    write_notebook(run, "prepare()", "# long\nhistory = network.fit(rows)", "export_saved_model(network, data, run)")
+    curves = run.tensorboard / "train"
+    curves.mkdir()
+    (curves / "events.out.tfevents.1").write_text("curves")
+    a_minute_ago = datetime.now(UTC).timestamp() - 60
+    os.utime(curves / "events.out.tfevents.1", (a_minute_ago, a_minute_ago))
+    assert mlkit("register", signing(run).id, "--name", "churn")[0] == 0
+    Registry().register(make_run(place, "another"), "churn", force=True)  # whose notebook is not there
+    Registry().promote("churn", 1)
+    shutil.rmtree(place / "runs")
+    for reference in ("churn/1", "churn@champion"):
+        code, said, complaint = mlkit("models", reference)
+        assert code == 0, complaint
+        for told in (run.id, "nbs/jobs/train.ipynb", "retail.parquet  5d41402a", "churn/1 comes from the run"):
+            assert told in said, said
+        assert "by cell 2, Training:  # long" in said, said
+        assert "by cell 3, Training:  export_saved_model(network, data, run)" in said, said
+    (told,) = json.loads(mlkit("models", "churn/1", "--json")[1])
+    assert told["lineage"]["cells"]["trained"] == {"index": 2, "heading": "Training", "line": "# long"}
+    assert told["lineage"]["cells"]["saved"]["index"] == 3
+    code, said, _ = mlkit("models", "churn/2")
+    assert (code, "by cell" in said) == (0, False)
+    assert mlkit("verify", "churn/1")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        ("models churn/9", 2, "There is no version 9 of churn"),
+        ("models churn@chalenger", 2, "has no alias 'chalenger'"),
         ("register latest", 2, "--name NAME"),
         ("register nothing --name churn", 2, "There is no run"),
         ("register latest --name a/b", 2, "A model's name has letters"),
@@ -599,6 +639,45 @@ def test_folders_that_nobody_registered_are_named_and_not_lost(
     assert any("nobody has registered" in finding for finding in registry.check())
 
 
+def test_a_version_that_was_copied_by_half_does_not_go_into_service(
+    registry: Registry, place: Path, mlkit: Callable
+) -> None:
+    shutil.copytree(registry.root, place / "backup")
+    copied = sorted(path for path in (registry.root / "churn" / "3").rglob("*") if path.is_file())
+    for path in copied[len(copied) // 2 :]:  # a copy of the folder that was interrupted
+        path.unlink()
+    half = copied[len(copied) // 2 - 1]
+    half.chmod(0o644)
+    half.write_bytes(half.read_bytes()[:3])
+    code, said, _ = mlkit("models", "check", "--json")
+    findings = json.loads(said)["findings"]
+    assert code == 1
+    assert len([each for each in findings if each.startswith("churn/3: ")]) == len(findings) >= 4, findings
+    for write in (
+        lambda: registry.promote("churn", 3),
+        lambda: registry.promote("churn", 3, alias="challenger"),
+        lambda: registry.divide_traffic("churn", {2: 1, 3: 1}),
+    ):
+        with pytest.raises(ArchiveError, match="It is not put into service"):
+            write()
+    assert registry.state("churn").aliases == {"champion": 2}  # the others are not concerned
+    assert registry.rollback("churn").version == 1
+    shutil.copytree(place / "backup" / "churn", registry.root / "churn", dirs_exist_ok=True)
+    assert registry.check() == []
+    assert registry.promote("churn", 3).version == 3
+
+
+def test_half_a_copy_without_its_lines_in_the_ledger_is_no_version(registry: Registry, place: Path) -> None:
+    half = registry.root / "churn" / "4"
+    (half / "variables").mkdir(parents=True)
+    (half / "saved_model.pb").write_text("graph")
+    assert [finding.partition(":")[0] for finding in registry.check()] == ["churn/4"]
+    with pytest.raises(NotFoundError, match="There is no version 4"):
+        registry.promote("churn", 4)
+    assert "versions: 4" not in (registry.root / "models.config").read_text()
+    assert registry.find("churn@latest").version == 3
+
+
 # Bad days
 
 KILLED = """
@@ -633,6 +712,7 @@ ACTIONS = {  # what is done, and what is then so
     "rollback": (lambda kept: kept.rollback("churn"), lambda kept: kept.find("churn").version == 1),
     "demote": (lambda kept: kept.demote("churn", "champion"), lambda kept: not kept.state("churn").aliases),
     "retire": (lambda kept: kept.retire("churn", 1), lambda kept: 1 not in kept.state("churn").versions),
+    "divide": (lambda kept: kept.divide_traffic("churn", {2: 1, 3: 1}), lambda kept: kept.state("churn").traffic),
 }
 told = {}
 for name, (action, is_so) in ACTIONS.items():
@@ -676,11 +756,92 @@ def test_a_kill_at_any_step_leaves_every_alias_at_one_complete_version(place: Pa
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
-    assert set(told) == {"register", "promote", "rollback", "demote", "retire"}
+    assert set(told) == {"register", "promote", "rollback", "demote", "retire", "divide"}
     assert all(before >= 5 and after >= 2 for before, after in told.values()), (
         told
     )  # kills before it counted, and after
     assert told["register"][0] > 30, told
+
+
+KILLED_AGAIN = (
+    KILLED.partition("told = {}")[0]
+    + """
+import random
+random.seed(7)
+shutil.copytree(pristine, root)
+killed = done = 0
+for round in range(90):  # nothing is repaired in between but by the next one, which is killed, too
+    name = random.choice([name for name in ACTIONS if name != "register"] + ["promote"] * 3 + ["new"] * 2)
+    child = os.fork()
+    if not child:
+        when = [random.randint(1, 60 if name == "new" else 18)]
+        for each in NAMES:
+            setattr(os, each, dying(getattr(os, each), each, when))
+        kept = Registry(root)
+        try:
+            if name == "new":
+                kept.register(Run(third), f"model{round}", force=True)
+            elif name in ("promote", "rollback"):
+                kept.promote("churn", random.choice(kept.state("churn").versions))
+            else:
+                ACTIONS[name][0](kept)
+        except Exception as error:  # what can no longer be done: retired already, no champion
+            os._exit(0 if type(error).__name__ in ("NotFoundError", "InputError") else 3)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, (round, name, status)
+    killed, done = killed + os.WIFSIGNALED(status), done + os.WIFEXITED(status)
+    kept = Registry(root)
+    for model, state in kept.states().items():
+        found = [kept.find(f"{model}@{alias}") for alias in state.aliases] + kept.versions(model)
+        assert [version_findings(version) for version in found] == [[]] * len(found), (round, name)
+kept.promote("churn", 3)
+for model in kept.states():
+    kept.promote(model, kept.state(model).versions[-1], alias="last")
+findings = [finding for finding in kept.check() if "nobody has registered" not in finding]
+left = [str(path) for path in root.rglob(".*") if path.name != ".lock" and ".unregistered" not in str(path)]
+known = kept.states()
+left = [path for path in left if Path(path).parent.name in known or Path(path).parent == root]
+assert (findings, left) == ([], []), (findings, left)
+print(json.dumps([killed, done]))
+"""
+)
+
+
+def test_kill_after_kill_leaves_every_alias_at_one_complete_version(place: Path) -> None:
+    runs = [make_run(place, f"graph {number}", others={}) for number in (1, 2, 3)]
+    command = [sys.executable, "-c", KILLED_AGAIN, place / "models", *(run.folder for run in runs)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    killed, done = json.loads(result.stdout)
+    assert killed >= 40, (killed, done)
+    assert done >= 10, (killed, done)
+
+
+def test_a_writer_that_dies_among_others_holds_nobody_up(registry: Registry) -> None:
+    code = f"""
+import sys
+from mlkit.registry import Registry
+registry = Registry({str(registry.root)!r})
+for turn in range(20):
+    registry.promote("churn", 1 + turn % 3, alias=sys.argv[1])
+    print(turn, flush=True)
+"""
+    names = ("first", "second", "dying")
+    command = [sys.executable, "-c", code]
+    writers = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in names]
+    try:
+        assert writers[2].stdout.readline() == "0\n"
+        writers[2].kill()
+        assert [writer.wait(120) for writer in writers[:2]] == [0, 0]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    promoted = [event.facts["alias"] for event in registry.events() if event.what == "promoted"]
+    assert [promoted.count(name) for name in names[:2]] == [20, 20]
+    assert promoted.count("dying") >= 1
+    assert registry.check() == []
 
 
 def test_eight_writers_at_once_lose_nothing(place: Path) -> None:
@@ -857,6 +1018,61 @@ def test_a_model_is_mirrored_into_mlflow_and_comes_back_with_its_signature(
     assert int(client.get_model_version_by_alias("churn", "champion").version) == 2
 
 
+def askable() -> bytes:
+    """A saved_model.pb with a signature and no graph."""
+    from mlkit.messages import message_class
+
+    saved = message_class("SavedModel")()
+    graph = saved.meta_graphs.add()
+    graph.meta_info_def.tags.append("serve")
+    told = graph.signature_def["serving_default"]
+    told.method_name = "tensorflow/serving/predict"
+    for tensors, name in ((told.inputs, "amount"), (told.outputs, "score")):
+        tensors[name].dtype = 1
+        tensors[name].tensor_shape.dim.add(size=-1)
+    return saved.SerializeToString()
+
+
+def test_a_mirrored_version_is_a_model_that_mlflow_knows(
+    place: Path, signing: Callable, mlkit: Callable, mlflow: str
+) -> None:
+    import yaml
+    from mlflow import MlflowClient
+
+    run = make_run(place, askable())
+    Registry().register(signing(run), "churn")
+    assert mlkit("mlflow", "push", "--uri", mlflow)[0] == 0
+    client = MlflowClient(tracking_uri=mlflow, registry_uri=mlflow)
+    version = client.get_model_version("churn", "1")
+    described = yaml.safe_load(Path(client.download_artifacts(version.run_id, "versions/churn/1/MLmodel")).read_text())
+    assert described["run_id"] == version.run_id
+    assert described["flavors"]["tensorflow"]["signature_def_key"] == "serving_default"
+    assert described["flavors"]["python_function"]["loader_module"] == "mlflow.tensorflow"
+    spec = {"name": "amount", "type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1]}}
+    assert json.loads(described["signature"]["inputs"]) == [spec]
+    shutil.rmtree(run.folder)
+    assert mlkit("mlflow", "pull", "churn/1", "--uri", mlflow)[0] == 0
+    assert not list(run.folder.rglob("MLmodel"))
+    assert mlkit("verify", run.id)[0] == 0
+
+
+def test_mlflow_itself_reads_what_a_mirrored_version_takes(
+    place: Path, mlflow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pandas")  # without it, MLflow cannot read its own file
+    import mlflow as package
+
+    from mlkit.mlflow import ModelMirror
+
+    registry = Registry()
+    registry.register(make_run(place, askable()), "churn", force=True)
+    ModelMirror(mlflow).push_model(registry, "churn")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
+    told = package.models.get_model_info("models:/churn/1")
+    assert told.signature.inputs.input_names() == ["amount"]
+    assert set(told.flavors) == {"tensorflow", "python_function"}
+
+
 def test_mirroring_that_was_killed_is_done_again_once(
     registry: Registry, mlflow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -892,6 +1108,66 @@ def test_mlflow_that_is_not_there_is_said(
     assert (code, "pip install 'mlkit[mlflow]'" in complaint) == (2, True), complaint
 
 
+FOREIGN = """
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from mlkit.servables import load_servable
+
+class Doubling(tf.Module):
+    @tf.function(input_signature=[tf.TensorSpec((None, 1), tf.float32, name="x")])
+    def __call__(self, x):
+        return {"y": 2 * x}
+
+place = Path("foreign")
+network = keras.Sequential([keras.layers.Input((1,), name="x"), keras.layers.Dense(1, kernel_initializer="ones")])
+lambdas = keras.Sequential([keras.layers.Input((1,)), keras.layers.Lambda(lambda x: x)])
+for name, model in {"network": network, "lambdas": lambdas}.items():  # as mlflow.tensorflow lays them out
+    (place / name / "data").mkdir(parents=True)
+    model.save(place / name / "data" / "model.keras")
+tf.saved_model.save(Doubling(), place / "module" / "tf2model")
+tf.saved_model.save(tf.Module(), place / "nothing" / "tf2model")
+print("made", flush=True)
+for line in sys.stdin:
+    servable = load_servable(Path(line.strip()))
+    answers = servable.run("serving_default", {"x": np.array([[3.0]], "float32")})
+    print(*(np.asarray(each).tolist() for each in answers.values()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_models_that_others_have_registered_in_mlflow_are_served(place: Path, mlkit: Callable, mlflow: str) -> None:
+    from mlkit.mlflow import connect
+
+    client, log = connect(mlflow), (place / "log").open("w")
+    command = [sys.executable, "-c", FOREIGN]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=place, stdin=pipe, stdout=pipe, stderr=log, text=True) as asked:
+        assert asked.stdout.readline() == "made\n", (place / "log").read_text()
+        made = client.create_run("0").info
+        for folder in sorted((place / "foreign").iterdir()):
+            client.log_artifacts(made.run_id, str(folder), folder.name)
+            client.create_registered_model(folder.name)
+            client.create_model_version(folder.name, f"{made.artifact_uri}/{folder.name}", made.run_id)
+        answers = {}
+        for name in ("network", "module"):
+            code, said, complaint = mlkit("mlflow", "pull", f"{name}/1", "--uri", mlflow, "--json")
+            assert code == 0, complaint
+            asked.stdin.write(f"{json.loads(said)['path']}/saved_model/1\n")
+            asked.stdin.flush()
+            answers[name] = asked.stdout.readline()
+    assert answers == {"network": "[[3.0]]\n", "module": "[[6.0]]\n"}
+    before = len(RunArchive().list())
+    for name, reason in {"lambdas": "Lambda", "nothing": "has no signatures"}.items():
+        code, _, complaint = mlkit("mlflow", "pull", f"{name}/1", "--uri", mlflow)
+        assert (code, reason in complaint) == (2, True), complaint
+    assert len(RunArchive().list()) == before
+
+
 # A real one
 
 
@@ -922,5 +1198,9 @@ def test_a_trained_model_goes_all_the_way(place: Path, mlkit: Callable, monkeypa
     assert (version.run, version.signer, version.forced, version.gate["passed"]) == (run.id, "alice", (), True)
     assert version.metrics == run.record.metrics
     assert version.lineage()["data"][0]["fingerprint"]
+    cells = version.lineage()["cells"]
+    assert {what: cell["heading"] for what, cell in cells.items()} == {"trained": "Training", "saved": "Export"}
+    assert (cells["trained"]["line"], cells["saved"]["line"][:19]) == ("history = fit(", "export_saved_model(")
+    assert cells["trained"]["line"] in mlkit("models", "retail@champion")[1]
     result = subprocess.run([sys.executable, "-c", LOADED, version.path], capture_output=True, text=True)
     assert "serving_default" in result.stdout, result.stderr
