@@ -44,7 +44,7 @@ def _bar(silent: bool) -> Progress:
     parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*parts, console=errors, transient=True, disable=silent or not errors.is_terminal)
 
-# %% ../nbs/29_prediction_commands.ipynb #8b84ed6c
+# %% ../nbs/29_prediction_commands.ipynb #fda20a80
 @prediction.command(
     epilog="Example: mlkit predict churn@champion --input 'today-*.parquet' --output scores.parquet --key id"
 )
@@ -55,7 +55,10 @@ def predict(
     key: Annotated[str | None, typer.Option(metavar="COLUMN,...", help="Kept beside the answers.")] = None,
     query: Annotated[str | None, typer.Option(metavar="SQL", help="What to ask a database.")] = None,
     kind: Annotated[str, typer.Option(help="savedmodel, or a conversion: float32, int8, ...")] = "savedmodel",
-    processes: Annotated[int, typer.Option(min=1, max=256, help="How many answer.")] = 1,
+    engine: Annotated[str, typer.Option(help="local, or ray: the nodes of the running cluster.")] = "local",
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=256, help="How many answer; by default all cores.")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Put the answers in place of older ones.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -73,13 +76,18 @@ def predict(
             query=query,
             key=_columns(key),
             kind=kind,
+            engine=engine,
             processes=processes,
             replace=replace,
             progress=lambda answered, total: bar.update(task, completed=answered, total=total),
         )
     if as_json:
         told = {"rows": predicted.rows, "from_before": predicted.kept, "seconds": predicted.seconds}
-        print_json({"path": str(predicted.path), **told, **predicted.names})
+        aside = {"set_aside": predicted.set_aside, "aside": predicted.aside and str(predicted.aside)}
+        print_json({"path": str(predicted.path), **told, **aside, **predicted.names})
         return
     console.print(predicted_table(predicted))
+    if predicted.aside:
+        told = f"\nCleaning took out {predicted.set_aside:,} rows, which have no answer: {escape(str(predicted.aside))}"
+        console.print(told, soft_wrap=True)
     console.print(f"\nLook at them: [bold]mlkit data describe {escape(str(predicted.path))}[/]", soft_wrap=True)

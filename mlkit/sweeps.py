@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['THREADS', 'Watcher', 'RAY_EXTRA', 'TRAVELLING', 'LOSSES', 'PATIENCE', 'parse_axis', 'grid', 'sample', 'read_points',
            'visible_devices', 'default_jobs', 'shares', 'PointState', 'PointList', 'run_sweep', 'resume_sweep',
-           'execute_sweep', 'ready_engine', 'close_abandoned', 'import_ray', 'ray_cluster', 'task_demand', 'Assignment',
-           'travelling_environment', 'News', 'open_mirror', 'push_run', 'pull_run', 'carry_out', 'execute_point',
-           'adapted', 'bring_home', 'has_ended', 'marked', 'assignment_of', 'write_hparams']
+           'execute_sweep', 'ready_engine', 'close_abandoned', 'import_ray', 'ray_cluster', 'quiet_ray', 'task_demand',
+           'Assignment', 'travelling_environment', 'News', 'open_mirror', 'push_run', 'pull_run', 'carry_out',
+           'execute_point', 'adapted', 'bring_home', 'has_ended', 'marked', 'assignment_of', 'write_hparams']
 
 # %% ../nbs/26_sweeps.ipynb #217662ed
 import contextlib
@@ -415,7 +415,7 @@ def import_ray() -> Any:  # the module
         raise MissingDependencyError(f"Work over a cluster needs Ray ({error}). It comes with: {RAY_EXTRA}") from error
     return ray
 
-# %% ../nbs/26_sweeps.ipynb #dc92998a
+# %% ../nbs/26_sweeps.ipynb #64d21604
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[Any]:  # the module ray, connected
     """The running cluster, left at the end if it was joined here; raises MlkitError when there is none."""
@@ -428,7 +428,7 @@ def ray_cluster() -> Iterator[Any]:  # the module ray, connected
     except (OSError, RuntimeError, ValueError) as error:
         raise _no_cluster(str(error).partition("\n")[0]) from error
     try:
-        with _quiet(ray):
+        with quiet_ray(ray):
             yield ray
     finally:
         ray.shutdown()
@@ -441,7 +441,7 @@ def _no_cluster(reason: str) -> MlkitError:
     )
     return MlkitError(f"There is no Ray cluster to run on: {reason.rstrip('.')}. {advice}")
 
-# %% ../nbs/26_sweeps.ipynb #70186a6a
+# %% ../nbs/26_sweeps.ipynb #fcabb01f
 def _cluster_address() -> str:  # "auto" where Ray has to look for one
     """Address of the cluster that RAY_ADDRESS names, or was started last; raises MlkitError when it does not answer."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
@@ -457,7 +457,9 @@ def _cluster_address() -> str:  # "auto" where Ray has to look for one
 
 
 @contextlib.contextmanager
-def _quiet(ray: Any) -> Iterator[None]:
+def quiet_ray(
+    ray: Any,  # the module
+) -> Iterator[None]:
     """Send what Ray would print about its nodes to the log; Ray has no option for it."""
     worker = getattr(ray._private, "worker", None)
     print_it = getattr(worker, "print_to_stdstream", None)

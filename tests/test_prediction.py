@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 import mlkit.prediction
+from mlkit.cleaning import clean
 from mlkit.conversion import convert_model
 from mlkit.data import load_dataset
 from mlkit.export import SavedModel, export_saved_model, load_saved_model
@@ -22,7 +24,18 @@ from mlkit.model import build_model
 from mlkit.prediction import predict_rows
 from mlkit.registry import Registry
 from mlkit.runs import RunArchive
-from mlkit.settings import ArchiveError, DatasetError, InputError, MlkitError, ModelError, NotFoundError
+from mlkit.schema import infer_schema, schema_text
+from mlkit.settings import (
+    ArchiveError,
+    DataInvalid,
+    DatasetError,
+    InputError,
+    MlkitError,
+    ModelError,
+    NotFoundError,
+)
+from mlkit.sources import write_table
+from mlkit.statistics import describe
 
 from .conftest import run_cli, wait_until
 
@@ -107,8 +120,6 @@ def test_a_csv_file_and_a_pattern_of_parquet_files_are_answered_alike(
 
 
 def test_texts_of_digits_stay_texts_and_a_database_is_asked_by_its_query(tmp_path: Path) -> None:
-    import sqlite3
-
     shelves = ["007", "7", "x", "008"] * 30
     rows = pl.DataFrame({"shelf": shelves, "size": [float(n) for n in range(120)], "sold": [0, 1] * 60})
     rows.write_parquet(tmp_path / "train.parquet")
@@ -261,6 +272,114 @@ def test_a_full_disk_is_named(shop: tuple[Path, pl.DataFrame], source: Path, sma
     assert not (small_disk / "scores.parquet").exists()
     (small_disk / "ballast").unlink()
     assert predict_rows(shop[0], source, small_disk / "scores.parquet").rows == ROWS
+
+
+CLEAN = [
+    {"step": "trim"},
+    {"step": "range", "column": "age", "minimum": 0, "maximum": 110},
+    {"step": "missing", "columns": ["size"], "rule": "fill", "value": 1.0},
+    {"step": "missing", "columns": ["bought"], "rule": "drop"},
+]
+
+
+def visits(rows: int) -> pl.DataFrame:
+    """Visits of which every seventh has an impossible age, and some other faults that can be mended."""
+    ages = [400 if row % 7 == 3 else 18 + row % 60 for row in range(rows)]
+    devices = [(" phone", "phone", "tablet ")[row % 3] for row in range(rows)]
+    sizes = [None if row % 5 == 0 else row % 11 / 2 for row in range(rows)]
+    return pl.DataFrame({"visit": range(rows), "age": ages, "device": devices, "size": sizes})
+
+
+@pytest.fixture(scope="module")
+def cleaned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose training rows were cleaned and held against a schema."""
+    folder = tmp_path_factory.mktemp("cleaned")
+    rows = visits(700).drop("visit").with_columns(bought=pl.Series(["yes", "no"] * 350))
+    rows.write_parquet(folder / "train.parquet")
+    schema = schema_text(infer_schema(describe(clean(rows, CLEAN).table), label="bought"))
+    data = load_dataset(folder / "train.parquet", "bought", clean=CLEAN, schema=schema)
+    with RunArchive(folder / "runs").create("train") as run:
+        export_saved_model(build_model("linear", data), data, run)
+        run.log_data(data.record())
+    return run.folder
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_rows_are_cleaned_as_in_training_and_those_that_are_set_aside_are_told(cleaned: Path, tmp_path: Path) -> None:
+    rows, source = visits(350), tmp_path / "today.parquet"
+    rows.write_parquet(source)
+    done = predict_rows(cleaned, source, tmp_path / "scores.parquet", key=["visit"], processes=1)
+    scores, aside = pl.read_parquet(done.path), pl.read_parquet(tmp_path / "scores.set-aside.parquet")
+    expected = clean(rows, CLEAN[:-1])
+    assert scores["visit"].to_list() == [row for row in range(350) if row % 7 != 3]
+    assert (done.rows, done.set_aside, done.aside) == (300, 50, tmp_path / "scores.set-aside.parquet")
+    assert aside["visit"].to_list() == aside["_row"].to_list() == [row for row in range(350) if row % 7 == 3]
+    assert aside["_value"].unique().to_list() == ["400"]
+    model = load_saved_model(cleaned / "saved_model")
+    answers = model({name: expected.table[name].to_list() for name in model.features})
+    np.testing.assert_allclose(scores["probabilities"].to_numpy(), answers["probabilities"], atol=1e-5)
+
+    with pytest.raises(InputError, match=r"scores\.parquet exists"):
+        predict_rows(cleaned, source, tmp_path / "scores.parquet")
+    rows.filter(pl.col("age") < 400).write_csv(tmp_path / "today.csv")
+    again = predict_rows(cleaned, tmp_path / "today.csv", tmp_path / "scores.parquet", replace=True, processes=1)
+    unkeyed = pl.read_parquet(again.path)
+    assert (again.set_aside, again.aside, unkeyed["row"].to_list()) == (0, None, list(range(300)))
+    np.testing.assert_allclose(unkeyed["probabilities"].to_numpy(), answers["probabilities"], atol=1e-5)
+    assert left_in(tmp_path) == ["scores.parquet", "today.csv", "today.parquet"]
+
+
+def test_rows_that_break_the_schema_get_no_answer(cleaned: Path, tmp_path: Path) -> None:
+    visits(100).with_columns(device=pl.lit("toaster")).write_parquet(tmp_path / "today.parquet")
+    with pytest.raises(DataInvalid, match="toaster"):
+        predict_rows(cleaned, tmp_path / "today.parquet", tmp_path / "scores.parquet")
+    assert left_in(tmp_path) == ["today.parquet"]
+
+
+PEAK = """
+import json, sys, threading
+from pathlib import Path
+from mlkit.staging import cut_rows, stage_rows
+source, folder, query = sys.argv[1:]
+done, peak = threading.Event(), 0
+def watch():  # memory of its own: a file that is mapped can be given back at any time
+    global peak
+    while not done.wait(0.005):
+        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        peak = max(peak, (resident - shared) * 4096 / 2**20)
+threading.Thread(target=watch, daemon=True).start()
+files = stage_rows(source, Path(folder), ["note", "age"], query=query or None)
+done.set()
+print(json.dumps({"rows": sum(part["rows"] for part in cut_rows(files)), "megabytes": peak}))
+"""
+
+
+def write_long(rows: int, file: Path) -> str:
+    """So many rows with long texts as a database or in a file; where they are, as a source."""
+    table = pl.select(note=pl.int_range(rows).cast(pl.String).str.zfill(400)).with_columns(age=pl.lit(30.0))
+    if file.suffix != ".db":
+        write_table(table, file)
+        return str(file)
+    with sqlite3.connect(file) as database:
+        database.execute("create table notes (note text, age real)")
+        database.executemany("insert into notes values (?, ?)", table.iter_rows())
+    database.close()
+    return f"sqlite:///{file}"
+
+
+@pytest.mark.parametrize("name", ["notes.csv.gz", "notes.db"])
+def test_memory_does_not_grow_with_the_source(name: str, tmp_path: Path) -> None:
+    found = []
+    for rows in (500_000, 1_200_000):
+        source = write_long(rows, tmp_path / f"{rows}-{name}")
+        query = "select * from notes" if name.endswith(".db") else ""
+        command = [sys.executable, "-c", PEAK, source, tmp_path / str(rows), query]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert [each["rows"] for each in found] == [500_000, 1_200_000]
+    # in memory the rows more take 280 megabytes
+    assert found[1]["megabytes"] < found[0]["megabytes"] + 120, found
 
 
 def test_images_are_no_table(tmp_path: Path) -> None:
