@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SERVICES', 'Asked', 'read_spec', 'read_inputs', 'read_filter', 'Caller', 'predict', 'classify', 'regress',
-           'infer_several', 'get_metadata', 'check_config', 'get_status', 'reload_config', 'Surroundings', 'GrpcServer',
-           'start_grpc']
+           'infer_several', 'get_metadata', 'check_config', 'get_status', 'reload_config', 'Surroundings',
+           'answer_call', 'bound_methods', 'add_reflection', 'GrpcServer', 'start_grpc']
 
-# %% ../nbs/26_grpc_server.ipynb #9dcfada3
+# %% ../nbs/26_grpc_server.ipynb #5c069b27
 import asyncio
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf.message import Message
 
-from .access import Access
+from .access import Access, grpc_certificate_name
 from mlkit.messages import (
     ServingError,
     array_type,
@@ -104,7 +104,7 @@ def read_filter(
         raise ServingError("INVALID_ARGUMENT", "output_filter names an output twice.")
     return names
 
-# %% ../nbs/26_grpc_server.ipynb #e3a2c380
+# %% ../nbs/26_grpc_server.ipynb #ab3c5923
 class Caller(NamedTuple):
     """What is known of a call beside its message."""
 
@@ -112,6 +112,7 @@ class Caller(NamedTuple):
     key: str = ""  # calls with the same key meet the same version where traffic is divided
     peer: str = ""  # address, as gRPC writes it: "ipv4:127.0.0.1:54321"
     administrator: str = ""  # who has proven to be one
+    name: str = ""  # of whoever has shown a key, a token or a certificate
 
 
 def _answered(spec: Message, served: LoadedVersion, signature: str) -> None:
@@ -295,7 +296,7 @@ async def get_status(
         row.status.error_code, row.status.error_message = codes[told.code].number, told.message
     return response
 
-# %% ../nbs/26_grpc_server.ipynb #4783a196
+# %% ../nbs/26_grpc_server.ipynb #b2931ecd
 async def reload_config(
     reload: Callable[[str], Awaitable[None]],  # look at the sources now, for somebody
     host: ModelHost,
@@ -306,14 +307,15 @@ async def reload_config(
     if not caller.administrator and not caller.peer.startswith(("ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]", "unix:")):
         raise ServingError("PERMISSION_DENIED", "Only callers on the server's own machine may ask for this.")
     check_config(host, parse_message("ReloadConfigRequest", body).config)
-    await reload(caller.administrator or caller.peer)
+    await reload(caller.name or caller.peer)
     response = message_class("ReloadConfigResponse")()
     response.status.SetInParent()
     return response
 
-# %% ../nbs/26_grpc_server.ipynb #18f3727f
+# %% ../nbs/26_grpc_server.ipynb #36298374
 _log = logging.getLogger("mlkit.serving")
 _COUNTED = ("Predict", "Classify", "Regress", "MultiInference")  # what TF Serving's metrics count
+_ACTS = {"HandleReloadConfigRequest": "reload"}  # what administrators do, and what it is called in the record
 _LONGEST = 500  # characters of an error; all headers together have 8 KiB, and a character may take 12 bytes there
 
 
@@ -332,20 +334,31 @@ class Surroundings:
     timeout: float  # seconds that a call without a deadline has
     telemetry: Telemetry | None = None
     access: Access | None = None  # None: everybody may ask
+    certificates: bool = False  # whether callers may have shown one
+    refused: Callable[[str, str, ServingError], Awaitable[None]] | None = None  # is told who asked what in vain
 
 
 async def _caller(around: Surroundings, name: str, headers: Mapping[bytes, bytes], context: Any) -> Caller:
     """Who calls, and until when an answer is wanted; raises ServingError for somebody who may not."""
     left, who = context.time_remaining(), ""
+    known = grpc_certificate_name(context.auth_context()) if around.certificates else ""
     if around.access is not None:
-        scope = "admin" if name == "HandleReloadConfigRequest" else "predict" if name in _COUNTED else None
-        caller = await around.access.check(headers, scope)
-        who = caller.name if scope == "admin" else ""
-        if request := present_request.get():
-            request.caller = caller.name
+        scope = "admin" if name in _ACTS else "predict" if name in _COUNTED else None
+        known = (await around.access.check(headers, scope)).name
+        who = known if scope == "admin" else ""
+    if known and (request := present_request.get()):
+        request.caller = known
     key = headers.get(b"traffic-key", b"").decode(errors="replace")
     seconds = around.timeout if left is None else min(around.timeout, left)
-    return Caller(time.monotonic() + seconds, key, context.peer(), who)
+    return Caller(time.monotonic() + seconds, key, context.peer(), who, known)
+
+
+async def _note_refusal(around: Surroundings, name: str, error: ServingError, context: Any) -> None:
+    """Tell of an administrator's act that somebody may not ask for."""
+    if around.refused is None or name not in _ACTS or error.code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return
+    known = grpc_certificate_name(context.auth_context()) if around.certificates else ""
+    await around.refused(getattr(error, "caller", "") or known or context.peer(), _ACTS[name], error)
 
 
 def _headers(context: Any) -> dict[bytes, bytes]:
@@ -362,15 +375,15 @@ async def _abort(context: Any, error: ServingError, metadata: tuple[tuple[str, s
         metadata += (("grpc-retry-pushback-ms", str(round(error.retry_after * 1000))),)
     await context.abort(codes[error.code], told, metadata)
 
-# %% ../nbs/26_grpc_server.ipynb #d510f80c
-async def _handle(
+# %% ../nbs/26_grpc_server.ipynb #35443433
+async def answer_call(
     around: Surroundings,
     name: str,  # of the method
     method: Callable[[bytes, Caller], Awaitable[Message]],
     body: bytes,
     context: Any,  # grpc.aio.ServicerContext
 ) -> bytes:
-    """Answer one call."""
+    """Answer one call, also with an error."""
     headers, refusal, answer, metadata = _headers(context), None, b"", ()
     counted = around.telemetry if name in _COUNTED else None
     if counted is not None:
@@ -390,7 +403,9 @@ async def _handle(
         if counted is not None:
             counted.end(request, name, *((refusal.code, refusal.message) if refusal else ()))
     if refusal is not None:
+        await _note_refusal(around, name, refusal, context)
         await _abort(context, refusal, metadata)
+        return b""
     context.set_trailing_metadata(metadata)
     return answer
 
@@ -435,21 +450,35 @@ def _health_service(host: ModelHost) -> Any:
 
     return Health()
 
-# %% ../nbs/26_grpc_server.ipynb #c3e3b511
+# %% ../nbs/26_grpc_server.ipynb #44c44c28
+def bound_methods(
+    host: ModelHost,
+    reload: Callable[[str], Awaitable[None]],  # look at the sources now, for somebody
+) -> dict[str, dict[str, Callable[[bytes, Caller], Awaitable[Message]]]]:  # of each service, by name
+    """The methods of `SERVICES` for the models of a host."""
+    return {
+        service: {
+            name: functools.partial(method, *([reload] if method is reload_config else []), host)
+            for name, method in methods.items()
+        }
+        for service, methods in SERVICES.items()
+    }
+
+
 def _add_services(server: Any, host: ModelHost, around: Surroundings, reload: Callable[[str], Awaitable[None]]) -> None:
     """Let a server answer for the services of TF Serving."""
     grpc = _grpc()
-    for name, methods in SERVICES.items():
-        handlers = {}
-        for method, answer in methods.items():
-            ask = (
-                functools.partial(answer, reload, host) if answer is reload_config else functools.partial(answer, host)
-            )
-            handlers[method] = grpc.unary_unary_rpc_method_handler(functools.partial(_handle, around, method, ask))
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+    for service, methods in bound_methods(host, reload).items():
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(functools.partial(answer_call, around, name, method))
+            for name, method in methods.items()
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
 
 
-def _add_reflection(server: Any) -> None:
+def add_reflection(
+    server: Any,  # grpc.aio.Server
+) -> None:
     """Let a server tell what it speaks."""
     from grpc_health.v1 import health, health_pb2
     from grpc_reflection.v1alpha import reflection, reflection_pb2
@@ -478,7 +507,7 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
 
-# %% ../nbs/26_grpc_server.ipynb #5b24ff4a
+# %% ../nbs/26_grpc_server.ipynb #e68c26a4
 async def start_grpc(
     host: ModelHost,
     address: str,  # "127.0.0.1:8500"; port 0 is any that is free
@@ -489,6 +518,7 @@ async def start_grpc(
     reload: Callable[[str], Awaitable[None]] | None = None,  # look at the sources now; by default in this process
     telemetry: Telemetry | None = None,
     access: Access | None = None,  # None: everybody may ask
+    refused: Callable[[str, str, ServingError], Awaitable[None]] | None = None,  # is told who asked what in vain
 ) -> GrpcServer:
     """Answer gRPC on this event loop; raises InputError for a port in use."""
     grpc = _grpc()
@@ -502,12 +532,13 @@ async def start_grpc(
     async def reload_here(who: str) -> None:
         await host.reload()
 
-    _add_services(server, host, Surroundings(host.limits.timeout, telemetry, access), reload or reload_here)
+    around = Surroundings(host.limits.timeout, telemetry, access, credentials is not None, refused)
+    _add_services(server, host, around, reload or reload_here)
     from grpc_health.v1 import health_pb2_grpc
 
     health = _health_service(host)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    _add_reflection(server)
+    add_reflection(server)
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:

@@ -143,7 +143,7 @@ def find_signature(
         raise ServingError("INVALID_ARGUMENT", f"Signature '{name}' is for {own}, and {verb} was asked. {hint}")
     return signature
 
-# %% ../nbs/21_requests.ipynb #87fd3e90
+# %% ../nbs/21_requests.ipynb #b4b96e62
 def _invalid(text: str) -> ServingError:
     return ServingError("INVALID_ARGUMENT", text)
 
@@ -163,6 +163,20 @@ def _integer(text: str) -> int | float:
     return value if -(1 << 63) <= value < 1 << 64 else _finite(text)
 
 
+def _holds(body: bytes, word: bytes) -> bool:
+    """Whether a word is in it; `in` would first try whether the word is a number, and that takes longer."""
+    return body.find(word) >= 0
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:  # perhaps because of what JSON does not know, and clients of TF Serving send
+        if not (_holds(body, b"NaN") or _holds(body, b"Infinity") or body.startswith(b"\xef\xbb\xbf")):
+            raise
+        return json.loads(body.decode("utf-8-sig"), parse_float=_finite, parse_int=_integer)
+
+
 def read_json(
     body: bytes,  # of a request
 ) -> dict[str, Any]:
@@ -170,10 +184,7 @@ def read_json(
     if not body:
         raise _invalid("The body is empty; a JSON object was expected.")
     try:
-        if b"NaN" in body or b"Infinity" in body or body.startswith(b"\xef\xbb\xbf"):
-            found = json.loads(body.decode("utf-8-sig"), parse_float=_finite, parse_int=_integer)
-        else:
-            found = orjson.loads(body)
+        found = _parsed(body)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and both readers' errors among them
         raise _invalid(f"The body is no JSON: {error}") from None
     if type(found) is not dict:
@@ -186,7 +197,7 @@ def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, list | dict) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
-# %% ../nbs/21_requests.ipynb #0e6dc530
+# %% ../nbs/21_requests.ipynb #78b2fc10
 _MOST_DIMENSIONS = 32
 _LISTS = {list, tuple}
 
@@ -206,7 +217,7 @@ def _flatten(info: TensorInfo, value: Any) -> tuple[Sequence, tuple[int, ...]]:
         shape.append(sizes.pop())
         if len(shape) > _MOST_DIMENSIONS:
             raise _invalid(f"Input '{info.name}' has lists in lists beyond {_MOST_DIMENSIONS} levels.")
-        if (info.dtype == STRING or not shape[-1]) and not set(map(type, level)) <= _LISTS:
+        if (type(info.dtype) is str or not shape[-1]) and not set(map(type, level)) <= _LISTS:
             raise _invalid(f"Input '{info.name}' has lists and values side by side {_depth(shape[1:])}.")
         level = level[0] if len(level) == 1 else list(itertools.chain.from_iterable(level))
     return level, tuple(shape)
@@ -304,7 +315,7 @@ def _as_bytes(info: TensorInfo, value: Any, where: str) -> bytes:
 def _is_bytes(value: Any) -> bool:
     return type(value) is dict and len(value) == 1 and type(value.get("b64")) is str
 
-# %% ../nbs/21_requests.ipynb #f8663764
+# %% ../nbs/21_requests.ipynb #ce004299
 def check_shape(
     info: TensorInfo,  # what is expected
     shape: tuple[int, ...],  # what came
@@ -331,9 +342,9 @@ def to_array(
         raise ServingError("UNIMPLEMENTED", f"Input '{info.name}' has type {info.dtype}, which JSON cannot hold.")
     flat, shape = _flatten(info, value)
     check_shape(info, shape)
-    return _texts(info, flat, shape) if info.dtype == STRING else _numbers(info, flat, shape, booleans)
+    return _texts(info, flat, shape) if type(info.dtype) is str else _numbers(info, flat, shape, booleans)
 
-# %% ../nbs/21_requests.ipynb #b97eb05d
+# %% ../nbs/21_requests.ipynb #83c7fa5b
 class PredictCall(NamedTuple):
     """A request that fits its signature."""
 
@@ -350,11 +361,11 @@ def count_rows(
     """How many rows a request has; raises ServingError where its inputs differ."""
     if not signature.batched:
         return None
-    sizes = {name: len(array) for name, array in inputs.items()}
-    if len(set(sizes.values())) > 1:
-        told = listed(f"{size} of '{name}'" for name, size in sizes.items())
+    sizes = set(map(len, inputs.values()))
+    if len(sizes) > 1:
+        told = listed(f"{len(array)} of '{name}'" for name, array in inputs.items())
         raise _invalid(f"All inputs need the same number of rows; there are {told}.")
-    return next(iter(sizes.values()))
+    return sizes.pop()
 
 # %% ../nbs/21_requests.ipynb #5787b7ac
 def _explain_row(signature: SignatureInfo, rows: Sequence) -> ServingError:
@@ -400,14 +411,14 @@ def _given(signature: SignatureInfo, inputs: Any) -> Mapping[str, Any]:
         raise _invalid(f"'inputs' lacks {listed(missing)}.{''.join(extra[:1])}")
     return inputs
 
-# %% ../nbs/21_requests.ipynb #79955f37
+# %% ../nbs/21_requests.ipynb #b0c983d5
 _TABULAR = {*_CODES, STRING} - {_BFLOAT16}
 
 
 def _lay_out(dtype: np.dtype | str, flat: list) -> np.ndarray | None:
     """Values as an array of a type, or None where they need a closer look."""
     try:
-        if dtype == STRING:
+        if type(dtype) is str:
             array = np.empty(len(flat), object)
             array[:] = list(map(str.encode, flat))
             return array
@@ -430,7 +441,7 @@ def _read_table(signature: SignatureInfo, given: Mapping[str, Any]) -> dict[str,
         inputs.update(zip(names, array.reshape(len(names), count), strict=True))
     return inputs
 
-# %% ../nbs/21_requests.ipynb #3a0a22a2
+# %% ../nbs/21_requests.ipynb #5a1cc2fd
 def read_predict(
     body: bytes,  # of the request
     signatures: Mapping[str, SignatureInfo],  # of the model
@@ -444,7 +455,7 @@ def read_predict(
     if not signature.inputs:
         raise _invalid(f"Signature '{signature.name}' takes nothing, so it cannot be asked.")
     given = _columns(signature, document["instances"]) if row_format else _given(signature, document["inputs"])
-    booleans = b"true" in body or b"false" in body
+    booleans = _holds(body, b"true") or _holds(body, b"false")
     inputs = _read_table(signature, given) if signature.columns and not booleans else None
     if inputs is None:
         inputs = {name: to_array(info, given[name], booleans) for name, info in signature.inputs.items()}
@@ -457,7 +468,7 @@ def _signature_name(document: Mapping[str, Any]) -> str:
         raise _invalid(f"'signature_name' has to be a text, not {_shown(name)}.")
     return name
 
-# %% ../nbs/21_requests.ipynb #f85b6fc5
+# %% ../nbs/21_requests.ipynb #e3cacc25
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY
 
 
@@ -483,13 +494,13 @@ def _writable(name: str, array: np.ndarray) -> Any:
     kind = array.dtype.kind
     if kind in "OSU":
         return _texts_of(name, array.tolist())
-    if array.dtype.name == "bfloat16":
+    if kind == "V" and array.dtype == _BFLOAT16:
         array = array.astype(np.float32)
     elif kind not in "fiub":
         raise ServingError("UNIMPLEMENTED", f"Output '{name}' has type {array.dtype}, which JSON cannot hold.")
     return np.ascontiguousarray(array) if array.ndim else array[()]
 
-# %% ../nbs/21_requests.ipynb #05fe842b
+# %% ../nbs/21_requests.ipynb #61fdc8b0
 def _with_tokens(value: Any) -> Any:
     """The same without NumPy, every real number with no more digits than it needs."""
     if isinstance(value, np.ndarray | np.generic):
@@ -506,11 +517,11 @@ def _with_tokens(value: Any) -> Any:
 
 def _dump(document: Any) -> bytes:
     body = orjson.dumps(document, option=_OPTIONS)
-    if b"null" not in body:
+    if not _holds(body, b"null"):
         return body
     return json.dumps(_with_tokens(document), ensure_ascii=False, separators=(",", ":")).encode()
 
-# %% ../nbs/21_requests.ipynb #44879568
+# %% ../nbs/21_requests.ipynb #82de4896
 def _rows_of(outputs: Mapping[str, np.ndarray]) -> list[dict[str, Any]] | Any:
     """Columns as rows; the values themselves where there is one output."""
     sizes = {name: len(array) if array.ndim else 0 for name, array in outputs.items()}
@@ -520,8 +531,7 @@ def _rows_of(outputs: Mapping[str, np.ndarray]) -> list[dict[str, Any]] | Any:
     columns = {name: _writable(name, array) for name, array in outputs.items()}
     if len(columns) == 1:
         return next(iter(columns.values()))
-    names, parts = tuple(columns), map(list, columns.values())
-    return [dict(zip(names, values, strict=True)) for values in zip(*parts, strict=True)]
+    return [{name: values[row] for name, values in columns.items()} for row in range(min(sizes.values()))]
 
 
 def write_predict(

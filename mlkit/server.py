@@ -6,7 +6,7 @@
 __all__ = ['CANNOT_SERVE', 'ServedPath', 'LogOptions', 'ServerOptions', 'Board', 'ServerProcess', 'run_process', 'open_port',
            'Supervisor', 'run_server', 'RunningServer', 'running_server']
 
-# %% ../nbs/27_server.ipynb #b8d72f98
+# %% ../nbs/27_server.ipynb #bebb6558
 import asyncio
 import contextlib
 import dataclasses
@@ -26,19 +26,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .access import AccessOptions, Audit, TlsOptions
+from .access import AccessOptions, Audit, TlsOptions, certificate_name
 from .ledger import current_user
 from .messages import ServingError
 from .request_log import RequestLog
-from .requests import PREDICT, VersionStatus
-from .rest import RestApplication
+from .requests import PREDICT, VersionStatus, write_error
+from .rest import CERTIFICATE, RestApplication, allow_origins
 from .runs import write_atomic
 from .servables import sessions_work, use_session_only
 from .serving import FolderSource, Limits, LoadedVersion, ModelHost, RegistrySource, Source, load_warm
 from .settings import InputError, MissingDependencyError, MlkitError, Settings
 from .telemetry import JsonLines, Telemetry
 
-# %% ../nbs/27_server.ipynb #3679ddaa
+# %% ../nbs/27_server.ipynb #b95a263f
 @dataclass(frozen=True)
 class ServedPath:
     """A model to be served, and where its versions are."""
@@ -53,7 +53,7 @@ class ServedPath:
             return RegistrySource(self.reference, options.registry or None, options.verify)
         return FolderSource(self.path, options.runtime)
 
-
+# %% ../nbs/27_server.ipynb #84159f3b
 @dataclass(frozen=True)
 class LogOptions:
     """What a server writes down."""
@@ -72,7 +72,7 @@ class LogOptions:
         sensitive = tuple(filter(None, (name.strip() for name in told.sensitive.split(","))))
         return cls(str(told.logs), told.lines, told.requests, told.share, told.form, sensitive)
 
-
+# %% ../nbs/27_server.ipynb #feb295d5
 @dataclass(frozen=True)
 class ServerOptions:
     """What a server is told; it travels to its processes as JSON."""
@@ -95,6 +95,12 @@ class ServerOptions:
     access: AccessOptions = field(default_factory=AccessOptions)  # who may ask; by default everybody
     tls: TlsOptions = field(default_factory=TlsOptions)
     logs: LogOptions = field(default_factory=LogOptions)
+    origins: tuple[str, ...] = ()  # of web pages that may ask from a browser
+
+    @property
+    def divided(self) -> bool:
+        """Whether each process has a socket of its own: one that is common to all gives most callers to one of them."""
+        return self.processes > 1 and sys.platform == "linux"
 
     def to_json(self) -> str:
         """For another process."""
@@ -105,11 +111,11 @@ class ServerOptions:
         """From another process."""
         told = json.loads(text)
         told["models"] = tuple(ServedPath(**each) for each in told["models"])
-        told["logs"]["sensitive"] = tuple(told["logs"]["sensitive"])
+        told["logs"]["sensitive"], told["origins"] = tuple(told["logs"]["sensitive"]), tuple(told["origins"])
         parts = {"limits": Limits, "access": AccessOptions, "tls": TlsOptions, "logs": LogOptions}
         return cls(**told | {name: part(**told[name]) for name, part in parts.items()})
 
-# %% ../nbs/27_server.ipynb #4ac1f689
+# %% ../nbs/27_server.ipynb #4a4f84a8
 class Board:
     """What the processes of a server tell one another."""
 
@@ -128,7 +134,7 @@ class Board:
     def tell(self, told: dict[str, Any]) -> None:
         """Write down how this process stands, if that is news."""
         if told != self._told:
-            write_atomic(self._file(self.index), json.dumps(told))
+            write_atomic(self._file(self.index), json.dumps(told), durable=False)
             self._told = told
 
     def forget(self, index: int) -> None:
@@ -150,9 +156,17 @@ class Board:
         told = [set(each.get("loaded", {}).get(model, ())) for each in self.read()]
         return set.intersection(*told)
 
+    def leave(self) -> None:
+        """Go, when nobody is there who would tidy up: the last one removes the folder."""
+        import psutil
+
+        self.forget(self.index)
+        if not any(psutil.pid_exists(told["pid"]) for told in self.read() if told):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def ask_reload(self) -> None:
         """Let all processes look at their sources now."""
-        write_atomic(self.folder / "reload", str(time.time_ns()))
+        write_atomic(self.folder / "reload", str(time.time_ns()), durable=False)
 
     def reload_token(self) -> str:
         """Another one after `ask_reload`."""
@@ -160,8 +174,9 @@ class Board:
             return (self.folder / "reload").read_text()
         return ""
 
-# %% ../nbs/27_server.ipynb #3ec5f5ce
+# %% ../nbs/27_server.ipynb #5c771403
 _log = logging.getLogger("mlkit.server")
+_TIDYING = 2.0  # seconds after a version has left
 CANNOT_SERVE = 3  # exit code of a process that has a model without any version that can be loaded
 
 
@@ -177,7 +192,9 @@ class ServerProcess:
     ):
         self.options, self.index, self.listening, self.board = options, index, listening, board
         sources = {model.name: model.source(options) for model in options.models}
-        load = lambda folder: load_warm(folder, options.runtime, options.kind)  # noqa: E731
+        loop = asyncio.get_running_loop()
+        warmed = lambda *told: loop.call_soon_threadsafe(self.telemetry.warmed, *told)  # noqa: E731
+        load = lambda folder: load_warm(folder, options.runtime, options.kind, warmed)  # noqa: E731
         self.host = ModelHost(sources, load, options.limits, options.shadow)
         self.host.agreed = board.agreed if options.processes > 1 else None
         self.access, self.tls = options.access.open(), options.tls.open()
@@ -190,8 +207,10 @@ class ServerProcess:
             reload=self._reload_all,
             telemetry=self.telemetry,
             access=self.access,
+            certificates=bool(options.tls.clients),
+            refused=self.audit.refuse if self.audit else None,
         )
-        self._stop, self._reloaded = asyncio.Event(), board.reload_token()
+        self._stop, self._reloaded, self._alone = asyncio.Event(), board.reload_token(), False
 
     def _listen(self) -> None:
         """Have all that happens counted, and written down as far as it is wanted."""
@@ -210,7 +229,7 @@ class ServerProcess:
             told = {"share": logs.share, "form": logs.form, "mask": logs.sensitive, "logged": self.telemetry.logged}
             self.exchanges = RequestLog(logs.folder, self.index, **told)
             self.telemetry.report_dropped("exchanges", self.exchanges.writer)
-        self.host.batches = self._count_batch
+        self.host.batches, self.host.shadows = self._count_batch, self.telemetry.shadow
         self.host.listeners += [self.telemetry.state, self._note]
         self.telemetry.samplers.append(self._count_waiting)
 
@@ -244,8 +263,8 @@ class ServerProcess:
             _log.warning("%s/%s is refused: %s", model, status.version, status.message)
         elif what in ("AVAILABLE", "END"):
             _log.info("%s/%s %s", model, status.version, "is loaded" if what == "AVAILABLE" else "has left")
-        if what == "END":
-            gc.collect()  # what has been frozen is not looked at: some milliseconds
+        if what == "END":  # later, since it takes some milliseconds; what has been frozen is not looked at
+            asyncio.get_running_loop().call_later(_TIDYING, gc.collect)
 
     def _readiness(self) -> dict[str, Any]:
         ready = sum(bool(each.get("ready")) for each in self.board.read())
@@ -300,6 +319,7 @@ class ServerProcess:
         await self.host.step()
         gc.collect()
         gc.freeze()
+        gc.set_threshold(50_000, 20, 20)  # a request leaves no circles behind, so that looking for some can wait
         if not self.host.ready:
             self._tell(serving=False)
             return CANNOT_SERVE
@@ -316,15 +336,20 @@ class ServerProcess:
         if self.exchanges is not None:
             self.exchanges.close()
         self.telemetry.close()
+        if self._alone:
+            self.board.leave()
         return 0
 
     async def _open(self, doors: contextlib.AsyncExitStack) -> None:
         """Answer on the socket of REST, and on gRPC's port if there is one."""
-        rest = _uvicorn(self.application, self.options)
+        rest = _uvicorn(allow_origins(self.application, self.options.origins), self.options)
         if self.tls is not None:
             rest.config.load()
             rest.config.ssl = self.tls.context
-        serving = asyncio.create_task(rest.serve(sockets=[self.listening]))
+        listening = self.listening
+        if self.options.divided:
+            listening = open_port(self.options.host, self.options.port, divided=True)
+        serving = asyncio.create_task(rest.serve(sockets=[listening]))
         while not rest.started:
             if serving.done():
                 serving.result()
@@ -348,6 +373,7 @@ class ServerProcess:
                 reload=self._reload_all,
                 telemetry=self.telemetry,
                 access=self.access,
+                refused=self.audit.refuse if self.audit else None,
             )
             doors.push_async_callback(server.stop, self.options.grace)
 
@@ -368,9 +394,70 @@ class ServerProcess:
         reader = asyncio.StreamReader()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         await reader.read()
+        self._alone = True
         self._stop.set()
 
-# %% ../nbs/27_server.ipynb #771e68e0
+# %% ../nbs/27_server.ipynb #d9e83347
+class _OneWrite:
+    """A transport that sends the head of an answer together with the beginning of its body."""
+
+    def __init__(self, transport: asyncio.Transport, soon: Callable[..., Any]):
+        self._transport, self._soon, self._head = transport, soon, b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
+            self._head = data
+            self._soon(self._flush)
+            return
+        self._transport.write(data)
+
+    def _flush(self) -> None:
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+# %% ../nbs/27_server.ipynb #8dbe221c
+_QUIET = 75  # seconds without a request after which a connection is closed
+
+
+def _protocol() -> type:
+    """HTTP as uvicorn speaks it, but for these things."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Protocol(AutoHTTPProtocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(_OneWrite(transport, self.loop.call_soon))
+            self._watching = self.loop.call_later(_QUIET, self._watch, None)
+            if name := certificate_name(transport.get_extra_info("peercert")):
+                self.app_state = self.app_state | {CERTIFICATE: name}
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._watching.cancel()
+            super().connection_lost(exc)
+
+        def _watch(self, seen: Any) -> None:  # the latest request, when it was looked last
+            if self.cycle is seen and (seen is None or seen.response_complete):
+                self.transport.close()
+            else:
+                self._watching = self.loop.call_later(_QUIET, self._watch, self.cycle)
+
+        def send_400_response(self, msg: str) -> None:
+            body = write_error(ServingError("INVALID_ARGUMENT", msg))
+            head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            self.transport.close()
+
+    return Protocol
+
+# %% ../nbs/27_server.ipynb #4847917e
 def _uvicorn(application: Any, options: ServerOptions) -> Any:
     """A web server that leaves signals to us; raises MissingDependencyError."""
     try:
@@ -385,17 +472,20 @@ def _uvicorn(application: Any, options: ServerOptions) -> Any:
 
     config = uvicorn.Config(
         application,
+        http=_protocol(),
         lifespan="off",
+        ws="none",
         access_log=False,
+        proxy_headers=False,  # `administration` looks at them itself; nobody else has to
         log_level="warning",
         server_header=False,
         date_header=False,
         timeout_graceful_shutdown=max(1, round(options.grace)),
-        timeout_keep_alive=75,
+        timeout_keep_alive=_QUIET,
     )
     return Server(config)
 
-
+# %% ../nbs/27_server.ipynb #355d6afa
 def run_process(
     options: ServerOptions,
     index: int,  # from 0
@@ -432,7 +522,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         return None
     return uvloop.new_event_loop
 
-# %% ../nbs/27_server.ipynb #a35d690a
+# %% ../nbs/27_server.ipynb #27a9ab9d
 _START = (
     "import sys, socket\n"
     "from mlkit.server import Board, ServerOptions, run_process\n"
@@ -440,21 +530,30 @@ _START = (
     "sys.exit(run_process(options, index, socket.socket(fileno=number), Board(folder, options.processes, index)))\n"
 )
 
-
-def open_port(host: str, port: int) -> socket.socket:
+# %% ../nbs/27_server.ipynb #f817e0a8
+def open_port(
+    host: str,
+    port: int,  # 0: any that is free
+    *,
+    divided: bool = False,  # several sockets share the port, and the system divides callers among those that listen
+    listen: bool = True,  # otherwise the port is only kept
+) -> socket.socket:
     """Listen on a port; raises InputError when that is not possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if divided:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listening.bind((host, port))
-        listening.listen(2048)
+        if listen:
+            listening.listen(2048)
     except (OSError, OverflowError) as error:
         listening.close()
         raise InputError(f"Cannot listen on {host}, port {port}: {error}. Choose another one: --port 0") from None
     return listening
 
-
+# %% ../nbs/27_server.ipynb #7fe172e2
 class Supervisor:
     """Starts a server's processes, and again those that die."""
 
@@ -463,8 +562,11 @@ class Supervisor:
         options: ServerOptions,
         ready: Callable[["Supervisor"], None],  # is called once, when all processes answer
     ):
-        self._listening = open_port(options.host, options.port)
+        self._listening = open_port(options.host, options.port)  # of nobody else: a divided port would not tell
         self.options = dataclasses.replace(options, port=self._listening.getsockname()[1])
+        if options.divided:
+            self._listening.close()
+            self._listening = open_port(options.host, self.options.port, divided=True, listen=False)
         self._ready, self._stopping, self._failed = ready, asyncio.Event(), ""
         self._running: dict[int, asyncio.subprocess.Process] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="mlkit-serve-"))
@@ -582,7 +684,7 @@ def _explain(told: Mapping[str, Any], code: int) -> str:
     problems = [line for lines in told.get("problems", {}).values() for line in lines]
     return "\n".join(problems) if problems else f"The server's processes do not start ({_meaning(code)})."
 
-# %% ../nbs/27_server.ipynb #6fe48b8b
+# %% ../nbs/27_server.ipynb #b10b2e02
 def run_server(
     options: ServerOptions,
     ready: Callable[[Supervisor], None],  # is called once, when all processes answer
@@ -600,7 +702,7 @@ def run_server(
 
     asyncio.run(supervise())
 
-
+# %% ../nbs/27_server.ipynb #7f27a276
 @dataclass(frozen=True)
 class RunningServer:
     """A server in processes of its own."""

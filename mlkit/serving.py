@@ -6,7 +6,7 @@
 __all__ = ['Load', 'Limits', 'Batcher', 'Wanted', 'Plan', 'Source', 'folder_token', 'FolderSource', 'RegistrySource',
            'ShadowCounts', 'Shadow', 'compare_answers', 'LoadedVersion', 'ServedModel', 'load_warm', 'ModelHost']
 
-# %% ../nbs/25_serving.ipynb #f830c20f
+# %% ../nbs/25_serving.ipynb #2c8b4e0e
 import asyncio
 import contextlib
 import functools
@@ -26,11 +26,19 @@ import numpy as np
 
 from .messages import ServingError
 from .requests import SignatureInfo, VersionStatus, find_signature
-from .servables import Servable, golden_rows, load_servable, prepare_signatures, warm_up
+from mlkit.servables import (
+    Servable,
+    allowed_difference,
+    find_golden,
+    form_of,
+    load_servable,
+    prepare_signatures,
+    warm_up,
+)
 from .settings import MlkitError, NotFoundError, listed, nearest
 from .telemetry import present_request
 
-# %% ../nbs/25_serving.ipynb #99d1ba34
+# %% ../nbs/25_serving.ipynb #5715a728
 @dataclass(frozen=True)
 class Limits:
     """How much one process takes upon itself."""
@@ -40,7 +48,7 @@ class Limits:
     inline: float = 0.001  # seconds up to which a call runs on the event loop
     timeout: float = 30.0  # seconds after which a request without a deadline of its own is given up
 
-
+# %% ../nbs/25_serving.ipynb #5fd14f44
 class _Waiting(NamedTuple):
     inputs: Mapping[str, np.ndarray]
     rows: int
@@ -64,10 +72,12 @@ class _Pace:
     def seconds(self, rows: int) -> float:
         """Expected, for so many rows at once."""
         size = rows.bit_length()
+        if size in self._seconds:
+            return self._seconds[size]
         known = max((each for each in self._seconds if each <= size), default=None)
         return 0.0 if known is None else self._seconds[known] * 2 ** (size - known)
 
-# %% ../nbs/25_serving.ipynb #81bb8da5
+# %% ../nbs/25_serving.ipynb #5e0ac795
 class Batcher:
     """Asks one signature of a model about all that is waiting, as soon as the model is free."""
 
@@ -77,7 +87,7 @@ class Batcher:
         signature: SignatureInfo,
         limits: Limits,
         worker: ThreadPoolExecutor,  # for long calls
-        observe: Callable[[int, float, list[float]], None] | None = None,  # rows, seconds, what each has waited
+        observe: Callable[[list[int], float, list[float]], None] | None = None,  # rows, seconds, what each has waited
     ):
         self._run, self._limits, self._worker, self._observe = run, limits, worker, observe
         self._divisible = signature.batched
@@ -171,15 +181,15 @@ class Batcher:
             else:
                 asked.future.set_result(answer)
         if self._observe is not None and started:
-            self._observe(sum(each.rows for each in batch), seconds, [started - each.since for each in batch])
+            self._observe([each.rows for each in batch], seconds, [started - each.since for each in batch])
 
     def _ask(self, batch: list[_Waiting]) -> tuple[list[Any], float, float]:  # outputs or errors; when, how long
-        started, start = time.monotonic(), time.perf_counter()
+        started = time.monotonic()
         if len(batch) == 1:
             answers = [self._alone_answer(batch[0])]
         else:
             answers = self._together(batch) or [self._alone_answer(each) for each in batch]
-        seconds = time.perf_counter() - start
+        seconds = time.monotonic() - started
         self._pace.add(sum(each.rows for each in batch), seconds)
         return answers, started, seconds
 
@@ -331,7 +341,7 @@ class RegistrySource:
                 verify_folder(version.path, TrustedKeys(tuple(read_public_keys(load_settings().signing.trusted))))
             yield
 
-# %% ../nbs/25_serving.ipynb #544cafa0
+# %% ../nbs/25_serving.ipynb #a919bbd0
 _AT_ONCE = 64
 
 
@@ -347,15 +357,16 @@ class ShadowCounts:
     failed: int = 0  # requests that the shadow did not answer, or otherwise in form
     skipped: int = 0  # requests that were not compared, because too many came
 
-
+# %% ../nbs/25_serving.ipynb #0b705c4c
 class Shadow:
     """Asks a version what another one has been asked, and compares."""
 
     def __init__(
         self,
         version: "LoadedVersion",  # in the shadow
+        tell: Callable[..., None] | None = None,  # is told each request: (result, rows, agreeing, difference)
     ):
-        self.version, self.counts = version, ShadowCounts(version.number)
+        self.version, self.counts, self._tell = version, ShadowCounts(version.number), tell or (lambda *told: None)
         self._asking: set[asyncio.Task] = set()
 
     def follow(
@@ -368,6 +379,7 @@ class Shadow:
         """Compare one request, in a moment."""
         if len(self._asking) >= _AT_ONCE:
             self.counts.skipped += 1
+            self._tell("skipped")
             return
         task = asyncio.get_running_loop().create_task(self._compare(signature, inputs, rows, outputs))
         self._asking.add(task)
@@ -382,12 +394,14 @@ class Shadow:
             agreeing, difference = compare_answers(outputs, theirs, rows or 1)
         except (ServingError, ValueError, TypeError):
             counts.failed += 1
+            self._tell("failed")
             return
         counts.rows += rows or 1
         counts.agreeing += agreeing
         counts.difference = max(counts.difference, difference)
+        self._tell("compared", rows or 1, agreeing, difference)
 
-
+# %% ../nbs/25_serving.ipynb #19e6e1b2
 def compare_answers(
     ours: Mapping[str, np.ndarray],
     theirs: Mapping[str, np.ndarray],
@@ -405,7 +419,7 @@ def compare_answers(
             difference = max(difference, float(np.nanmax(apart, initial=0.0)))
     return int(same.sum()), difference
 
-# %% ../nbs/25_serving.ipynb #1178e485
+# %% ../nbs/25_serving.ipynb #2b6e3a10
 class LoadedVersion:
     """A version that answers."""
 
@@ -416,11 +430,12 @@ class LoadedVersion:
         servable: Servable,
         limits: Limits,
         worker: ThreadPoolExecutor,
-        observe: Callable[..., None] | None = None,  # is told each batch: (signature, rows, seconds, waits)
+        observe: Callable[..., None] | None = None,  # is told each batch: (signature, sizes, seconds, waits)
     ):
         self.model, self.number, self.folder = model, wanted.number, wanted.folder
         self.servable, self.signatures, self._limits = servable, servable.signatures, limits
         self.held, self.leaving, self._idle = 0, False, asyncio.Event()
+        self.headers = ((b"model-name", model.encode()), (b"model-version", b"%d" % wanted.number))  # of each answer
         self._batchers = {
             name: Batcher(
                 functools.partial(servable.run, name),
@@ -477,7 +492,7 @@ class LoadedVersion:
         self.leaving = True
         if self.held:
             await self._idle.wait()
-        self.servable.close()
+        await asyncio.to_thread(self.servable.close)  # some milliseconds, in which others can be answered
 
 # %% ../nbs/25_serving.ipynb #a3d563e3
 class ServedModel:
@@ -534,7 +549,7 @@ class ServedModel:
             raise ServingError("NOT_FOUND", f"Servable not found for request: Specific({self.name}, {number}).{there}")
         return found
 
-# %% ../nbs/25_serving.ipynb #23b84a24
+# %% ../nbs/25_serving.ipynb #1fbb8b0b
 Load = Callable[[Path], Servable]
 
 
@@ -542,17 +557,23 @@ def load_warm(
     folder: Path,  # of one version
     runtime: str = "tensorflow",  # of mlkit.servables.RUNTIMES
     kind: str = "float32",  # of a converted model
+    warmed: Callable[[Path, str, float, int], None] | None = None,  # is told: folder, code, seconds, requests
 ) -> Servable:
     """Load a version and ask it its golden requests; raises MlkitError for one that should not be let in."""
     servable = load_servable(folder, runtime, kind)
+    code, requests, start = "FAILED_PRECONDITION", 0, time.monotonic()
     try:
-        warm_up(servable, golden_rows(folder))
+        requests = warm_up(servable, find_golden(folder), allowed_difference(folder, form_of(servable)))
+        code = "OK"
     except BaseException:
         servable.close()
         raise
+    finally:
+        if warmed is not None:
+            warmed(folder, code, time.monotonic() - start, requests)
     return servable
 
-
+# %% ../nbs/25_serving.ipynb #43f1ad48
 class ModelHost:
     """Models in service, in one process and on one event loop."""
 
@@ -571,7 +592,8 @@ class ModelHost:
         self._started = False
         self.agreed: Callable[[str], set[int]] | None = None  # versions that all processes have
         self.listeners: list[Callable[[str, str, VersionStatus], None]] = []  # what happened, model, version
-        self.batches: Callable[..., None] | None = None  # is told (model, version, signature, rows, seconds, waits)
+        self.batches: Callable[..., None] | None = None  # is told (model, version, signature, sizes, seconds, waits)
+        self.shadows: Callable[..., None] | None = None  # is told (model, version, shadow, *what Shadow tells)
 
     def __repr__(self) -> str:
         told = (f"{name}/{model.default}" for name, model in self._models.items())
@@ -728,7 +750,8 @@ class ModelHost:
             if not wanted:
                 version.shadow = None
             elif version.shadow is None or version.shadow.version is not served.loaded[number]:
-                version.shadow = Shadow(served.loaded[number])
+                tell = self.shadows and functools.partial(self.shadows, served.name, version.number, number)
+                version.shadow = Shadow(served.loaded[number], tell)
 
     def _let_go(self, served: ServedModel, number: int) -> None:
         version, holding = served.loaded.pop(number), served.holding.pop(number)

@@ -188,9 +188,9 @@ class RegistrySettings(Section):
         0, description="versions of a model that are kept; older ones that nobody needs go. 0 means all", ge=0
     )
 
-# %% ../nbs/00_settings.ipynb #e6aba2cc
+# %% ../nbs/00_settings.ipynb #0027a645
 class ServingSettings(Section):
-    """`[serving]`: what a model server writes down."""
+    """`[serving]`: what a model server writes down, and which web pages may ask it."""
 
     logs: Path = Field(Path("logs"), description="folder of the server's audit log, and of requests that are logged")
     lines: Literal["text", "json"] = Field("text", description="how the server's own log lines are written")
@@ -200,6 +200,9 @@ class ServingSettings(Section):
     share: float = Field(0.0, description="share of requests that are logged with their answers", ge=0, le=1)
     form: Literal["jsonl", "tfrecord"] = Field("jsonl", description="how requests and answers are logged")
     sensitive: str = Field("", description="features that no log may tell, with commas between them")
+    origins: str = Field(
+        "", description="web pages that may ask from a browser: https://shop.example, ...; empty: none"
+    )
 
 
 class AccessSettings(Section):

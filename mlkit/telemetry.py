@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['REQUEST_COUNT', 'REQUEST_LATENCY', 'RUNTIME_LATENCY', 'EXAMPLE_COUNTS', 'EXAMPLE_TOTAL', 'LOG_COUNT',
-           'QUEUING_LATENCY', 'RUN_COUNT', 'REQUESTS', 'DURATION', 'IN_PROGRESS', 'WAITING', 'BATCH_ROWS', 'CACHE',
-           'CACHE_BYTES', 'STATE', 'LOADING', 'MEMORY', 'PROCESSOR', 'STARTED', 'DROPPED', 'METRICS', 'METRICS_PATH',
-           'present_request', 'Trace', 'read_trace', 'Request', 'JsonLines', 'BackgroundWriter', 'Telemetry']
+           'QUEUING_LATENCY', 'RUN_COUNT', 'INPUT_SIZE', 'PROCESSED_SIZE', 'WARMUP_LATENCY', 'WARMUP_RECORDS',
+           'SHADOW_REQUESTS', 'SHADOW_ROWS', 'SHADOW_AGREEING', 'SHADOW_DIFFERENCE', 'REQUESTS', 'DURATION',
+           'IN_PROGRESS', 'WAITING', 'BATCH_ROWS', 'CACHE', 'CACHE_BYTES', 'STATE', 'LOADING', 'MEMORY', 'PROCESSOR',
+           'STARTED', 'DROPPED', 'METRICS', 'METRICS_PATH', 'present_request', 'Trace', 'read_trace', 'Request',
+           'JsonLines', 'BackgroundWriter', 'Telemetry']
 
-# %% ../nbs/24_telemetry.ipynb #26afe32c
+# %% ../nbs/24_telemetry.ipynb #a1e74fb6
 import contextlib
 import contextvars
 import json
@@ -20,7 +22,7 @@ import re
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 from .counters import Counters, Metric, exponential, exposition, read_counters
 from .requests import VersionStatus
 
-# %% ../nbs/24_telemetry.ipynb #3701e598
+# %% ../nbs/24_telemetry.ipynb #58235ed2
 _LIMITS = exponential(10, 1.8, 33)  # microseconds, TF Serving's: from 10 to 24 minutes
 _SECONDS = tuple(limit / 1e6 for limit in _LIMITS)
 _ROWS = exponential(1, 2, 15)
@@ -71,8 +73,43 @@ QUEUING_LATENCY = Metric(
     exponential(100, 1.2, 52),
 )
 RUN_COUNT = Metric(":tensorflow:serving:batching_session:wrapped_run_count", "counter", "Calls of models.")
+INPUT_SIZE = Metric(
+    ":tensorflow:serving:batching_session:input_batch_size", "histogram", "Rows in each request.", (), _ROWS
+)
+PROCESSED_SIZE = Metric(
+    ":tensorflow:serving:batching_session:processed_batch_size", "histogram", "Rows in each call of a model.", (), _ROWS
+)
+WARMUP_LATENCY = Metric(
+    ":tensorflow:serving:model_warmup_latency",
+    "histogram",
+    "Microseconds of asking a version its golden requests before it is let in.",
+    ("model_path", "status"),
+    _LIMITS,
+)
+WARMUP_RECORDS = Metric(
+    ":tensorflow:serving:model_warmup_records_read",
+    "counter",
+    "Requests that a version was asked before it is let in.",
+    ("model_path", "status"),
+)
 
-# %% ../nbs/24_telemetry.ipynb #a7fb2447
+# %% ../nbs/24_telemetry.ipynb #309011f6
+_SHADOW = ("model", "version", "shadow")
+SHADOW_REQUESTS = Metric(
+    "mlkit_shadow_requests_total",
+    "counter",
+    "Requests that a shadow was asked, or should have been.",
+    (*_SHADOW, "result"),
+)
+SHADOW_ROWS = Metric("mlkit_shadow_rows_total", "counter", "Rows whose answers were compared.", _SHADOW)
+SHADOW_AGREEING = Metric(
+    "mlkit_shadow_rows_agreeing_total", "counter", "Rows in which all texts are the same.", _SHADOW
+)
+SHADOW_DIFFERENCE = Metric(
+    "mlkit_shadow_largest_difference", "gauge", "Between two numbers of compared answers.", ("process", *_SHADOW)
+)
+
+# %% ../nbs/24_telemetry.ipynb #3052e52d
 REQUESTS = Metric("mlkit_requests_total", "counter", "Requests answered.", (*_OWN, "status"))
 DURATION = Metric(
     "mlkit_request_duration_seconds", "histogram", "From a request to its answer, if it succeeded.", _OWN, _SECONDS
@@ -93,12 +130,14 @@ DROPPED = Metric("mlkit_log_dropped_total", "counter", "Entries that had to be l
 
 METRICS = (
     *(REQUEST_COUNT, REQUEST_LATENCY, RUNTIME_LATENCY, EXAMPLE_COUNTS, EXAMPLE_TOTAL, LOG_COUNT),
-    *(QUEUING_LATENCY, RUN_COUNT, REQUESTS, DURATION, IN_PROGRESS, WAITING, BATCH_ROWS, CACHE, CACHE_BYTES),
+    *(QUEUING_LATENCY, RUN_COUNT, INPUT_SIZE, PROCESSED_SIZE, WARMUP_LATENCY, WARMUP_RECORDS),
+    *(REQUESTS, DURATION, IN_PROGRESS, WAITING, BATCH_ROWS, CACHE, CACHE_BYTES),
+    *(SHADOW_REQUESTS, SHADOW_ROWS, SHADOW_AGREEING, SHADOW_DIFFERENCE),
     *(STATE, LOADING, MEMORY, PROCESSOR, STARTED, DROPPED),
 )
 METRICS_PATH = "/monitoring/prometheus/metrics"  # TF Serving's
 
-# %% ../nbs/24_telemetry.ipynb #10c71305
+# %% ../nbs/24_telemetry.ipynb #bf17e005
 _TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _NOTHING = (b"0" * 32, b"0" * 16)
 
@@ -121,12 +160,13 @@ def read_trace(
     header: bytes | None,  # value of `traceparent`
 ) -> Trace:
     """The trace of a request, or a new one."""
-    span = f"{random.getrandbits(64) or 1:016x}"
+    digits = f"{random.getrandbits(192):048x}"
+    new, span = digits[:32], digits[32:]
     found = _TRACEPARENT.fullmatch(header) if header else None
-    if found is None or found[1] == b"ff" or (found[1] == b"00" and found[5]) or found[2] in _NOTHING:
-        return Trace(f"{random.getrandbits(128) or 1:032x}", span)
-    if found[3] in _NOTHING:
-        return Trace(f"{random.getrandbits(128) or 1:032x}", span)
+    if found is None or found[1] == b"ff" or (found[1] == b"00" and found[5]):
+        return Trace(new, span)
+    if found[2] in _NOTHING or found[3] in _NOTHING:
+        return Trace(new, span)
     return Trace(found[2].decode(), span, found[3].decode(), found[4].decode())
 
 # %% ../nbs/24_telemetry.ipynb #0722d48d
@@ -225,7 +265,7 @@ class BackgroundWriter:
         self._queue.put(None)
         self._thread.join(seconds)
 
-# %% ../nbs/24_telemetry.ipynb #960ff7a3
+# %% ../nbs/24_telemetry.ipynb #ca44def7
 class _Places(NamedTuple):
     """Where a kind of request is counted; 0 where it is not."""
 
@@ -234,7 +274,7 @@ class _Places(NamedTuple):
     own_count: int
     own_latency: int
 
-
+# %% ../nbs/24_telemetry.ipynb #ec80d270
 class Telemetry:
     """What one process of a server tells about itself."""
 
@@ -320,9 +360,9 @@ class Telemetry:
         model: str,
         version: int,
         api: str,  # Predict, Classify, Regress
-        rows: int,
+        sizes: Sequence[int],  # rows of each request in it
         seconds: float,  # that the model took
-        waits: Iterable[float],  # seconds that each request in it had waited
+        waits: Iterable[float],  # seconds that each of them had waited
     ) -> None:
         """A model has been asked."""
         key = (model, version, api)
@@ -330,10 +370,13 @@ class Telemetry:
         if places is None:
             slot = self._counters.slot
             own = (slot(BATCH_ROWS, model, str(version)), slot(QUEUING_LATENCY, model), slot(RUN_COUNT))
-            places = self._batches[key] = (*own, slot(RUNTIME_LATENCY, model, api, self._runtime))
-        batch, queuing, runs, runtime = places
-        values = self._values
+            places = self._batches[key] = (*own, slot(RUNTIME_LATENCY, model, api, self._runtime), slot(INPUT_SIZE))
+        batch, queuing, runs, runtime, given = places
+        values, rows = self._values, sum(sizes)
         values[runs] += 1
+        values[given + INPUT_SIZE.size - 1] += rows
+        for size in sizes:
+            values[given + bisect_left(_ROWS, size)] += 1
         values[batch + bisect_left(_ROWS, rows)] += 1
         values[batch + BATCH_ROWS.size - 1] += rows
         values[runtime + bisect_left(_LIMITS, seconds * 1e6)] += 1
@@ -351,6 +394,36 @@ class Telemetry:
             self._began[key] = now
         elif (began := self._began.pop(key, None)) is not None and state == "AVAILABLE":
             self._counters.put(LOADING, str(self.index), model, str(status.version), value=now - began)
+
+    def warmed(
+        self,
+        path: Path | str,  # of a version
+        code: str,  # OK, or why it is refused
+        seconds: float,  # that it took
+        requests: int,  # that were answered
+    ) -> None:
+        """A version has been asked its golden requests."""
+        self._counters.observe(WARMUP_LATENCY, str(path), code, value=seconds * 1e6)
+        self._counters.add(WARMUP_RECORDS, str(path), code, amount=requests)
+
+    def shadow(
+        self,
+        model: str,
+        version: int,  # that has answered
+        shadow: int,  # the version that was asked the same
+        result: str,  # compared, failed or skipped
+        rows: int = 0,  # that were compared
+        agreeing: int = 0,  # of these, those whose texts are the same
+        difference: float = 0.0,  # the largest between two numbers
+    ) -> None:
+        """A shadow was asked, or should have been."""
+        told = (model, str(version), str(shadow))
+        self._counters.add(SHADOW_REQUESTS, *told, result)
+        if result == "compared":
+            self._counters.add(SHADOW_ROWS, *told, amount=rows)
+            self._counters.add(SHADOW_AGREEING, *told, amount=agreeing)
+            slot = self._counters.slot(SHADOW_DIFFERENCE, str(self.index), *told)
+            self._values[slot] = max(self._values[slot], difference)
 
     def examples(self, model: str, rows: int) -> None:
         """A request had so many examples."""
@@ -412,7 +485,10 @@ class Telemetry:
 
     def read(self) -> bytes:
         """The numbers of all processes, in Prometheus's text format; from any thread."""
-        return exposition(METRICS, read_counters(self.folder, METRICS))
+        numbers = read_counters(self.folder, METRICS)
+        if batches := [values for (metric, _), values in numbers.items() if metric == BATCH_ROWS]:
+            numbers[PROCESSED_SIZE, ()] = [sum(each) for each in zip(*batches, strict=True)]
+        return exposition(METRICS, numbers)
 
     def scrape(self) -> bytes:
         """The same, with a look at how this process stands."""
@@ -424,7 +500,7 @@ class Telemetry:
         self._writer.close()
         self._counters.close()
 
-
+# %% ../nbs/24_telemetry.ipynb #21c4f28e
 _SUM = REQUEST_LATENCY.size - 1
 _STATES = ("START", "LOADING", "AVAILABLE", "UNLOADING", "END")
 

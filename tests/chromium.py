@@ -18,12 +18,17 @@ FLAGS = [
 
 
 class Page:
-    """A page in a Chromium of its own that reaches no network."""
+    """A page in a Chromium of its own that reaches nothing but this machine."""
 
     def __init__(self, address: str):
         self.profile = tempfile.mkdtemp()
         (read, self.to), (self.from_, write) = os.pipe(), os.pipe()
-        command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={self.profile}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+        command = [
+            str(CHROMIUM),
+            *FLAGS,
+            f"--user-data-dir={self.profile}",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        ]
         script = f'exec "$@" 3<&{read} 4>&{write}'  # the ends it looks for
         self.process = subprocess.Popen(
             ["bash", "-c", script, "chromium", *command],

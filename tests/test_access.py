@@ -2,13 +2,16 @@
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import json
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from mlkit.messages import ServingError, message_class
 from mlkit.server import LogOptions, RunningServer, TlsOptions
 from mlkit.settings import ArchiveError, InputError, MlkitError
 
+from .chromium import CHROMIUM, Page
 from .conftest import run_cli, wait_until
 from .test_serving import WINE, converted, row, serve, shelf, write_version  # noqa: F401  fixtures
 
@@ -269,7 +273,8 @@ def test_what_administrators_do_is_recorded(guarded: tuple) -> None:
         assert call(channel, "ModelService", "HandleReloadConfigRequest", **bearer(texts["boss"]))[0] == "OK"
     acts = Audit(path).acts()
     told = [(act["what"], act["caller"], act["result"]) for act in acts[before:]]
-    assert told == [("reload", "boss", "begun"), ("reload", "boss", "done")] * 2
+    done = [("reload", "boss", "begun"), ("reload", "boss", "done")]
+    assert told == [*done, ("reload", "shop", "refused"), *done]
     assert acts[-1]["versions"] == {"wine": 1}
     assert acts[0]["what"] == "start"
     kept = path.read_text()
@@ -279,6 +284,28 @@ def test_what_administrators_do_is_recorded(guarded: tuple) -> None:
     refused = httpx.post(f"{server.url}/reload", headers=bearer(texts["boss"]))
     assert refused.status_code == 503  # what cannot be recorded is not done
     path.write_text(kept)
+
+
+def test_who_may_not_act_is_recorded_too(guarded: tuple, row: dict) -> None:  # noqa: F811
+    server, port, texts, path = guarded
+    before = len(Audit(path).acts())
+    assert httpx.post(f"{server.url}/reload").status_code == 401
+    assert httpx.delete(f"{server.url}/models", headers=bearer(texts["shop"])).status_code == 403
+    assert httpx.post(f"{server.url}{WINE}:predict", json={"instances": [row]}).status_code == 401  # no act
+    assert httpx.get(f"{server.url}/models").status_code == 401
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for headers in ({}, bearer(texts["shop"])):
+            call(channel, "ModelService", "HandleReloadConfigRequest", **headers)
+        assert call(channel, "PredictionService", "Predict")[0] == "UNAUTHENTICATED"
+    acts = Audit(path).acts()[before:]
+    assert [(act["what"], act["caller"].partition(":")[0], act["code"]) for act in acts] == [
+        ("reload", "127.0.0.1", "UNAUTHENTICATED"),
+        ("DELETE /models", "shop", "PERMISSION_DENIED"),
+        ("reload", "ipv4", "UNAUTHENTICATED"),
+        ("reload", "shop", "PERMISSION_DENIED"),
+    ]
+    assert {act["result"] for act in acts} == {"refused"}
+    assert acts[1]["reason"] == "shop may predict here, and this needs the scope 'admin'."
 
 
 def test_a_key_that_is_taken_back_is_good_no_longer(guarded: tuple, keys: Path, row: dict) -> None:  # noqa: F811
@@ -361,12 +388,14 @@ def test_only_clients_of_our_authority_get_in(shelf: Path, tmp_path: Path, row: 
         credentials = grpc.ssl_channel_credentials(ours.file.read_bytes(), key, certificate)
         return grpc.secure_channel(f"localhost:{port}", credentials)
 
-    with serve(shelf, tls=tls, grpc_port=port) as server:
+    logs = LogOptions(folder=str(tmp_path / "logs"))
+    with serve(shelf, tls=tls, grpc_port=port, logs=logs) as server:
         url = server.url.replace("127.0.0.1", "localhost")
         assert url.startswith("https://")
         with client(friend) as asking:
             answer = asking.post(f"{url}{WINE}:predict", json={"instances": [row]})
             assert answer.status_code == 200, answer.text
+            assert asking.post(f"{url}/reload").status_code == 200
         for pair in (None, other):
             with (
                 client(pair) as asking,
@@ -377,6 +406,12 @@ def test_only_clients_of_our_authority_get_in(shelf: Path, tmp_path: Path, row: 
             httpx.get(server.url.replace("https", "http") + "/livez")
         with channel(friend) as asking:
             assert call(asking, "PredictionService", "Predict")[0] == "INVALID_ARGUMENT"
+            assert call(asking, "ModelService", "HandleReloadConfigRequest")[0] == "OK"
+        acts = Audit(tmp_path / "logs" / "audit.jsonl").acts()
+        assert [(act["what"], act["caller"], act["result"]) for act in acts[1:]] == [
+            ("reload", "friend", "begun"),
+            ("reload", "friend", "done"),
+        ] * 2
         for pair in (None, other):
             with channel(pair) as asking:
                 assert call(asking, "PredictionService", "Predict")[0] == "UNAVAILABLE"
@@ -409,3 +444,70 @@ def test_files_that_make_no_certificate_are_refused_at_the_start(shelf: Path, tm
     for pair in ((certificate, key), (certificate, tmp_path / "none.key")):
         with pytest.raises(MlkitError), serve(shelf, tls=TlsOptions(*map(str, pair))):
             pass
+
+
+# Web pages
+
+
+@contextlib.contextmanager
+def site(page: bytes = b"<title>shop</title>") -> Iterator[str]:
+    """A server of a web page; its origin."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+ASK = """
+fetch("URL", {method: "POST", headers: {"content-type": "application/json", "x-api-key": "KEY"}, body: 'BODY'})
+  .then(async (answer) => [answer.status, answer.headers.get("model-version"), await answer.json()])
+  .catch((error) => error.name)
+"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+def test_pages_of_declared_origins_ask_from_a_browser(shelf: Path, tmp_path: Path, row: dict) -> None:  # noqa: F811
+    key = new_api_key(tmp_path / "api.keys", "page")
+    with site() as ours, site() as theirs:
+        access = AccessOptions(str(tmp_path / "api.keys"))
+        with serve(shelf, origins=(ours,), access=access) as server:
+            script = ASK.replace("URL", f"{server.url}{WINE}:predict")
+            good, bad = (json.dumps({"instances": [each]}) for each in (row, {}))
+            with Page(f"{ours}/") as page:
+                status, version, answer = page.ask(script.replace("KEY", key).replace("BODY", good))
+                assert (status, version, len(answer["predictions"])) == (200, "1", 1)
+                status, _, answer = page.ask(script.replace("KEY", key).replace("BODY", bad))
+                assert (status, answer["error"][:20]) == (400, "Row 0 of 'instances'")
+                status, _, answer = page.ask(script.replace("KEY", "mlkit_x_y").replace("BODY", good))
+                assert (status, list(answer)) == (401, ["error"])
+            with Page(f"{theirs}/") as page:
+                assert page.ask(script.replace("KEY", key).replace("BODY", good)) == "TypeError"
+
+
+def test_no_page_may_ask_where_none_is_declared(guarded: tuple, row: dict) -> None:  # noqa: F811
+    server, _, texts, _ = guarded
+    origin, key = {"origin": "https://shop.example"}, bearer(texts["shop"])
+    before = httpx.options(
+        f"{server.url}{WINE}:predict", headers=origin | {"access-control-request-method": "POST"} | key
+    )
+    asked = httpx.post(f"{server.url}{WINE}:predict", json={"instances": [row]}, headers=origin | key)
+    assert asked.status_code == 200
+    assert not [name for answer in (before, asked) for name in answer.headers if name.startswith("access-control")]
+
+
+def test_what_is_no_origin_is_refused_before_anything_starts(project: Path) -> None:
+    (project / "1").mkdir()
+    (project / "1" / "saved_model.pb").touch()
+    result = run_cli("--set", "serving.origins=*", "serve", "shop=.", folder=project)
+    assert result.returncode == 2
+    assert "like https://shop.example" in result.stderr

@@ -1,27 +1,42 @@
 """What runs a model: the session gives what TensorFlow's own functions give, to the last bit."""
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlkit.conversion import convert_model
 from mlkit.data import load_dataset
 from mlkit.export import export_saved_model
 from mlkit.messages import ServingError
 from mlkit.model import build_model
-from mlkit.requests import read_predict
-from mlkit.servables import Servable, golden_rows, load_servable, sessions_work, warm_up
+from mlkit.requests import PREDICT, read_predict
+from mlkit.servables import (
+    Servable,
+    allowed_difference,
+    find_golden,
+    golden_rows,
+    load_servable,
+    sessions_work,
+    warm_up,
+)
+from mlkit.serving import load_warm
+from mlkit.settings import ModelError
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model of the shop: texts, moments, numbers; what it answers does not matter here."""
     data = load_dataset("retail", rows=600)
-    return export_saved_model(build_model("wide_deep", data), data, tmp_path_factory.mktemp("models") / "shop")
+    model = build_model("wide_deep", data)
+    version = export_saved_model(model, data, tmp_path_factory.mktemp("models") / "shop")
+    convert_model(model, data, version / "litert", ["float32", "int8"])
+    return version
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +123,12 @@ def test_a_process_with_sessions_only_answers_the_same_and_imports_no_keras(
 def test_loading_again_and_again_takes_no_more_memory(shop: Path) -> None:
     code = (
         "import gc, sys, psutil\n"
-        "from mlkit.servables import golden_rows, load_servable, prepare_signatures, use_session_only, warm_up\n"
+        "from mlkit.servables import find_golden, load_servable, prepare_signatures, use_session_only, warm_up\n"
         "use_session_only()\n"
-        "rows, memory = golden_rows(__import__('pathlib').Path(sys.argv[1])), []\n"
+        "golden, memory = find_golden(__import__('pathlib').Path(sys.argv[1])), []\n"
         "for _ in range(10):\n"
         "    model = load_servable(sys.argv[1])\n"
-        "    warm_up(model, rows)\n"
+        "    warm_up(model, golden)\n"
         "    prepare_signatures(model)\n"
         "    model.close()\n"
         "    del model\n"
@@ -127,4 +142,124 @@ def test_loading_again_and_again_takes_no_more_memory(shop: Path) -> None:
 
 
 def test_a_model_without_golden_requests_is_asked_a_blank_row(both: tuple[Servable, Servable]) -> None:
-    assert warm_up(both[0], []) > 0
+    assert warm_up(both[0], None) > 0
+
+
+# The same answers as when it was exported
+
+
+def spoil_golden(version: Path, change: Callable[[dict], object]) -> None:
+    """Change what is kept with a version, as its files would be changed by other hands."""
+    file = version / "assets.extra" / "golden.json"
+    told = json.loads(file.read_text())
+    change(told)
+    file.write_text(json.dumps(told))
+
+
+def shift(told: dict, row: int, by: float) -> None:
+    scores = told["predictions"][row]["probabilities"]
+    scores[0] += by
+
+
+@pytest.mark.parametrize("runtime", ["tensorflow", "litert"])
+def test_a_version_that_answers_otherwise_is_refused(runtime: str, shop: Path, tmp_path: Path) -> None:
+    version = tmp_path / "1"
+    shutil.copytree(shop, version)
+    load_warm(version, runtime).close()
+    form = {"tensorflow": "savedmodel", "litert": "litert-float32"}[runtime]
+    for row, by in ((3, 0.01), (0, float("nan"))):
+        spoil_golden(version, lambda told, row=row, by=by: shift(told, row, by))
+        with pytest.raises(ModelError, match=f"{form} does not answer as the model did .* 'probabilities' differs by"):
+            load_warm(version, runtime)
+
+
+def test_a_small_error_in_all_answers_is_found(shop: Path, tmp_path: Path) -> None:
+    version = tmp_path / "1"
+    shutil.copytree(shop, version)
+    spoil_golden(version, lambda told: [shift(told, row, 5e-5) for row in range(len(told["predictions"]))])
+    with pytest.raises(ModelError, match=r"by 5e-05 on average, where 0\.0001 and 1e-05"):
+        load_warm(version)
+
+
+def test_a_converted_model_that_was_meddled_with_is_refused(shop: Path, tmp_path: Path) -> None:
+    version = tmp_path / "1"
+    shutil.copytree(shop, version)
+    record = version / "litert" / "float32" / "host.json"
+    told = json.loads(record.read_text())
+    column = next(one for each in told["inputs"] for one in each.get("columns", ()) if "scale" in one)
+    column["scale"] = 40 * column["scale"]
+    record.write_text(json.dumps(told))
+    with pytest.raises(ModelError, match="litert-float32 does not answer as the model did"):
+        load_warm(version, "litert")
+    load_warm(version, "litert", "int8").close()
+    load_warm(version).close()
+
+
+def test_what_parity_accepted_is_accepted(shop: Path, tmp_path: Path) -> None:
+    version = tmp_path / "1"
+    shutil.copytree(shop, version)
+    spoil_golden(version, lambda told: shift(told, 0, 0.3))
+    with pytest.raises(ModelError, match="mlkit parity RUN --tolerance litert-int8="):
+        load_warm(version, "litert", "int8")
+    accepted = [
+        {"target": "litert-int8", "tolerance": 0.5, "passed": True},
+        {"target": "savedmodel", "tolerance": None},
+    ]
+    (version / "parity.json").write_text(json.dumps({"targets": accepted}))
+    load_warm(version, "litert", "int8").close()
+    with pytest.raises(ModelError):
+        load_warm(version)
+    assert allowed_difference(version, "litert-float16") == 0.01
+
+
+# Examples without TensorFlow
+
+
+def test_a_converted_model_answers_examples_as_the_saved_model(shop: Path, both: tuple[Servable, Servable]) -> None:
+    from mlkit.export import as_examples
+
+    golden = find_golden(shop)
+    examples = np.array([*as_examples(golden.features), b""], object)  # the last one: all missing
+    portable = load_servable(shop, "litert")
+    assert set(both[0].signatures) - set(portable.signatures) == {"serving_bytes"}
+    for name in ("serving_examples", "classify"):
+        own, other = portable.signatures[name], both[0].signatures[name]
+        assert (own.method, own.inputs.keys()) == (other.method, other.inputs.keys())
+        assert {each.name: (each.dtype, each.shape) for each in own.outputs.values()} == {
+            each.name: (each.dtype, each.shape and (None, *each.shape[1:])) for each in other.outputs.values()
+        }
+        (key,) = own.inputs
+        converted, exact = (servable.run(name, {key: examples}) for servable in (portable, both[0]))
+        assert converted.keys() == exact.keys()
+        for output, values in exact.items():
+            if values.dtype == object:
+                assert converted[output].tolist() == values.tolist()
+            else:
+                np.testing.assert_allclose(converted[output], values, atol=1e-5)
+    for bad in (b"no example", b"\xff\xfe\xfd"):
+        with pytest.raises(ServingError) as raised:
+            portable.run("classify", {"inputs": np.array([bad], object)})
+        assert raised.value.code == "INVALID_ARGUMENT"
+    portable.close()
+
+
+def test_several_labels_have_a_signature_each_without_tensorflow(tmp_path: Path) -> None:
+    rows = [f"{number % 7},{'ab'[number % 2]},{'yes' if number % 3 else 'no'},{number / 10}" for number in range(60)]
+    (tmp_path / "both.csv").write_text("\n".join(["size,shape,kept,weight", *rows]))
+    data = load_dataset(str(tmp_path / "both.csv"), label=["kept", "weight"])
+    model = build_model("mlp", data)
+    version = export_saved_model(model, data, tmp_path / "several")
+    convert_model(model, data, version / "litert", ["float32"])
+    portable, exact = load_servable(version, "litert"), load_servable(version)
+    examples = np.array([b"", b""], object)
+    methods = {name: told.method for name, told in portable.signatures.items() if told.method != PREDICT}
+    assert methods == {name: told.method for name, told in exact.signatures.items() if told.method != PREDICT}
+    for name in methods:
+        found, wanted = (servable.run(name, {"inputs": examples}) for servable in (portable, exact))
+        for output, values in wanted.items():
+            if values.dtype == object:
+                assert found[output].tolist() == values.tolist()
+            else:
+                np.testing.assert_allclose(found[output].reshape(values.shape), values, rtol=1e-4, atol=1e-5)
+    for servable in (portable, exact):
+        servable.close()

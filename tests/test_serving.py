@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -18,18 +18,22 @@ import httpx
 import numpy as np
 import pytest
 
+import mlkit.server as server_module
 from mlkit.conversion import convert_model
 from mlkit.data import load_dataset
 from mlkit.model import build_model
 from mlkit.registry import Registry
 from mlkit.requests import PREDICT, SignatureInfo, TensorInfo
 from mlkit.rest import RestApplication
-from mlkit.server import RunningServer, ServedPath, running_server
+from mlkit.runs import Run
+from mlkit.server import RunningServer, ServedPath, ServerOptions, running_server
 from mlkit.serving import FolderSource, Limits, ModelHost
 from mlkit.settings import MlkitError
+from mlkit.telemetry import METRICS_PATH
 
 from .conftest import run_cli, wait_until
-from .test_registry import make_run
+from .test_archive_faults import fill_up
+from .test_registry import make_run, place, signing  # noqa: F401  fixtures
 
 WINE = "/v1/models/wine"
 
@@ -80,7 +84,7 @@ def states(server: RunningServer) -> dict[int, str]:
     return {int(each["version"]): each["state"] for each in told}
 
 
-def answered_by(server: RunningServer, row: dict, place: str = "", **headers: str) -> str:
+def answered_by(server: RunningServer, row: dict, place: str = "", **headers: str) -> str:  # noqa: F811  of a URL
     """The version that answered, by its header, which has to agree with the answer."""
     answer = httpx.post(f"{server.url}{WINE}{place}:predict", json={"instances": [row]}, headers=headers)
     assert answer.status_code == 200, answer.text
@@ -168,10 +172,7 @@ def test_the_registry_says_who_answers(
     monkeypatch.chdir(project)
     registry = Registry(project / "models")
     for number in (1, 2, 3):
-        run = make_run(project, others={})
-        folder = write_version(project, number, converted)
-        shutil.copytree(folder / "litert", run.folder / "litert")
-        registry.register(run, "wine", force=True)
+        registry.register(converted_run(project, converted, number), "wine", force=True)
     registry.promote("wine", 1)
     served = ServedPath("wine", reference="wine")
     with (
@@ -187,6 +188,8 @@ def test_the_registry_says_who_answers(
         assert answered_by(server, row) == "1"
         shadow = wait_until(lambda: _shadow(server))
         assert (shadow["version"], shadow["rows"], shadow["agreeing"], shadow["difference"]) == (2, 1, 0, 0.0)
+        numbers = httpx.get(server.url + METRICS_PATH).text
+        assert 'mlkit_shadow_rows_total{model="wine",version="1",shadow="2"} 1\n' in numbers
         assert httpx.post(f"{server.url}{WINE}/versions/3:predict", json={"instances": [row]}).status_code == 404
         registry.divide_traffic("wine", {1: 1, 2: 1})
         keys = [f"person {number}" for number in range(40)]
@@ -206,6 +209,73 @@ def test_the_registry_says_who_answers(
         running_server(ServedPath("wine", reference="wine/1"), runtime="litert", verify=False),
     ):
         pass
+
+
+def converted_run(project: Path, converted: Path, number: int) -> Run:
+    """A completed run with a converted model whose classes tell a number."""
+    run = make_run(project, others={})
+    shutil.copytree(write_version(project, number, converted) / "litert", run.folder / "litert")
+    return run
+
+
+def refusal(server: RunningServer, number: int) -> str:
+    """Why a version is not let in, once that is known."""
+
+    def told() -> str:
+        found = httpx.get(server.url + WINE).json()["model_version_status"]
+        return next((each["status"]["error_message"] for each in found if each["version"] == str(number)), "")
+
+    return wait_until(told)
+
+
+def test_only_what_is_signed_as_it_was_registered_is_let_in(
+    place: Path,  # noqa: F811
+    signing: Callable[[Run], Run],  # noqa: F811
+    converted: Path,
+    row: dict,
+) -> None:
+    from mlkit.signing import KeySigner, new_key, sign_folder
+
+    registry = Registry(place / "models")
+    for number in (1, 2, 3):
+        registry.register(signing(converted_run(place, converted, number)), "wine")
+    stranger = converted_run(place, converted, 4)
+    new_key(place / "mallory.pem", place / "mallory.pub")
+    sign_folder(stranger.folder, KeySigner(place / "mallory.pem"))
+    registry.register(stranger, "wine", force=True)
+    registry.register(converted_run(place, converted, 5), "wine", force=True)
+    registry.promote("wine", 1)
+    registry.promote("wine", 2, alias="challenger")
+    network = place / "models" / "wine" / "2" / "litert" / "float32" / "model.tflite"
+    network.write_bytes(network.read_bytes()[:-1] + b"?")
+    with running_server(ServedPath("wine", reference="wine"), runtime="litert", poll=0.05) as server:
+        assert "model.tflite has changed" in refusal(server, 2)
+        for number, reason in ((4, "trusted"), (5, "not signed")):
+            registry.promote("wine", number)
+            assert reason in refusal(server, number)
+            assert answered_by(server, row) == "1"
+        registry.promote("wine", 3)
+        wait_until(lambda: answered_by(server, row) == "3")
+
+
+def test_a_registry_whose_disk_is_full_is_served_and_changes_when_there_is_room(
+    small_disk: Path, converted: Path, row: dict
+) -> None:
+    registry = Registry(small_disk / "models")
+    for number in (1, 2):
+        registry.register(converted_run(small_disk.parent, converted, number), "wine", force=True)
+    registry.promote("wine", 1)
+    fill_up(small_disk)
+    served = ServedPath("wine", reference="wine")
+    with running_server(served, runtime="litert", poll=0.05, verify=False, registry=str(registry.root)) as server:
+        assert answered_by(server, row) == "1"
+        with pytest.raises(MlkitError, match="space"):
+            registry.promote("wine", 2)
+        assert httpx.post(f"{server.url}/reload").status_code == 200
+        assert answered_by(server, row) == "1"
+        (small_disk / "filler").unlink()
+        registry.promote("wine", 2)
+        wait_until(lambda: answered_by(server, row) == "2")
 
 
 def _shadow(server: RunningServer) -> dict | None:
@@ -266,8 +336,12 @@ def _accepts(server: RunningServer) -> bool:
 
 def test_processes_leave_with_a_supervisor_that_was_killed(shelf: Path) -> None:
     with serve(shelf, processes=2) as server:
+        folder = Path(Path(f"/proc/{server.pids[0]}/cmdline").read_text().split("\0")[-2])
+        assert folder.name.startswith("mlkit-serve-")
+        assert (folder / "process-0.json").is_file()
         server.supervisor.kill()
         wait_until(lambda: not any(map(_lives, server.pids)))
+        assert not folder.exists()  # the last one has tidied up
 
 
 def _lives(pid: int) -> bool:
@@ -333,6 +407,33 @@ def test_slow_and_departing_clients_hold_up_nobody(served: RunningServer, row: d
     for _ in range(20):
         raw_request(served, body).close()  # does not wait for its answer
     assert answered_by(served, row) == "1"
+
+
+def test_connections_on_which_no_whole_request_comes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_QUIET", 1)
+
+    async def story() -> None:
+        listening = server_module.open_port("127.0.0.1", 0)
+        address = listening.getsockname()
+        web = server_module._uvicorn(RestApplication(ModelHost({})), ServerOptions(()))
+        serving = asyncio.ensure_future(web.serve(sockets=[listening]))
+        asked = b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n"
+        for begun in (b"", b"GET /li", asked + b"GET /livez HTTP/1.1\r\nhost: he"):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(begun)
+            told = await asyncio.wait_for(reader.read(), 20)  # until it is closed
+            assert told.endswith(b'{"alive": true}' if asked in begun else b"")
+            writer.close()
+        reader, writer = await asyncio.open_connection(*address)
+        for _ in range(20):  # whoever asks on stays
+            writer.write(asked)
+            assert (await reader.readuntil(b'{"alive": true}')).startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(0.1)
+        writer.close()
+        web.should_exit = True
+        await serving
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize(

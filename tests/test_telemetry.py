@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from prometheus_client import parser
 
+from mlkit.messages import ServingError
 from mlkit.request_log import RequestLog
 from mlkit.requests import PREDICT, SignatureInfo, TensorInfo
-from mlkit.rest import RestApplication
+from mlkit.rest import CERTIFICATE, RestApplication
 from mlkit.server import LogOptions, RunningServer
-from mlkit.serving import FolderSource, ModelHost
+from mlkit.serving import FolderSource, ModelHost, Plan, Wanted
 from mlkit.telemetry import METRICS_PATH, BackgroundWriter, Telemetry
 
 from .conftest import wait_until
@@ -101,6 +102,14 @@ def test_every_scrape_tells_the_sum_over_processes(watched: RunningServer, row: 
     assert total(told, "mlkit_batch_rows_sum", model="wine", version="1") >= 60
     assert total(told, ":tensorflow:serving:runtime_latency_count", API="Predict") >= 60
     assert total(told, ":tensorflow:serving:batching_session:queuing_latency_count") >= 60
+    rows = [
+        total(told, f":tensorflow:serving:batching_session:{name}_batch_size_sum") for name in ("input", "processed")
+    ]
+    assert rows[0] == rows[1] == total(told, "mlkit_batch_rows_sum") >= 60
+    warm = ":tensorflow:serving:model_warmup_latency"
+    assert total(told, f"{warm}_count", status="OK") == 2
+    assert total(told, f"{warm}_sum", status="OK") > 0
+    assert total(told, ":tensorflow:serving:model_warmup_records_read", status="OK") >= 40
 
 
 def test_numbers_outlive_a_killed_process(shelf: Path, row: dict) -> None:  # noqa: F811
@@ -140,9 +149,12 @@ def test_prometheus_scrapes_and_answers(watched: RunningServer, row: dict, tmp_p
 
     def query(text: str) -> float | None:
         try:
-            found = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text}).json()
+            answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text})
         except httpx.TransportError:  # it is not there yet
             return None
+        if answer.status_code == 503:  # it is about to be
+            return None
+        found = answer.json()
         return float(found["data"]["result"][0]["value"][1]) if found["data"]["result"] else None
 
     try:
@@ -238,6 +250,84 @@ def test_errors_get_a_line_and_others_only_when_asked_for(tmp_path: Path) -> Non
     failed = next(line for line in told if line["status"] == "INTERNAL")
     assert (failed["trace_id"], failed["model"], failed["version"]) == (GIVEN[3:35], "times", 1)
     assert total(numbers(text), "mlkit_requests_total", status="INTERNAL", version="1") == 1
+
+
+def test_the_name_in_a_certificate_stands_in_the_line(tmp_path: Path) -> None:
+    lines: list[bytes] = []
+    telemetry = Telemetry(tmp_path, models=["times"], write=lines.append, requests="all")
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "saved_model.pb").touch()
+
+    async def run() -> None:
+        host = ModelHost({"times": FolderSource(tmp_path)}, Times)
+        await host.step()
+        application = RestApplication(host, telemetry=telemetry, certificates=True)
+
+        async def certified(scope: dict, *channels: Callable) -> None:
+            await application(scope | {"state": {CERTIFICATE: "webshop"}}, *channels)
+
+        for asked in (certified, application):
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(asked), base_url="http://here") as client:
+                answer = await client.post("/v1/models/times:predict", json={"instances": [[1.0]]})
+                assert answer.status_code == 200
+        await host.close()
+
+    asyncio.run(run())
+    telemetry.close()
+    assert [json.loads(line).get("caller") for line in lines] == ["webshop", None]
+
+
+class TwoVersions:
+    """A source with a version that answers, and one in its shadow."""
+
+    def __init__(self, folder: Path):
+        wanted = tuple(Wanted(number, folder / str(number)) for number in (1, 2))
+        self.plan = Plan(wanted, None, 1, {"challenger": 2})
+
+    def look(self) -> Plan:
+        return self.plan
+
+
+class Halves(Times):
+    """Another one, whose version 2 gives half as much, and takes nothing above 100."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.number = int(folder.name)
+
+    def run(self, signature: str, inputs: dict) -> dict:
+        if self.number == 2 and (inputs["x"] > 100).any():
+            raise ServingError("INVALID_ARGUMENT", "too much")
+        return {"x": super().run(signature, inputs)["x"] / self.number}
+
+
+def test_what_a_shadow_says_is_counted_under_both_versions(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, models=["times"])
+
+    async def run() -> None:
+        host = ModelHost({"times": TwoVersions(tmp_path)}, Halves, shadow="challenger")
+        host.shadows = telemetry.shadow
+        await host.step()
+        served = host.state("times").loaded[1]
+        for value, rows in ((0.25, 1), (0.5, 3), (200.0, 1)):
+            with host.lease("times") as version:
+                await version.run("serving_default", {"x": np.full((rows, 1), value, "float32")}, rows)
+        while served.shadow._asking:
+            await asyncio.sleep(0)
+        for _ in range(70):  # at once: more than are compared
+            served.shadow.follow("serving_default", {"x": np.ones((1, 1), "float32")}, 1, {})
+        await host.close()
+
+    asyncio.run(run())
+    told = numbers(telemetry.scrape().decode())
+    telemetry.close()
+    about = {"model": "times", "version": "1", "shadow": "2"}
+    assert total(told, "mlkit_shadow_requests_total", result="compared", **about) == 2
+    assert total(told, "mlkit_shadow_requests_total", result="skipped", **about) == 6
+    assert total(told, "mlkit_shadow_requests_total", result="failed", **about) == 1 + 64  # the answers had no form
+    assert total(told, "mlkit_shadow_rows_total", **about) == 4
+    assert total(told, "mlkit_shadow_rows_agreeing_total", **about) == 4
+    assert total(told, "mlkit_shadow_largest_difference", process="0", **about) == 0.5
 
 
 def test_the_server_writes_json_lines_when_told_to(shelf: Path, project: Path) -> None:  # noqa: F811
