@@ -104,7 +104,7 @@ def read_filter(
         raise ServingError("INVALID_ARGUMENT", "output_filter names an output twice.")
     return names
 
-# %% ../nbs/26_grpc_server.ipynb #ab3c5923
+# %% ../nbs/26_grpc_server.ipynb #6c42f15a
 class Caller(NamedTuple):
     """What is known of a call beside its message."""
 
@@ -128,7 +128,7 @@ async def _ask_examples(
         takes = listed(signature.inputs)
         raise ServingError("FAILED_PRECONDITION", f"Signature '{signature.name}' takes {takes} rather than examples.")
     inputs = {next(iter(signature.inputs)): np.array(examples, object)}
-    return await served.run(signature.name, inputs, len(examples), deadline)
+    return await served.run(signature.name, inputs, len(examples), deadline, aside=True)
 
 
 def _fill_classes(result: Message, outputs: Mapping[str, np.ndarray], rows: int) -> None:
@@ -142,7 +142,7 @@ def _fill_numbers(result: Message, outputs: Mapping[str, np.ndarray], rows: int)
     for value in regressions(outputs, rows).tolist():
         result.regressions.add(value=value)
 
-# %% ../nbs/26_grpc_server.ipynb #21c578ea
+# %% ../nbs/26_grpc_server.ipynb #9febda05
 async def predict(
     host: ModelHost,
     body: bytes,  # PredictRequest
@@ -155,7 +155,7 @@ async def predict(
         signature = find_signature(served.signatures, asked.signature, PREDICT, "FAILED_PRECONDITION")
         wanted = read_filter(signature, request.output_filter)
         inputs = read_inputs(signature, request.inputs)
-        outputs = await served.run(signature.name, inputs, count_rows(signature, inputs), caller.deadline)
+        outputs = await served.run(signature.name, inputs, count_rows(signature, inputs), caller.deadline, aside=True)
         response = message_class("PredictResponse")()
         for name in wanted:
             fill_tensor(response.outputs[name], outputs[name])

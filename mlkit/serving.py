@@ -48,7 +48,7 @@ class Limits:
     inline: float = 0.001  # seconds up to which a call runs on the event loop
     timeout: float = 30.0  # seconds after which a request without a deadline of its own is given up
 
-# %% ../nbs/25_serving.ipynb #5fd14f44
+# %% ../nbs/25_serving.ipynb #9371ed19
 class _Waiting(NamedTuple):
     inputs: Mapping[str, np.ndarray]
     rows: int
@@ -56,6 +56,7 @@ class _Waiting(NamedTuple):
     deadline: float  # of time.monotonic()
     group: Any  # requests of one group can be asked together
     since: float  # of time.monotonic()
+    aside: bool  # asked on another thread, however short it takes
 
 
 class _Pace:
@@ -77,7 +78,7 @@ class _Pace:
         known = max((each for each in self._seconds if each <= size), default=None)
         return 0.0 if known is None else self._seconds[known] * 2 ** (size - known)
 
-# %% ../nbs/25_serving.ipynb #5e0ac795
+# %% ../nbs/25_serving.ipynb #d84c7540
 class Batcher:
     """Asks one signature of a model about all that is waiting, as soon as the model is free."""
 
@@ -105,13 +106,14 @@ class Batcher:
         inputs: Mapping[str, np.ndarray],  # checked against the signature
         rows: int | None,  # None for what cannot be put together with others
         deadline: float,  # of time.monotonic()
+        aside: bool = False,  # not on the event loop: where requests come one by one, others come in the meantime
     ) -> asyncio.Future:  # of the outputs by name
         """Queue a request; raises ServingError RESOURCE_EXHAUSTED when it would wait for too long."""
         self._refuse_late(deadline)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         group = self._group(inputs, rows)
-        self._queue.append(_Waiting(inputs, rows or 1, future, deadline, group, time.monotonic()))
+        self._queue.append(_Waiting(inputs, rows or 1, future, deadline, group, time.monotonic(), aside))
         if not self._busy:
             self._busy = True
             loop.call_soon(self._next)  # after the requests that have come in the same moment
@@ -160,7 +162,8 @@ class Batcher:
             self._busy = False
             return
         loop = asyncio.get_running_loop()
-        if self._pace.seconds(sum(each.rows for each in batch)) < self._limits.inline:
+        short = self._pace.seconds(sum(each.rows for each in batch)) < self._limits.inline
+        if short and not batch[0].aside:
             self._answer(batch, *self._ask(batch))
             loop.call_soon(self._next)
             return
@@ -419,7 +422,7 @@ def compare_answers(
             difference = max(difference, float(np.nanmax(apart, initial=0.0)))
     return int(same.sum()), difference
 
-# %% ../nbs/25_serving.ipynb #2b6e3a10
+# %% ../nbs/25_serving.ipynb #0188fb7a
 class LoadedVersion:
     """A version that answers."""
 
@@ -469,11 +472,12 @@ class LoadedVersion:
         inputs: Mapping[str, np.ndarray],  # by name, checked against the signature
         rows: int | None,  # None for what cannot be put together with other requests
         deadline: float | None = None,  # of time.monotonic()
+        aside: bool = False,  # see `Batcher.submit`
     ) -> dict[str, np.ndarray]:  # by name
         """Answer a batch; raises ServingError."""
         if deadline is None:
             deadline = time.monotonic() + self._limits.timeout
-        outputs = await self.ask(signature, inputs, rows, deadline)
+        outputs = await self.ask(signature, inputs, rows, deadline, aside)
         if self.listener is not None:
             self.listener(signature, inputs, rows, outputs)
         if self.shadow is not None:
@@ -481,11 +485,11 @@ class LoadedVersion:
         return outputs
 
     def ask(
-        self, signature: str, inputs: Mapping[str, np.ndarray], rows: int | None, deadline: float
+        self, signature: str, inputs: Mapping[str, np.ndarray], rows: int | None, deadline: float, aside: bool = False
     ) -> asyncio.Future:  # of the outputs by name
         """Answer a batch that nobody hears of; raises ServingError."""
         find_signature(self.signatures, signature)
-        return self._batchers[signature or "serving_default"].submit(inputs, rows, deadline)
+        return self._batchers[signature or "serving_default"].submit(inputs, rows, deadline, aside)
 
     async def leave(self) -> None:
         """Wait for the last request, then give back the memory."""
