@@ -367,9 +367,9 @@ def hold(host: ModelHost) -> Callable[[], None]:
     version = host.state("slow").loaded[1]
     run, gate = version.run, asyncio.Event()
 
-    async def held(*arguments: Any) -> Any:
+    async def held(*arguments: Any, **options: Any) -> Any:
         await gate.wait()
-        return await run(*arguments)
+        return await run(*arguments, **options)
 
     version.run = held
     return gate.set
@@ -430,7 +430,7 @@ def test_a_defect_is_logged_and_not_told(tmp_path: Path, caplog: pytest.LogCaptu
     async def story() -> None:
         async with serving(tmp_path) as (_, host, _, ask, _):
 
-            async def broken(*_: Any) -> None:
+            async def broken(*_: Any, **__: Any) -> None:
                 raise ZeroDivisionError("secret")
 
             host.state("slow").loaded[1].run = broken
