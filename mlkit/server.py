@@ -174,7 +174,7 @@ class Board:
             return (self.folder / "reload").read_text()
         return ""
 
-# %% ../nbs/27_server.ipynb #5c771403
+# %% ../nbs/27_server.ipynb #faf60778
 _log = logging.getLogger("mlkit.server")
 _TIDYING = 2.0  # seconds after a version has left
 CANNOT_SERVE = 3  # exit code of a process that has a model without any version that can be loaded
@@ -267,7 +267,9 @@ class ServerProcess:
             asyncio.get_running_loop().call_later(_TIDYING, gc.collect)
 
     def _readiness(self) -> dict[str, Any]:
-        ready = sum(bool(each.get("ready")) for each in self.board.read())
+        own = self.host.ready and not self.application.draining  # whoever is asked can answer, told or not
+        others = [told for index, told in enumerate(self.board.read()) if index != self.index]
+        ready = own + sum(bool(each.get("ready")) for each in others)
         return {"processes": {"ready": ready, "of": self.options.processes}}
 
     async def _reload_all(self, who: str) -> None:
