@@ -5,10 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -36,6 +37,33 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
             return result
         time.sleep(0.02)
     raise AssertionError("it did not happen in time")
+
+
+class Crowd:
+    """Threads that ask until the block is left, each in one of the ways: a way asks once before each `yield`."""
+
+    def __init__(self, *ways: Callable[[], Iterator[None]], pause: float = 0):
+        self.failures: list[Any] = []
+        self._left, self._pause = threading.Event(), pause  # seconds from an answer to the next request
+        self._threads = [threading.Thread(target=self._ask, args=(way,)) for way in ways]
+
+    def _ask(self, way: Callable[[], Iterator[None]]) -> None:
+        try:
+            for _ in way():
+                if self._left.wait(self._pause):
+                    return
+        except Exception as error:  # a request that failed
+            self.failures.append(error)
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        for thread in self._threads:
+            thread.join()
 
 
 def run_cli(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +32,7 @@ from mlkit.export import export_saved_model, load_saved_model
 from mlkit.model import build_model
 from mlkit.server import ServedPath, ServerOptions
 
-from .conftest import wait_until
+from .conftest import Crowd, wait_until
 from .test_ray import Cluster, free_port
 
 pytestmark = pytest.mark.slow
@@ -144,41 +142,33 @@ def first(service: Service) -> tuple[subprocess.Popen, dict]:
     return command, service.ready(command)
 
 
-class Crowd:
-    """Threads that keep asking, each over one connection."""
+class Clients(Crowd):
+    """Callers with a key, each over one connection, and over another when that breaks."""
 
     def __init__(self, service: Service, images: np.ndarray, threads: int = 6):
+        super().__init__(*[self._rest] * threads, pause=0.005)
         self.headers = {"authorization": f"Bearer {service.key}"}
         self.url, self.body = f"{service.url}{DIGITS}:predict", json.dumps({"instances": images[:1].tolist()})
-        self.versions, self.failures, self.broken = [], [], []
-        self._stop, self._threads = threading.Event(), [threading.Thread(target=self._ask) for _ in range(threads)]
+        self.versions: list[str] = []
+        self.broken: list[str] = []
 
-    def _ask(self) -> None:
-        client = httpx.Client(timeout=60, headers=self.headers)
-        while not self._stop.is_set():
+    def _rest(self) -> Iterator[None]:
+        while True:
             try:
-                answer = client.post(self.url, content=self.body)
+                yield from self._over_one_connection()
             except BROKEN as error:
                 self.broken.append(repr(error))
-                client.close()
-                client = httpx.Client(timeout=60, headers=self.headers)
-                continue
-            if answer.status_code == 200:
-                self.versions.append(answer.headers["model-version"])
-            else:
-                self.failures.append((answer.status_code, answer.text))
-            time.sleep(0.005)
-        client.close()
+                yield
 
-    def __enter__(self) -> "Crowd":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+    def _over_one_connection(self) -> Iterator[None]:
+        with httpx.Client(timeout=60, headers=self.headers) as client:
+            while True:
+                answer = client.post(self.url, content=self.body)
+                if answer.status_code == 200:
+                    self.versions.append(answer.headers["model-version"])
+                else:
+                    self.failures.append((answer.status_code, answer.text))
+                yield
 
 
 def test_rest_and_grpc_answer_as_the_saved_model_does(
@@ -230,7 +220,7 @@ def test_a_new_version_is_taken_up_under_load(
     service: Service, first: tuple[subprocess.Popen, dict], images: np.ndarray
 ) -> None:
     before = service.replicas()
-    with Crowd(service, images, 2) as crowd:
+    with Clients(service, images, 2) as crowd:
         wait_until(lambda: crowd.versions)
         data = load_dataset("digits")
         export_saved_model(build_model("linear", data), data, service.folder / "digits", version=2)
@@ -248,7 +238,7 @@ def test_other_options_and_more_load_fail_no_request(
     models = (ServedPath("digits", str(service.folder / "digits")),)
     access = AccessOptions(str(service.folder / "api.keys"))
     options = ServerOptions(models, port=service.port, grpc_port=service.grpc_port, access=access)
-    with Crowd(service, images) as crowd:
+    with Clients(service, images) as crowd:
         wait_until(lambda: crowd.versions)
         second = service.start("-c", REPLACE, options.to_json())
         service.ready(second)
@@ -265,7 +255,7 @@ def test_other_options_and_more_load_fail_no_request(
 def test_a_killed_node_fails_what_it_was_asked_and_nothing_else(
     nodes: Nodes, service: Service, images: np.ndarray
 ) -> None:
-    with Crowd(service, images) as crowd:
+    with Clients(service, images) as crowd:
         wait_until(lambda: crowd.versions)
         nodes.kill(nodes.sessions[1])
         wait_until(lambda: len(service.replicas()) == 1)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 import mlkit.server as server_module
@@ -31,7 +32,7 @@ from mlkit.serving import FolderSource, Limits, ModelHost
 from mlkit.settings import MlkitError
 from mlkit.telemetry import METRICS_PATH
 
-from .conftest import run_cli, wait_until
+from .conftest import Crowd, run_cli, wait_until
 from .test_archive_faults import fill_up
 from .test_registry import make_run, place, signing  # noqa: F401  fixtures
 
@@ -93,39 +94,30 @@ def answered_by(server: RunningServer, row: dict, place: str = "", **headers: st
     return number
 
 
-class Crowd:
-    """Threads that keep asking."""
+class Clients(Crowd):
+    """Callers of the wines' model; each answer has to belong to the version that its header names."""
 
     def __init__(self, server: RunningServer, row: dict, threads: int = 4):
+        super().__init__(*[self._rest] * threads)
         self.url, self.body = f"{server.url}{WINE}:predict", json.dumps({"instances": [row]})
-        self.answers, self.failures, self._stop = [], [], threading.Event()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(threads)]
+        self.answers: list[str] = []
 
-    def _ask(self) -> None:
+    def _rest(self) -> Iterator[None]:
         with httpx.Client() as client:
-            while not self._stop.is_set():
+            while True:
                 answer = client.post(self.url, content=self.body)
                 told = answer.json().get("predictions", [{}])[0].get("class", "").partition(":")[0]
                 if answer.status_code != 200 or told != answer.headers["model-version"]:
                     self.failures.append((answer.status_code, answer.text))
                 self.answers.append(told)
-
-    def __enter__(self) -> "Crowd":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+                yield
 
 
 # Swaps
 
 
 def test_twenty_swaps_under_load_lose_and_misroute_no_request(shelf: Path, converted: Path, row: dict) -> None:
-    with serve(shelf, processes=2) as server, Crowd(server, row) as crowd:
+    with serve(shelf, processes=2) as server, Clients(server, row) as crowd:
         wait_until(lambda: "1" in crowd.answers)
         for number in range(2, 22):
             write_version(shelf, number, converted)
@@ -136,7 +128,7 @@ def test_twenty_swaps_under_load_lose_and_misroute_no_request(shelf: Path, conve
 
 
 def test_a_version_that_cannot_be_loaded_is_refused_until_it_is_mended(shelf: Path, converted: Path, row: dict) -> None:
-    with serve(shelf, processes=2) as server, Crowd(server, row) as crowd:
+    with serve(shelf, processes=2) as server, Clients(server, row) as crowd:
         wait_until(lambda: "1" in crowd.answers)
         hidden = write_version(shelf, 2, converted).rename(shelf / ".2")
         network = hidden / "litert" / "float32" / "model.tflite"
@@ -314,6 +306,14 @@ def raw_request(server: RunningServer, body: bytes, announced: int | None = None
     return connection
 
 
+def test_what_processes_are_copied_from_holds_nothing_that_does_not_survive_it(shelf: Path) -> None:
+    with serve(shelf, processes=2) as server:
+        supervisor = psutil.Process(server.supervisor.pid)
+        assert [child.ppid() for child in map(psutil.Process, server.pids)] == [supervisor.pid] * 2
+        libraries = " ".join(each.path for each in supervisor.memory_maps())
+    assert not [name for name in ("tensorflow", "polars", "grpc", "uvloop") if f"/{name}/" in libraries]
+
+
 def test_sigterm_answers_what_has_begun_and_then_ends(shelf: Path, row: dict) -> None:
     with serve(shelf, processes=2) as server:
         body = json.dumps({"instances": [row]}).encode()
@@ -336,8 +336,8 @@ def _accepts(server: RunningServer) -> bool:
 
 def test_processes_leave_with_a_supervisor_that_was_killed(shelf: Path) -> None:
     with serve(shelf, processes=2) as server:
-        folder = Path(Path(f"/proc/{server.pids[0]}/cmdline").read_text().split("\0")[-2])
-        assert folder.name.startswith("mlkit-serve-")
+        mapped = [Path(each.path) for each in psutil.Process(server.pids[0]).memory_maps()]
+        folder = next(path.parent for path in mapped if path.parent.name.startswith("mlkit-serve-"))
         assert (folder / "process-0.json").is_file()
         server.supervisor.kill()
         wait_until(lambda: not any(map(_lives, server.pids)))

@@ -2,9 +2,8 @@
 
 import json
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ import tensorflow as tf
 from mlkit.messages import fill_tensor, message_class
 from mlkit.server import RunningServer, ServedPath, running_server
 
-from .conftest import wait_until
+from .conftest import Crowd, wait_until
 from .test_access import free_port
 
 MARK = b"version-%06d"
@@ -56,25 +55,23 @@ def write_version(shelf: Path, number: int, first: Path) -> None:
     hidden.rename(shelf / str(number))
 
 
-class Crowd:
+class Clients(Crowd):
     """Clients that ask until they are told to stop; each answer has to belong to the version that it names."""
 
     def __init__(self, server: RunningServer, port: int):
-        self.url, self.port, self.answers, self.failures = server.url, port, Counter(), []
-        self.newest = 0  # version of the latest answer
-        self._stop = threading.Event()
-        asking = [self._rest, self._rest, self._grpc, self._grpc]
-        self._threads = [threading.Thread(target=self._ask, args=(way,)) for way in asking]
+        super().__init__(self._rest, self._rest, self._grpc, self._grpc, pause=0.002)  # loading takes the two cores
+        self.url, self.port, self.answers = server.url, port, Counter()
 
-    def _rest(self) -> Iterator[tuple[int, bytes]]:
+    def _rest(self) -> Iterator[None]:
         body = json.dumps({"instances": [1.0]})
         with httpx.Client(timeout=20) as client:
             while True:
                 answer = client.post(f"{self.url}/v1/models/big:predict", content=body)
                 (told,) = answer.json()["predictions"]
-                yield int(answer.headers["model-version"]), told["version"].encode()
+                self._answered("rest", int(answer.headers["model-version"]), told["version"].encode())
+                yield
 
-    def _grpc(self) -> Iterator[tuple[int, bytes]]:
+    def _grpc(self) -> Iterator[None]:
         request = message_class("PredictRequest")()
         request.model_spec.name = "big"
         fill_tensor(request.inputs["x"], np.ones(1, "float32"))
@@ -83,29 +80,13 @@ class Crowd:
             call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
             while True:
                 answer = message_class("PredictResponse").FromString(call(request.SerializeToString(), timeout=60))
-                yield answer.model_spec.version.value, answer.outputs["version"].string_val[0]
+                self._answered("grpc", answer.model_spec.version.value, answer.outputs["version"].string_val[0])
+                yield
 
-    def _ask(self, way: Callable[[], Iterator[tuple[int, bytes]]]) -> None:
-        try:
-            for number, told in way():
-                if told != MARK % number:
-                    self.failures.append((number, told))
-                self.answers[way.__name__, number] += 1
-                self.newest = number
-                if self._stop.wait(0.002):  # most of the two cores is for loading
-                    return
-        except Exception as error:  # a request that failed
-            self.failures.append(error)
-
-    def __enter__(self) -> "Crowd":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+    def _answered(self, way: str, number: int, told: bytes) -> None:
+        if told != MARK % number:
+            self.failures.append((number, told))
+        self.answers[way, number] += 1
 
 
 def settled_memory(server: RunningServer) -> int:
@@ -126,7 +107,7 @@ def test_a_hundred_swaps_under_load_lose_and_misroute_nothing_and_memory_stays(t
     memory = {}
     with (
         running_server(ServedPath("big", str(shelf)), processes=2, grpc_port=port, poll=0.05) as server,
-        Crowd(server, port) as crowd,
+        Clients(server, port) as crowd,
         httpx.Client(base_url=server.url, timeout=60) as client,
     ):
         for number in range(2, 102):
@@ -134,7 +115,7 @@ def test_a_hundred_swaps_under_load_lose_and_misroute_nothing_and_memory_stays(t
             client.post("/reload").raise_for_status()
 
             def swapped(number: int = number) -> bool:
-                ways = ("_rest", "_grpc")
+                ways = ("rest", "grpc")
                 return all(crowd.answers[way, number] for way in ways) or bool(crowd.failures)
 
             wait_until(swapped, 60)
