@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['Answers', 'identify_rows', 'Report', 'make_report', 'differences_html', 'save_answers', 'read_head', 'load_answers']
 
-# %% ../nbs/11_answers.ipynb #f4c31b9a
+# %% ../nbs/11_answers.ipynb #1fe72ff4
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -32,7 +30,7 @@ from mlkit.measures import (
     threshold_table,
     thresholds_html,
 )
-from .runs import format_number, html_table, storage_error
+from .runs import format_number, html_table, new_file, storage_error
 from .settings import ArchiveError, DatasetError, NotFoundError
 from mlkit.slices import (
     Disparity,
@@ -256,7 +254,7 @@ def differences_html(
         rows.append((name.replace("_", " "), f"<b>{value}</b>" if sure else value, low, high))
     return html_table(("measure", "difference", "from", "to"), rows)
 
-# %% ../nbs/11_answers.ipynb #ed0d5da9
+# %% ../nbs/11_answers.ipynb #b281d99a
 _FORMAT = "mlkit answers 1"
 
 
@@ -264,7 +262,7 @@ def save_answers(
     answers: Answers,
     path: Path,
 ) -> None:
-    """Write answers to a file, in one step."""
+    """Write answers to a file, in one step; raises ArchiveError when the disk is full."""
     scores = np.asarray(answers.rows.scores, "float32")
     columns = {
         "label": answers.rows.labels,
@@ -275,24 +273,11 @@ def save_answers(
         frame = frame.with_columns(answers.table.select(row=pl.struct(pl.all())))
     told = ("name", "task", "label", "classes", "identity", "model")
     head = {"format": _FORMAT, "about": json.dumps({name: getattr(answers, name) for name in told})}
-    with _in_one_step(path) as file:
-        frame.write_parquet(file, metadata=head)
-
-
-@contextmanager
-def _in_one_step(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of another when it is whole; raises ArchiveError when the disk is full."""
-    temporary = path.with_name(f".{path.name}-writing-{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with new_file(path) as hidden, hidden.open("wb") as file:
+            frame.write_parquet(file, metadata=head)
     except OSError as error:
         raise storage_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 # %% ../nbs/11_answers.ipynb #4941e0fe
 def read_head(

@@ -8,7 +8,7 @@ __all__ = ['TEXT_TYPES', 'KINDS', 'find_files', 'convert_column', 'is_database',
            'read_table', 'is_splittable', 'scan_table', 'write_table', 'fingerprint', 'fingerprint_images', 'read_yaml',
            'import_tensorflow']
 
-# %% ../nbs/04_sources.ipynb #36f89312
+# %% ../nbs/04_sources.ipynb #865608df
 import contextlib
 import csv
 import datetime
@@ -32,6 +32,7 @@ import polars as pl
 import yaml
 
 from .databases import read_query, safe_source
+from .runs import new_file, sync_file
 from .settings import DatasetError, MissingDependencyError, MlkitError, listed, nearest
 from .tfrecord import read_tfrecord, unpack, write_tfrecord
 
@@ -872,7 +873,7 @@ def scan_table(
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DatasetError(f"{listed(files, 3)} cannot be read: {str(error).splitlines()[0]}") from error
 
-# %% ../nbs/04_sources.ipynb #e1c0d478
+# %% ../nbs/04_sources.ipynb #31f48cc6
 def _write_file(table: pl.DataFrame, path: Path, name: str) -> None:
     """Write one file at a path, of the kind that a name says."""
     ending, compression = _endings(name)
@@ -891,11 +892,6 @@ def _write_file(table: pl.DataFrame, path: Path, name: str) -> None:
         table.write_parquet(path)
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
-
-
 def _shard_names(path: Path, shards: int) -> list[str]:
     if shards == 1:
         return [path.name]
@@ -909,18 +905,16 @@ def _shard_names(path: Path, shards: int) -> list[str]:
         )
     return names
 
-# %% ../nbs/04_sources.ipynb #a997782c
+# %% ../nbs/04_sources.ipynb #2e78d514
 def _write_parts(table: pl.DataFrame, folder: Path, names: Sequence[str]) -> list[Path]:
     borders = [table.height * number // len(names) for number in range(len(names) + 1)]
-    temporary = [folder / f".{name}.{os.getpid()}.part" for name in names]
-    try:
-        for path, name, start, end in zip(temporary, names, borders, borders[1:], strict=False):
-            _write_file(table[start:end], path, name)
-            _sync(path)
-        return [path.replace(folder / name) for path, name in zip(temporary, names, strict=True)]
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+    files = [folder / name for name in names]
+    with contextlib.ExitStack() as parts:  # which get their names when all of them are on disk
+        for path, start, end in zip(files, borders, borders[1:], strict=False):
+            hidden = parts.enter_context(new_file(path, durable=False))
+            _write_file(table[start:end], hidden, path.name)
+            sync_file(hidden)
+    return files
 
 
 def write_table(

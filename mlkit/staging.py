@@ -6,10 +6,9 @@
 __all__ = ['ROW', 'cannot_write', 'written_whole', 'reading_of', 'names_files', 'plan_rows', 'stage_rows', 'cut_rows',
            'read_part', 'Recipe', 'recipe_of', 'Prepared', 'prepare_rows']
 
-# %% ../nbs/25_staging.ipynb #f85fce94
+# %% ../nbs/25_staging.ipynb #55563f65
 import contextlib
 import gzip
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import polars as pl
 from .cleaning import Cleaned, clean
 from .data import open_table
 from .databases import safe_source, stream_query
+from .runs import new_file
 from .schema import Schema, parse_schema
 from .settings import ArchiveError, DatasetError, listed, nearest
 from .sources import find_files, is_database, is_local, is_splittable, local_files, scan_table
@@ -30,7 +30,7 @@ from .statistics import Statistics, describe
 from .tfrecord import stream_tfrecord
 from .validation import conform, validate
 
-# %% ../nbs/25_staging.ipynb #1c87fdf9
+# %% ../nbs/25_staging.ipynb #143f9e7f
 def cannot_write(
     path: Path,
     error: Exception,  # of the system, or of Polars
@@ -47,16 +47,11 @@ def written_whole(
     path: Path,
 ) -> Iterator[Path]:  # a name beside it, to be written
     """Let a file appear in one step, or not at all; raises ArchiveError."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}"
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with new_file(path) as hidden:
+            yield hidden
     except (OSError, pl.exceptions.PolarsError) as error:
         raise cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -237,7 +237,7 @@ def test_a_killed_write_leaves_what_was_there(tmp_path):
     )
     writer = subprocess.Popen([sys.executable, "-c", code])
     try:
-        wait_until(lambda: [part for part in tmp_path.glob(".*.part") if part.stat().st_size > 1_000_000])
+        wait_until(lambda: [part for part in tmp_path.glob(".t.jsonl-*") if part.stat().st_size > 1_000_000])
     finally:
         writer.send_signal(signal.SIGKILL)
         writer.wait()
