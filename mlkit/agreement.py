@@ -18,10 +18,20 @@ import numpy as np
 
 from .settings import ModelError
 
-# %% ../nbs/10_agreement.ipynb #6a44e1f4
+# %% ../nbs/10_agreement.ipynb #a03dfca3
 GOLDEN_FILE = "golden.json"
 
 
+def _dumped(row: Any) -> str:
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+
+
+def _as_column(values: list[Any]) -> np.ndarray:
+    """Texts as objects, numbers as float32."""
+    first = np.asarray(values[0]).dtype.kind
+    return np.array(values, object if first in "OSU" else "float32")
+
+# %% ../nbs/10_agreement.ipynb #2acc0dc6
 @dataclass(frozen=True)
 class Golden:
     """Requests and the answers of the model they came with."""
@@ -52,16 +62,6 @@ class Golden:
         rows = {name: ",\n".join(_dumped(row) for row in each) for name, each in lists.items()}
         parts = [f'"{name}": [\n{text}\n]' for name, text in rows.items() if text]
         return "{" + ",\n".join(['"format": 1', f'"scales": {json.dumps(self.scales)}', *parts]) + "}\n"
-
-
-def _dumped(row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":"))
-
-
-def _as_column(values: list[Any]) -> np.ndarray:
-    """Texts as objects, numbers as float32."""
-    first = np.asarray(values[0]).dtype.kind
-    return np.array(values, object if first in "OSU" else "float32")
 
 # %% ../nbs/10_agreement.ipynb #9f93ae02
 def _whole(record: Mapping[str, Any]) -> Golden:
@@ -127,7 +127,7 @@ def _other_names(found: np.ndarray, reference: np.ndarray, scores: np.ndarray | 
     ordered = np.sort(scores, axis=-1)
     return other & (ordered[:, -1] - ordered[:, -2] > 2 * tolerance)
 
-# %% ../nbs/10_agreement.ipynb #531dd4e5
+# %% ../nbs/10_agreement.ipynb #d57c65b4
 @dataclass(frozen=True)
 class Comparison:
     """How the answers of one signature differ from the reference."""
@@ -142,7 +142,7 @@ class Comparison:
     reason: str = ""
     worst: str = ""  # what the row is that differs most
 
-
+# %% ../nbs/10_agreement.ipynb #f852ab54
 def compare_answers(
     target: str,
     signature: str,
