@@ -312,7 +312,7 @@ async def reload_config(
     response.status.SetInParent()
     return response
 
-# %% ../nbs/26_grpc_server.ipynb #36298374
+# %% ../nbs/26_grpc_server.ipynb #cf542298
 _log = logging.getLogger("mlkit.serving")
 _COUNTED = ("Predict", "Classify", "Regress", "MultiInference")  # what TF Serving's metrics count
 _ACTS = {"HandleReloadConfigRequest": "reload"}  # what administrators do, and what it is called in the record
@@ -338,10 +338,15 @@ class Surroundings:
     refused: Callable[[str, str, ServingError], Awaitable[None]] | None = None  # is told who asked what in vain
 
 
+def _certified(around: Surroundings, context: Any) -> str:
+    """The name in the certificate that a caller has shown; "" without one."""
+    return grpc_certificate_name(context.auth_context()) if around.certificates else ""
+
+
 async def _caller(around: Surroundings, name: str, headers: Mapping[bytes, bytes], context: Any) -> Caller:
     """Who calls, and until when an answer is wanted; raises ServingError for somebody who may not."""
     left, who = context.time_remaining(), ""
-    known = grpc_certificate_name(context.auth_context()) if around.certificates else ""
+    known = _certified(around, context)
     if around.access is not None:
         scope = "admin" if name in _ACTS else "predict" if name in _COUNTED else None
         known = (await around.access.check(headers, scope)).name
@@ -357,8 +362,8 @@ async def _note_refusal(around: Surroundings, name: str, error: ServingError, co
     """Tell of an administrator's act that somebody may not ask for."""
     if around.refused is None or name not in _ACTS or error.code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return
-    known = grpc_certificate_name(context.auth_context()) if around.certificates else ""
-    await around.refused(getattr(error, "caller", "") or known or context.peer(), _ACTS[name], error)
+    who = getattr(error, "caller", "") or _certified(around, context) or context.peer()
+    await around.refused(who, _ACTS[name], error)
 
 
 def _headers(context: Any) -> dict[bytes, bytes]:

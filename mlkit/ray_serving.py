@@ -6,12 +6,11 @@
 __all__ = ['FAST', 'Replicas', 'serve_variables', 'check_options', 'Replica', 'CallContext', 'Serialized', 'Deployed',
            'add_services', 'serving_cluster', 'Nodes', 'RayServer', 'serve_on_ray', 'run_on_ray']
 
-# %% ../nbs/28_ray_serving.ipynb #333dba81
+# %% ../nbs/28_ray_serving.ipynb #f466dd25
 import asyncio
 import contextlib
 import dataclasses
 import functools
-import gc
 import logging
 import os
 import re
@@ -27,9 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .access import Audit
 from .grpc_server import SERVICES, Surroundings, add_reflection, answer_call, bound_methods
-from .ledger import current_user
 from .messages import ServingError
 from .servables import sessions_work, use_session_only
 from .server import Board, ServerOptions, ServerProcess, open_port
@@ -99,7 +96,7 @@ def check_options(
     for model in options.models:
         model.source(options)
 
-# %% ../nbs/28_ray_serving.ipynb #8329adba
+# %% ../nbs/28_ray_serving.ipynb #5d5c43df
 class Replica(ServerProcess):
     """A server's process that Ray has started."""
 
@@ -112,8 +109,7 @@ class Replica(ServerProcess):
         super().__init__(options, 0, None, Board(self._folder.name, 1, 0))
         self.name = name
         self._watching: asyncio.Task | None = None
-        refused = self.audit.refuse if self.audit else None
-        around = Surroundings(options.limits.timeout, self.telemetry, self.access, refused=refused)
+        around = Surroundings(options.limits.timeout, self.telemetry, self.access, refused=self.refused)
         self._methods = {
             name: functools.partial(answer_call, around, name, method)
             for methods in bound_methods(self.host, self._reload_all).values()
@@ -128,14 +124,12 @@ class Replica(ServerProcess):
 
     async def begin(self) -> None:
         """Load the models, and look for new versions from now on; raises MlkitError for a model that has none."""
-        await self.host.step()
+        await self._load()
         if not self.host.ready:
             states = {name: self.host.state(name) for name in self.host.models()}
             told = [status.message for name in states for status in self.host.statuses(name) if status.message]
             problems = told or [state.problem for state in states.values() if state.problem]
             raise MlkitError(" ".join(problems) or "A model has no version.")
-        gc.collect()
-        gc.freeze()
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def call(
@@ -151,10 +145,7 @@ class Replica(ServerProcess):
         """Unload everything, once all requests have been answered."""
         if self._watching is not None:
             self._watching.cancel()
-        await self.host.close()
-        if self.exchanges is not None:
-            self.exchanges.close()
-        self.telemetry.close()
+        await self._unload()
         self._folder.cleanup()
 
 # %% ../nbs/28_ray_serving.ipynb #a70764cd
@@ -298,7 +289,7 @@ def serving_cluster() -> Iterator[Any]:  # the module ray, connected
             stack.enter_context(quiet_ray(ray))
         yield ray
 
-# %% ../nbs/28_ray_serving.ipynb #702e3cea
+# %% ../nbs/28_ray_serving.ipynb #5a4fad30
 @dataclass(frozen=True)
 class Nodes:
     """What a cluster has."""
@@ -323,7 +314,7 @@ class Nodes:
         replicas: Replicas,
     ) -> None:
         """Refuse what this cluster has no room for; raises InputError, MlkitError."""
-        if len(self.addresses) > 1 and options.host.startswith(("127.", "::1", "localhost")):
+        if len(self.addresses) > 1 and not options.public:
             raise InputError(
                 f"The cluster has {len(self.addresses)} machines, which have to reach one another's replicas, and "
                 f"{options.host} is reached from one machine only. Listen on all addresses: --host 0.0.0.0"
@@ -489,7 +480,7 @@ def _end(serve: Any, server: RayServer) -> None:
     if not serve.status().applications:
         serve.shutdown()
 
-# %% ../nbs/28_ray_serving.ipynb #076ba0f5
+# %% ../nbs/28_ray_serving.ipynb #5306f941
 def run_on_ray(
     options: ServerOptions,
     replicas: Replicas,
@@ -501,22 +492,17 @@ def run_on_ray(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         models = {model.name: model.reference or model.path for model in options.models}
-        _record(options, "start", "begun", models=models, url=server.url, replicas=[replicas.least, replicas.most])
-        if not options.host.startswith(("127.", "::1", "localhost")) and options.access.open() is None:
+        options.logs.record("start", "begun", models=models, url=server.url, replicas=[replicas.least, replicas.most])
+        if options.public and options.access.open() is None:
             _say(f"Everybody who reaches {server.url} may ask: no keys, no tokens ([access] in settings.ini).")
         ready(server)
         while not stop.wait(1.0):
             if server.taken_over():
                 _say("Another command has replaced this server; this one ends, and the new one goes on.")
                 break
-    _record(options, "stop", "done", url=server.url)
+    options.logs.record("stop", "done", url=server.url)
 
 
 def _say(text: str) -> None:
     """Tell whoever has typed the command; Ray has taken hold of logging there."""
     print(text, file=sys.stderr, flush=True)
-
-
-def _record(options: ServerOptions, what: str, result: str, **facts: Any) -> None:
-    if options.logs.folder:
-        Audit(Path(options.logs.folder) / "audit.jsonl").add(current_user(), what, result, **facts)

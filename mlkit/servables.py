@@ -7,7 +7,7 @@ __all__ = ['RUNTIMES', 'Servable', 'use_session_only', 'sessions_work', 'Session
            'PortableServable', 'blank_row', 'load_servable', 'prepare_signatures', 'find_golden', 'golden_rows',
            'form_of', 'allowed_difference', 'warm_up']
 
-# %% ../nbs/24_servables.ipynb #7768a2a1
+# %% ../nbs/24_servables.ipynb #7e29d5f2
 import contextlib
 import importlib
 import importlib.metadata
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .agreement import TOLERANCES, Golden, check_answers, load_golden
+from .agreement import GOLDEN_FILE, TOLERANCES, Golden, check_answers, load_golden
 from .messages import ServingError, parse_message
 from .portable import PortableModel, kind_folder
 from mlkit.requests import (
@@ -36,6 +36,7 @@ from mlkit.requests import (
     read_predict,
     read_signatures,
 )
+from .runs import find_model_version
 from .settings import ModelError, ParameterError, listed, nearest
 
 # %% ../nbs/24_servables.ipynb #c1db3f39
@@ -426,14 +427,13 @@ def prepare_signatures(servable: Servable) -> None:
     if isinstance(servable, SessionServable):
         servable.prepare()
 
-# %% ../nbs/24_servables.ipynb #f22576d6
+# %% ../nbs/24_servables.ipynb #de7cab06
 def find_golden(
     folder: Path,  # of one version, or a run
 ) -> Golden | None:
     """The requests that a model brings along, with their answers; raises ModelError for a damaged file."""
-    versions = sorted((folder / "saved_model").glob("[0-9]*"), key=lambda path: (len(path.name), path.name))
-    for place in (folder, *versions[-1:]):
-        if (place / "assets.extra" / "golden.json").is_file():
+    for place in filter(None, (folder, find_model_version(folder))):
+        if (place / "assets.extra" / GOLDEN_FILE).is_file():
             return load_golden(place)
     return None
 
@@ -445,7 +445,7 @@ def golden_rows(
     golden = find_golden(folder)
     return list(golden.instances) if golden else []
 
-# %% ../nbs/24_servables.ipynb #de5e4546
+# %% ../nbs/24_servables.ipynb #83694310
 def form_of(
     servable: Servable,
 ) -> str:  # of mlkit.parity.TARGETS
@@ -463,10 +463,8 @@ def allowed_difference(
         accepted = [float(each["tolerance"]) for each in asked if each["target"] == form and each["passed"]]
     except (OSError, ValueError, KeyError, TypeError):
         accepted = []
-    usual = TOLERANCES.get(
-        form.removeprefix("litert-"), TOLERANCES["float16"]
-    )  # a SavedModel was perhaps made elsewhere
-    return max([*accepted, usual])
+    elsewhere = TOLERANCES["float16"]  # where a SavedModel was perhaps made
+    return max([*accepted, TOLERANCES.get(form.removeprefix("litert-"), elsewhere)])
 
 # %% ../nbs/24_servables.ipynb #16f12b2a
 _ROUNDS = 20  # single rows; then the same rows as one batch

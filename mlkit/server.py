@@ -6,13 +6,15 @@
 __all__ = ['CANNOT_SERVE', 'ServedPath', 'LogOptions', 'ServerOptions', 'Board', 'ServerProcess', 'run_process', 'open_port',
            'Supervisor', 'run_server', 'RunningServer', 'running_server']
 
-# %% ../nbs/27_server.ipynb #bebb6558
+# %% ../nbs/27_server.ipynb #c438cf0a
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,14 +26,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .access import AccessOptions, Audit, TlsOptions, certificate_name
 from .ledger import current_user
 from .messages import ServingError
 from .request_log import RequestLog
 from .requests import PREDICT, VersionStatus, write_error
-from .rest import CERTIFICATE, RestApplication, allow_origins
+from .rest import CERTIFICATE, CLOSE, INFERENCE, RestApplication, Target, allow_origins, read_path
 from .runs import write_atomic
 from .servables import sessions_work, use_session_only
 from .serving import FolderSource, Limits, LoadedVersion, ModelHost, RegistrySource, Source, load_warm
@@ -53,7 +55,7 @@ class ServedPath:
             return RegistrySource(self.reference, options.registry or None, options.verify)
         return FolderSource(self.path, options.runtime)
 
-# %% ../nbs/27_server.ipynb #84159f3b
+# %% ../nbs/27_server.ipynb #e71ce87e
 @dataclass(frozen=True)
 class LogOptions:
     """What a server writes down."""
@@ -72,7 +74,21 @@ class LogOptions:
         sensitive = tuple(filter(None, (name.strip() for name in told.sensitive.split(","))))
         return cls(str(told.logs), told.lines, told.requests, told.share, told.form, sensitive)
 
-# %% ../nbs/27_server.ipynb #feb295d5
+    def audit(self) -> Audit | None:
+        """The record of administrative acts, if one is wanted."""
+        return Audit(Path(self.folder) / "audit.jsonl") if self.folder else None
+
+    def record(
+        self,
+        what: str,
+        result: str,
+        **facts: Any,  # ready for JSON
+    ) -> None:
+        """Write down what whoever runs the server has done; raises ArchiveError."""
+        if audit := self.audit():
+            audit.add(current_user(), what, result, **facts)
+
+# %% ../nbs/27_server.ipynb #894971ba
 @dataclass(frozen=True)
 class ServerOptions:
     """What a server is told; it travels to its processes as JSON."""
@@ -96,6 +112,11 @@ class ServerOptions:
     tls: TlsOptions = field(default_factory=TlsOptions)
     logs: LogOptions = field(default_factory=LogOptions)
     origins: tuple[str, ...] = ()  # of web pages that may ask from a browser
+
+    @property
+    def public(self) -> bool:
+        """Whether other machines reach it."""
+        return not self.host.startswith(("127.", "::1", "localhost"))
 
     @property
     def divided(self) -> bool:
@@ -174,7 +195,7 @@ class Board:
             return (self.folder / "reload").read_text()
         return ""
 
-# %% ../nbs/27_server.ipynb #faf60778
+# %% ../nbs/27_server.ipynb #3ed59c61
 _log = logging.getLogger("mlkit.server")
 _TIDYING = 2.0  # seconds after a version has left
 CANNOT_SERVE = 3  # exit code of a process that has a model without any version that can be loaded
@@ -208,7 +229,7 @@ class ServerProcess:
             telemetry=self.telemetry,
             access=self.access,
             certificates=bool(options.tls.clients),
-            refused=self.audit.refuse if self.audit else None,
+            refused=self.refused,
         )
         self._stop, self._reloaded, self._alone = asyncio.Event(), board.reload_token(), False
 
@@ -223,7 +244,8 @@ class ServerProcess:
             requests=logs.requests,
             mask=logs.sensitive,
         )
-        self.audit = Audit(Path(logs.folder) / "audit.jsonl") if logs.folder else None
+        self.audit = logs.audit()
+        self.refused = self.audit.refuse if self.audit else None
         self.exchanges: RequestLog | None = None
         if logs.folder and logs.share:
             told = {"share": logs.share, "form": logs.form, "mask": logs.sensitive, "logged": self.telemetry.logged}
@@ -318,10 +340,7 @@ class ServerProcess:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        await self.host.step()
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)  # a request leaves no circles behind, so that looking for some can wait
+        await self._load()
         if not self.host.ready:
             self._tell(serving=False)
             return CANNOT_SERVE
@@ -334,17 +353,28 @@ class ServerProcess:
             self._tell(serving=False)
             for task in watching:
                 task.cancel()
-        await self.host.close()
-        if self.exchanges is not None:
-            self.exchanges.close()
-        self.telemetry.close()
+        await self._unload()
         if self._alone:
             self.board.leave()
         return 0
 
+    async def _load(self) -> None:
+        """Have the first versions in service."""
+        await self.host.step()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)  # a request leaves no circles behind, so that looking for some can wait
+
+    async def _unload(self) -> None:
+        """Unload everything, once all requests have been answered, and write what waits."""
+        await self.host.close()
+        if self.exchanges is not None:
+            self.exchanges.close()
+        self.telemetry.close()
+
     async def _open(self, doors: contextlib.AsyncExitStack) -> None:
         """Answer on the socket of REST, and on gRPC's port if there is one."""
-        rest = _uvicorn(allow_origins(self.application, self.options.origins), self.options)
+        rest = _uvicorn(self.application, self.options)
         if self.tls is not None:
             rest.config.load()
             rest.config.ssl = self.tls.context
@@ -375,7 +405,7 @@ class ServerProcess:
                 reload=self._reload_all,
                 telemetry=self.telemetry,
                 access=self.access,
-                refused=self.audit.refuse if self.audit else None,
+                refused=self.refused,
             )
             doors.push_async_callback(server.stop, self.options.grace)
 
@@ -391,52 +421,26 @@ class ServerProcess:
                 _log.exception("The sources of models could not be watched")
 
     async def _watch_supervisor(self) -> None:
-        """Stop when nobody holds the other end of standard input any more."""
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-        await reader.read()
+        """Stop when the process that has started this one is there no more."""
+        while os.getppid() == multiprocessing.parent_process().pid:
+            await asyncio.sleep(self.options.poll)
         self._alone = True
         self._stop.set()
 
-# %% ../nbs/27_server.ipynb #d9e83347
-class _OneWrite:
-    """A transport that sends the head of an answer together with the beginning of its body."""
-
-    def __init__(self, transport: asyncio.Transport, soon: Callable[..., Any]):
-        self._transport, self._soon, self._head = transport, soon, b""
-
-    def write(self, data: bytes) -> None:
-        if self._head:
-            data, self._head = self._head + data, b""
-        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
-            self._head = data
-            self._soon(self._flush)
-            return
-        self._transport.write(data)
-
-    def _flush(self) -> None:
-        if self._head:
-            self.write(b"")
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-# %% ../nbs/27_server.ipynb #8dbe221c
+# %% ../nbs/27_server.ipynb #0adb6dac
 _QUIET = 75  # seconds without a request after which a connection is closed
 
 
 def _protocol() -> type:
-    """HTTP as uvicorn speaks it, but for these things."""
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+    """HTTP as uvicorn speaks it, but for these things; raises MissingDependencyError."""
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError as error:
+        raise MissingDependencyError(f"{error}. The model server needs: pip install 'mlkit[serve]'") from error
 
-    class Protocol(AutoHTTPProtocol):
+    class Protocol(HttpToolsProtocol):
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(_OneWrite(transport, self.loop.call_soon))
+            super().connection_made(transport)
             self._watching = self.loop.call_later(_QUIET, self._watch, None)
             if name := certificate_name(transport.get_extra_info("peercert")):
                 self.app_state = self.app_state | {CERTIFICATE: name}
@@ -459,13 +463,103 @@ def _protocol() -> type:
 
     return Protocol
 
-# %% ../nbs/27_server.ipynb #4847917e
-def _uvicorn(application: Any, options: ServerOptions) -> Any:
+# %% ../nbs/27_server.ipynb #2043af88
+@dataclass(slots=True)
+class _Exchange:
+    """A request that came whole: what uvicorn has to know of it, as it does of its own cycles."""
+
+    keep_alive: bool
+    response_complete: bool = False
+    disconnected: bool = False
+
+    message_event: ClassVar = asyncio.Event()  # nobody waits for it
+
+
+@functools.lru_cache(maxsize=1024)
+def _asked_for(url: bytes) -> Target | None:
+    """The prediction that a URL asks for, if it does and is written plainly."""
+    target = None if not url.isascii() or any(sign in url for sign in b"%?#") else read_path(url.decode())
+    return target if target and target.verb in INFERENCE else None
+
+# %% ../nbs/27_server.ipynb #ae917910
+def _quick_protocol(application: RestApplication) -> type:
+    """HTTP with a shorter way for predictions that are asked for in one packet."""
+    from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+    class Protocol(_protocol()):
+        _target: Target | None = None  # of a request whose body may have come with its head
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._target is not None:
+                self._pass_on()
+
+        def on_headers_complete(self) -> None:
+            free = self.cycle is None or self.cycle.response_complete
+            if free and not self.expect_100_continue and self.parser.get_method() == b"POST":
+                self._target, self._parts = _asked_for(self.url), []
+            if self._target is None:
+                super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            if self._target is None:
+                super().on_body(body)
+            else:
+                self._parts.append(body)
+
+        def on_message_complete(self) -> None:
+            if self._target is not None and sum(map(len, self._parts)) > application.body_bytes:
+                self._pass_on()
+            if self._target is None:
+                super().on_message_complete()
+                return
+            target, self._target = self._target, None
+            self.cycle = _Exchange(self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive())
+            self.scope |= {"method": "POST", "path": self.url.decode()}
+            task = self.loop.create_task(self._answer(self.cycle, target, self.scope, b"".join(self._parts)))
+            task.add_done_callback(self.tasks.discard)
+            self.tasks.add(task)
+
+        def _pass_on(self) -> None:
+            """Have uvicorn go on with a request."""
+            self._target = None
+            super().on_headers_complete()
+            for part in self._parts:
+                super().on_body(part)
+
+        async def _answer(self, exchange: _Exchange, target: Target, scope: dict, body: bytes) -> None:
+            try:
+                status, told, answer = await application.answer(target, scope, None, body)
+            except BaseException:  # it was cancelled
+                self.transport.close()
+                raise
+            if self.flow.write_paused and not exchange.disconnected:
+                await self.flow.drain()
+            if not exchange.keep_alive and CLOSE not in told:
+                told.append(CLOSE)
+            exchange.response_complete = True
+            if not exchange.disconnected:
+                head = b"".join([b"%b: %b\r\n" % header for header in told])
+                self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], head, answer))
+                if CLOSE in told:
+                    self.transport.close()
+                self.on_response_complete()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._unset_keepalive_if_required()  # `_watch` sees to it for many requests at a time
+
+        def send_400_response(self, msg: str) -> None:
+            self._target = None
+            super().send_400_response(msg)
+
+    return Protocol
+
+# %% ../nbs/27_server.ipynb #be328a59
+def _uvicorn(application: RestApplication, options: ServerOptions) -> Any:
     """A web server that leaves signals to us; raises MissingDependencyError."""
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise MissingDependencyError(f"{error}. The model server needs: pip install 'mlkit[serve]'") from error
+    protocol = _protocol() if options.origins else _quick_protocol(application)  # pages are asked for their origin
+    import uvicorn
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -473,8 +567,8 @@ def _uvicorn(application: Any, options: ServerOptions) -> Any:
             yield
 
     config = uvicorn.Config(
-        application,
-        http=_protocol(),
+        allow_origins(application, options.origins),
+        http=protocol,
         lifespan="off",
         ws="none",
         access_log=False,
@@ -524,14 +618,6 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         return None
     return uvloop.new_event_loop
 
-# %% ../nbs/27_server.ipynb #27a9ab9d
-_START = (
-    "import sys, socket\n"
-    "from mlkit.server import Board, ServerOptions, run_process\n"
-    "options, index, number, folder = ServerOptions.from_json(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4]\n"
-    "sys.exit(run_process(options, index, socket.socket(fileno=number), Board(folder, options.processes, index)))\n"
-)
-
 # %% ../nbs/27_server.ipynb #f817e0a8
 def open_port(
     host: str,
@@ -555,7 +641,32 @@ def open_port(
         raise InputError(f"Cannot listen on {host}, port {port}: {error}. Choose another one: --port 0") from None
     return listening
 
-# %% ../nbs/27_server.ipynb #7fe172e2
+# %% ../nbs/27_server.ipynb #29d679ff
+_STARTING = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def _begin(options: ServerOptions, index: int, listening: socket.socket, folder: Path) -> None:
+    """The whole life of a process that the supervisor has started."""
+    os.setsid()  # Ctrl-C is for the supervisor, who passes it on
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    logging.getLogger().handlers.clear()
+    sys.exit(run_process(options, index, listening, Board(folder, options.processes, index)))
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Have signals wait: until it has handlers of its own, a copy would call those of the supervisor."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+# %% ../nbs/27_server.ipynb #34094f89
 class Supervisor:
     """Starts a server's processes, and again those that die."""
 
@@ -570,7 +681,7 @@ class Supervisor:
             self._listening.close()
             self._listening = open_port(options.host, self.options.port, divided=True, listen=False)
         self._ready, self._stopping, self._failed = ready, asyncio.Event(), ""
-        self._running: dict[int, asyncio.subprocess.Process] = {}
+        self._running: dict[int, multiprocessing.process.BaseProcess] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="mlkit-serve-"))
         self.board = Board(self.folder, options.processes)
 
@@ -598,7 +709,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         models = {model.name: model.reference or model.path for model in self.options.models}
-        self.record("start", "begun", models=models, url=self.url, processes=self.options.processes)
+        self.options.logs.record("start", "begun", models=models, url=self.url, processes=self.options.processes)
         keeping = [loop.create_task(self._keep(index)) for index in range(self.options.processes)]
         try:
             await self._wait_until_ready()
@@ -606,23 +717,18 @@ class Supervisor:
         finally:
             await self._stop(keeping)
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.record("stop", self._failed or "done", url=self.url)
+            self.options.logs.record("stop", self._failed or "done", url=self.url)
         if self._failed:
             raise MlkitError(self._failed)
 
     def _reload(self) -> None:
         """SIGHUP: have all processes look at their sources."""
         try:
-            self.record("reload", "begun", by="SIGHUP")
+            self.options.logs.record("reload", "begun", by="SIGHUP")
         except MlkitError as error:
             _log.error("A reload is not done, since it cannot be recorded: %s", error)
         else:
             self.board.ask_reload()
-
-    def record(self, what: str, result: str, **facts: Any) -> None:
-        """Write down what whoever runs the server has done; raises ArchiveError."""
-        if self.options.logs.folder:
-            Audit(Path(self.options.logs.folder) / "audit.jsonl").add(current_user(), what, result, **facts)
 
     async def _wait_until_ready(self) -> None:
         while not self._stopping.is_set():
@@ -636,8 +742,7 @@ class Supervisor:
         pause, been_ready = 0.0, False
         while not self._stopping.is_set():
             started = time.monotonic()
-            process = await self._start(index)
-            code = await process.wait()
+            code = await self._end_of(self._start(index))
             told = self.board._read(index)
             been_ready |= bool(told.get("ready")) or bool(told.get("loaded") and not told.get("problems"))
             self.board.forget(index)
@@ -653,26 +758,32 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
 
-    async def _start(self, index: int) -> asyncio.subprocess.Process:
-        number = self._listening.fileno()
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _START, self.options.to_json(), str(index), str(number), str(self.folder)),
-            stdin=asyncio.subprocess.PIPE,
-            pass_fds=[number],
-            start_new_session=True,  # Ctrl-C is for the supervisor, who passes it on
-        )
+    def _start(self, index: int) -> multiprocessing.process.BaseProcess:
+        told = (self.options, index, self._listening, self.folder)
+        process = _STARTING.Process(target=_begin, args=told, daemon=True)
+        with _undisturbed():
+            process.start()
         self._running[index] = process
         return process
+
+    async def _end_of(self, process: multiprocessing.process.BaseProcess) -> int:  # exit code
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(process.sentinel, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(process.sentinel)
+        process.join()
+        return process.exitcode
 
     async def _stop(self, keeping: list[asyncio.Task]) -> None:
         self._stopping.set()
         self._listening.close()  # whoever comes now is refused, rather than left waiting
         for process in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            process.terminate()
         _, late = await asyncio.wait(keeping, timeout=self.options.grace + 5)
         for process in self._running.values():
-            if late and process.returncode is None:
+            if late:
                 process.kill()
         if late:
             await asyncio.wait(late)
@@ -686,7 +797,7 @@ def _explain(told: Mapping[str, Any], code: int) -> str:
     problems = [line for lines in told.get("problems", {}).values() for line in lines]
     return "\n".join(problems) if problems else f"The server's processes do not start ({_meaning(code)})."
 
-# %% ../nbs/27_server.ipynb #b10b2e02
+# %% ../nbs/27_server.ipynb #5a8b9d86
 def run_server(
     options: ServerOptions,
     ready: Callable[[Supervisor], None],  # is called once, when all processes answer
@@ -696,7 +807,7 @@ def run_server(
     guarded = [options.access.open(), options.tls.open()]
     for model in options.models:
         model.source(options)  # what is not there is told before anything is started
-    if not options.host.startswith(("127.", "::1", "localhost")) and not (guarded[0] or options.tls.clients):
+    if options.public and not (guarded[0] or options.tls.clients):
         _log.warning("Everybody who reaches %s may ask: no keys, no tokens ([access] in settings.ini)", options.host)
 
     async def supervise() -> None:

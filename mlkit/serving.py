@@ -6,17 +6,18 @@
 __all__ = ['Load', 'Limits', 'Batcher', 'Wanted', 'Plan', 'Source', 'folder_token', 'FolderSource', 'RegistrySource',
            'ShadowCounts', 'Shadow', 'compare_answers', 'LoadedVersion', 'ServedModel', 'load_warm', 'ModelHost']
 
-# %% ../nbs/25_serving.ipynb #2c8b4e0e
+# %% ../nbs/25_serving.ipynb #7664cbaf
 import asyncio
 import contextlib
 import functools
 import itertools
 import math
 import random
+import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -577,7 +578,21 @@ def load_warm(
             warmed(folder, code, time.monotonic() - start, requests)
     return servable
 
-# %% ../nbs/25_serving.ipynb #43f1ad48
+# %% ../nbs/25_serving.ipynb #38e18c2b
+_PAUSE = 0.05  # seconds
+
+
+@contextlib.contextmanager
+def _giving_way() -> Iterator[None]:
+    """Let other threads have the interpreter ten times as soon."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(usual / 10)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+# %% ../nbs/25_serving.ipynb #f0a4c71f
 class ModelHost:
     """Models in service, in one process and on one event loop."""
 
@@ -690,12 +705,14 @@ class ModelHost:
         except (MlkitError, OSError) as error:  # who is at work goes on
             served.problem = str(error)
             return
-        there = []
+        there, known = [], set(served.loaded)
         for wanted in plan.wanted:
             if plan.count is not None and len(there) == plan.count:
                 break
             if wanted.number in served.loaded or await self._try(served, wanted):
                 there.append(wanted.number)
+        if self._started and not known.issuperset(there):
+            await asyncio.sleep(_PAUSE)
         self._switch(served, plan, there)
 
     async def _try(self, served: ServedModel, wanted: Wanted) -> bool:
@@ -725,9 +742,11 @@ class ModelHost:
     def _open(self, wanted: Wanted, holding: contextlib.ExitStack) -> Servable:
         if wanted.open is not None:
             holding.enter_context(wanted.open())
-        servable = self._load(wanted.folder)
-        if self._started:  # nobody waits for it: all of its signatures are made ready before it is let in
-            prepare_signatures(servable)
+        if not self._started:
+            return self._load(wanted.folder)
+        with _giving_way():
+            servable = self._load(wanted.folder)
+            prepare_signatures(servable)  # nobody waits for it: all of its signatures before it is let in
         return servable
 
     def _switch(self, served: ServedModel, plan: Plan, there: list[int]) -> None:
@@ -762,6 +781,7 @@ class ModelHost:
         self._tell(served, number, "UNLOADING")
 
         async def leave() -> None:
+            await asyncio.sleep(_PAUSE)
             await version.leave()
             holding.close()
             self._tell(served, number, "END")

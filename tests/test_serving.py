@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -311,7 +312,7 @@ def test_what_processes_are_copied_from_holds_nothing_that_does_not_survive_it(s
         supervisor = psutil.Process(server.supervisor.pid)
         assert [child.ppid() for child in map(psutil.Process, server.pids)] == [supervisor.pid] * 2
         libraries = " ".join(each.path for each in supervisor.memory_maps())
-    assert not [name for name in ("tensorflow", "polars", "grpc", "uvloop") if f"/{name}/" in libraries]
+    assert not [name for name in ("tensorflow", "polars", "grpc", "uvloop") if name in libraries]
 
 
 def test_sigterm_answers_what_has_begun_and_then_ends(shelf: Path, row: dict) -> None:
@@ -511,6 +512,90 @@ def test_more_than_can_wait_is_turned_away_and_deadlines_hold(tmp_path: Path) ->
             assert (await late).status_code == 504
             assert [answer.status_code for answer in await asyncio.gather(busy, *waiting)] == [200] * 5
             assert slow.calls == 3  # the four were asked together
+        await host.close()
+
+    asyncio.run(story())
+
+
+# Bytes as they come
+
+
+class Wire(asyncio.Transport):
+    """The server's end of a connection, in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.closed = b"", False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+def asked(body: str, path: str = "/v1/models/slow:predict", version: str = "1.1", **headers: str) -> bytes:
+    lines = [f"{name}: {value}" for name, value in {"host": "here", "content-length": len(body), **headers}.items()]
+    return "\r\n".join([f"POST {path} HTTP/{version}", *lines, "", body]).encode()
+
+
+def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "saved_model.pb").touch()
+    whole = asked('{"instances": [1]}')
+
+    async def story() -> None:
+        host = ModelHost({"slow": FolderSource(tmp_path)}, Slow)
+        await host.step()
+        host.lease("slow").servable.go.set()
+        web = server_module._uvicorn(RestApplication(host, body_bytes=1000), ServerOptions(()))
+        web.config.load()
+
+        async def answers(*packets: bytes, count: int = 1) -> Wire:
+            wire = Wire()
+            protocol = web.config.http_protocol_class(web.config, web.server_state, {})
+            protocol.connection_made(wire)
+            for packet in packets:
+                protocol.data_received(packet)
+                await asyncio.sleep(0)
+            async with asyncio.timeout(30):
+                while wire.written.count(b"HTTP/1.1 ") < count or not wire.written.endswith(b"}"):
+                    await asyncio.sleep(0.001)
+            protocol.connection_lost(ConnectionResetError())
+            return wire
+
+        told = await answers(whole)
+        assert told.written.endswith(b'\r\ncontent-length: 21\r\n\r\n{"predictions":[1.0]}')
+        assert not told.closed
+        for at in range(1, len(whole)):
+            assert (await answers(whole[:at], whole[at:])).written == told.written
+        assert (await answers(*(whole[at : at + 1] for at in range(len(whole))))).written == told.written
+        several = [asked(f'{{"instances": [{number}]}}') for number in range(1, 6)]
+        for packets in ([b"".join(several)], several, [b"".join(several)[:200], b"".join(several)[200:]]):
+            found = (await answers(*packets, count=5)).written
+            assert re.findall(rb"predictions...(.)", found) == [b"1", b"2", b"3", b"4", b"5"]
+        assert (await answers(asked('{"instances": [1]}', "/v1/models/slo%77:predict"))).written == told.written
+        assert (await answers(asked('{"instances": [1]}', "/v1/models/slow:predict?a=b"))).written == told.written
+        for last in (asked('{"instances": [1]}', connection="close"), asked('{"instances": [1]}', version="1.0")):
+            for packets in ((last,), (last[:-3], last[-3:])):
+                ended = await answers(*packets)
+                assert ended.closed
+                assert b"\r\nconnection: close\r\n" in ended.written
+        for size, status in ((1000, b"200"), (1001, b"413")):
+            request = asked('{"instances": [1]}'.ljust(size))
+            for packets in ((request,), (request[:100], request[100:])):
+                assert (await answers(*packets)).written.startswith(b"HTTP/1.1 " + status)
+        expecting = await answers(asked('{"instances": [1]}', expect="100-continue"), count=2)
+        assert expecting.written.startswith(b"HTTP/1.1 100 Continue")
+        assert (await answers(asked('{"instances": [1'))).written.startswith(b"HTTP/1.1 400")
         await host.close()
 
     asyncio.run(story())
