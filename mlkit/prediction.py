@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answer_parts', 'answer_part', 'set_aside_beside', 'Predicted', 'predict_rows']
 
-# %% ../nbs/27_prediction.ipynb #f7b15d94
+# %% ../nbs/27_prediction.ipynb #8972ea13
 import contextlib
 import fcntl
 import functools
@@ -39,9 +39,7 @@ from mlkit.settings import (
     InputError,
     MlkitError,
     ModelError,
-    ParameterError,
     listed,
-    nearest,
     processors,
 )
 from .sources import find_files, is_delimited, is_local
@@ -56,7 +54,7 @@ from mlkit.staging import (
     stage_rows,
     written_whole,
 )
-from .sweeps import ray_cluster
+from .sweeps import check_engine, ray_cluster
 
 # %% ../nbs/27_prediction.ipynb #5414aaee
 @dataclass(frozen=True)
@@ -506,7 +504,7 @@ def _plan(
     write_atomic(file, json.dumps(plan))
     return plan
 
-# %% ../nbs/27_prediction.ipynb #18489da6
+# %% ../nbs/27_prediction.ipynb #f4d1ac30
 def _answer_here(folder: Path, waiting: deque[int], done: Callable[[int], None], processes: int | None) -> None:
     _Crew(folder, waiting, done).work(processes)
 
@@ -535,8 +533,7 @@ def _answer_all(
 
 
 def _check_how(engine: str, processes: int | None) -> None:
-    if engine not in _ENGINES:
-        raise ParameterError(f"There is no engine '{engine}'.{nearest(engine, _ENGINES)} Engines: {listed(_ENGINES)}.")
+    check_engine(engine)
     if processes is not None and processes < 1:
         raise InputError(f"At least one process is needed to answer. Received: processes={processes}")
 
