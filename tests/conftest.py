@@ -9,9 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+
+if TYPE_CHECKING:
+    from mlkit.data import Dataset
 
 REPOSITORY = Path(__file__).parent.parent
 ADULT = REPOSITORY.parent / "shared" / "data" / "adult.csv"
@@ -93,6 +96,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     result = run_cli("run", "train", "-p", "epochs=12", "--json", folder=folder)
     assert result.returncode == 0, result.stderr
     return folder, json.loads(result.stdout)
+
+
+@pytest.fixture(scope="session")
+def digits() -> "Dataset":
+    """Images of handwritten digits; nobody changes them."""
+    from mlkit.data import load_dataset
+
+    return load_dataset("digits")
 
 
 @pytest.fixture

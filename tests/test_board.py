@@ -60,11 +60,6 @@ def tags(board: EventAccumulator) -> dict[str, tuple[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset("digits")
-
-
-@pytest.fixture(scope="module")
 def shop() -> Dataset:
     return load_dataset("retail", rows=2000)
 

@@ -15,7 +15,7 @@ pytest.importorskip("ai_edge_litert")
 
 from mlkit.browser import find_engine, write_page
 from mlkit.conversion import convert_model
-from mlkit.data import load_dataset
+from mlkit.data import Dataset, load_dataset
 from mlkit.model import build_model
 from mlkit.portable import load_portable
 from mlkit.settings import MissingDependencyError, ModelError, NotFoundError
@@ -124,8 +124,7 @@ DRAW = """mlkit.ask({ image: Array(64).fill(0) }).then(async () => {
 
 
 @needs_browser
-def test_a_drawing_is_answered(tmp_path: Path) -> None:
-    digits = load_dataset("digits")
+def test_a_drawing_is_answered(tmp_path: Path, digits: Dataset) -> None:
     upright = np.zeros((8, 8, 1), "float32")
     model = build_model("linear", digits)
     upright[1:7, 3:5] = 1  # a stroke like a one: the model is told to know it
@@ -147,8 +146,7 @@ ANSWER = """(async () => {
 
 
 @needs_browser
-def test_a_picture_file_is_answered_as_python_answers_its_pixels(tmp_path: Path) -> None:
-    digits = load_dataset("digits")
+def test_a_picture_file_is_answered_as_python_answers_its_pixels(tmp_path: Path, digits: Dataset) -> None:
     model = build_model("cnn", digits)
     fit(model, digits, epochs=4)
     convert_model(model, digits, tmp_path / "digits", ["float32"])
@@ -172,8 +170,7 @@ def test_a_picture_file_is_answered_as_python_answers_its_pixels(tmp_path: Path)
 
 
 @needs_browser
-def test_a_page_reads_images_and_integers(tmp_path: Path) -> None:
-    digits = load_dataset("digits")
+def test_a_page_reads_images_and_integers(tmp_path: Path, digits: Dataset) -> None:
     convert_model(build_model("cnn", digits), digits, tmp_path / "digits", ["full_int8"])
     images, _ = digits.take("test")
     page = write_page(tmp_path / "digits", tmp_path / "digits.html", "full_int8", installed=REPOSITORY)

@@ -41,11 +41,6 @@ from .conftest import run_cli
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset("digits")
-
-
-@pytest.fixture(scope="module")
 def network(digits: Dataset) -> keras.Model:
     """A trained network for images."""
     model = build_model("cnn", digits)

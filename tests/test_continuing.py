@@ -147,10 +147,9 @@ def test_the_scale_of_a_number_to_predict_is_kept(tmp_path, archive):
         warm_start(ready(afresh, "mlp"), replace(afresh, features=first.features), run)
 
 
-def test_images_go_on_with_batch_normalization(archive):
+def test_images_go_on_with_batch_normalization(archive, digits):
     from mlkit.continuing import load_continued, warm_start
 
-    digits = load_dataset("digits")
     run, model = trained(archive, digits, "resnet", filters=8, blocks=1)
     data = load_continued("digits", earlier=run)
     later = ready(data, "resnet", filters=8, blocks=1)

@@ -194,13 +194,12 @@ def test_preprocessing_gives_the_same_bits_with_and_without_a_graph(shop):
     assert same_bits(front(tensors).numpy(), front.predict(tensors, batch_size=ROWS, verbose=0))
 
 
-def test_images_are_served_as_they_were_trained(tmp_path):
+def test_images_are_served_as_they_were_trained(tmp_path, digits):
     import tensorflow as tf
 
     from mlkit.export import as_examples, export_saved_model, load_saved_model
     from mlkit.model import build_model
 
-    digits = load_dataset("digits")
     model = build_model("cnn", digits)
     images = digits.arrays["image"][:200]
     png = [tf.io.encode_png(image.astype("uint8")).numpy() for image in images]

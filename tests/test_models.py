@@ -18,11 +18,6 @@ from .conftest import ADULT
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset("digits")
-
-
-@pytest.fixture(scope="module")
 def cancer() -> Dataset:
     return load_dataset("breast_cancer")
 

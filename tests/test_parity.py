@@ -40,11 +40,6 @@ from .test_browser import needs_browser
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset("digits")
-
-
-@pytest.fixture(scope="module")
 def model(digits: Dataset) -> keras.Model:
     network = build_model("cnn", digits)
     fit(network, digits, epochs=3)

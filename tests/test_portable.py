@@ -48,11 +48,6 @@ conversion._write_kinds(Path(sys.argv[1]), {"float32": b"one", "int8": b"two"}, 
 
 
 @pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset("digits")
-
-
-@pytest.fixture(scope="module")
 def shop() -> Dataset:
     return load_dataset("retail", rows=600)
 

@@ -19,11 +19,6 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits")
-
-
 def table(folder: Path, columns: dict, label: str = "y", **options):
     """A data set read from a CSV file with these columns."""
     path = folder / "table.csv"
