@@ -2494,6 +2494,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mlkit.serving.Batcher._next': ('serving.html#batcher._next', 'mlkit/serving.py'),
                                'mlkit.serving.Batcher._refuse_late': ('serving.html#batcher._refuse_late', 'mlkit/serving.py'),
                                'mlkit.serving.Batcher._take': ('serving.html#batcher._take', 'mlkit/serving.py'),
+                               'mlkit.serving.Batcher._take_up': ('serving.html#batcher._take_up', 'mlkit/serving.py'),
                                'mlkit.serving.Batcher._together': ('serving.html#batcher._together', 'mlkit/serving.py'),
                                'mlkit.serving.Batcher.submit': ('serving.html#batcher.submit', 'mlkit/serving.py'),
                                'mlkit.serving.Batcher.waiting': ('serving.html#batcher.waiting', 'mlkit/serving.py'),

@@ -481,7 +481,7 @@ def _asked_for(url: bytes) -> Target | None:
     target = None if not url.isascii() or any(sign in url for sign in b"%?#") else read_path(url.decode())
     return target if target and target.verb in INFERENCE else None
 
-# %% ../nbs/27_server.ipynb #ae917910
+# %% ../nbs/27_server.ipynb #3764301d
 def _quick_protocol(application: RestApplication) -> type:
     """HTTP with a shorter way for predictions that are asked for in one packet."""
     from uvicorn.protocols.http.httptools_impl import STATUS_LINE
@@ -546,8 +546,12 @@ def _quick_protocol(application: RestApplication) -> type:
                 self.on_response_complete()
 
         def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._unset_keepalive_if_required()  # `_watch` sees to it for many requests at a time
+            self.server_state.total_requests += 1
+            if self.transport.is_closing():
+                return
+            self.flow.resume_reading()
+            if self.pipeline:
+                self._start_asgi_task(*self.pipeline.pop())
 
         def send_400_response(self, msg: str) -> None:
             self._target = None

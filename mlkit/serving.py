@@ -79,7 +79,10 @@ class _Pace:
         known = max((each for each in self._seconds if each <= size), default=None)
         return 0.0 if known is None else self._seconds[known] * 2 ** (size - known)
 
-# %% ../nbs/25_serving.ipynb #d84c7540
+# %% ../nbs/25_serving.ipynb #951a5763
+_TURNS = 5  # of the event loop between two batches
+
+
 class Batcher:
     """Asks one signature of a model about all that is waiting, as soon as the model is free."""
 
@@ -166,15 +169,22 @@ class Batcher:
         short = self._pace.seconds(sum(each.rows for each in batch)) < self._limits.inline
         if short and not batch[0].aside:
             self._answer(batch, *self._ask(batch))
-            loop.call_soon(self._next)
+            self._go_on(_TURNS)
             return
         asked = loop.run_in_executor(self._worker, self._ask, batch)
-        asked.add_done_callback(lambda done: self._go_on(batch, done))
+        asked.add_done_callback(lambda done: self._take_up(batch, done))
 
-    def _go_on(self, batch: list[_Waiting], done: asyncio.Future) -> None:
+    def _take_up(self, batch: list[_Waiting], done: asyncio.Future) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         self._answer(batch, *(([error] * len(batch), 0.0, 0.0) if error else done.result()))
-        self._next()
+        self._go_on(_TURNS)
+
+    def _go_on(self, turns: int) -> None:
+        """Ask again when the event loop has gone round so many times."""
+        if turns:
+            asyncio.get_running_loop().call_soon(self._go_on, turns - 1)
+        else:
+            self._next()
 
     def _answer(self, batch: list[_Waiting], answers: list[Any], started: float, seconds: float) -> None:
         for asked, answer in zip(batch, answers, strict=True):
