@@ -2452,6 +2452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlkit.server.ServerProcess._reload_all': ('server.html#serverprocess._reload_all', 'mlkit/server.py'),
                               'mlkit.server.ServerProcess._step': ('server.html#serverprocess._step', 'mlkit/server.py'),
                               'mlkit.server.ServerProcess._tell': ('server.html#serverprocess._tell', 'mlkit/server.py'),
+                              'mlkit.server.ServerProcess._tidy': ('server.html#serverprocess._tidy', 'mlkit/server.py'),
                               'mlkit.server.ServerProcess._unload': ('server.html#serverprocess._unload', 'mlkit/server.py'),
                               'mlkit.server.ServerProcess._watch': ('server.html#serverprocess._watch', 'mlkit/server.py'),
                               'mlkit.server.ServerProcess._watch_supervisor': ( 'server.html#serverprocess._watch_supervisor',

@@ -195,9 +195,9 @@ class Board:
             return (self.folder / "reload").read_text()
         return ""
 
-# %% ../nbs/27_server.ipynb #3ed59c61
+# %% ../nbs/27_server.ipynb #54d15a3a
 _log = logging.getLogger("mlkit.server")
-_TIDYING = 2.0  # seconds after a version has left
+_TIDYING = 10.0  # seconds after a version has left
 CANNOT_SERVE = 3  # exit code of a process that has a model without any version that can be loaded
 
 
@@ -232,6 +232,7 @@ class ServerProcess:
             refused=self.refused,
         )
         self._stop, self._reloaded, self._alone = asyncio.Event(), board.reload_token(), False
+        self._untidy = False
 
     def _listen(self) -> None:
         """Have all that happens counted, and written down as far as it is wanted."""
@@ -285,8 +286,17 @@ class ServerProcess:
             _log.warning("%s/%s is refused: %s", model, status.version, status.message)
         elif what in ("AVAILABLE", "END"):
             _log.info("%s/%s %s", model, status.version, "is loaded" if what == "AVAILABLE" else "has left")
-        if what == "END":  # later, since it takes some milliseconds; what has been frozen is not looked at
-            asyncio.get_running_loop().call_later(_TIDYING, gc.collect)
+        if what == "LOADING":
+            self._tidy()
+        if what == "END":
+            self._untidy = True
+            asyncio.get_running_loop().call_later(_TIDYING, self._tidy)
+
+    def _tidy(self) -> None:
+        """Give back what a version has left behind."""
+        if self._untidy:
+            self._untidy = False
+            gc.collect()
 
     def _readiness(self) -> dict[str, Any]:
         own = self.host.ready and not self.application.draining  # whoever is asked can answer, told or not

@@ -602,7 +602,7 @@ def _giving_way() -> Iterator[None]:
     finally:
         sys.setswitchinterval(usual)
 
-# %% ../nbs/25_serving.ipynb #f0a4c71f
+# %% ../nbs/25_serving.ipynb #83e3ac02
 class ModelHost:
     """Models in service, in one process and on one event loop."""
 
@@ -721,9 +721,10 @@ class ModelHost:
                 break
             if wanted.number in served.loaded or await self._try(served, wanted):
                 there.append(wanted.number)
-        if self._started and not known.issuperset(there):
-            await asyncio.sleep(_PAUSE)
+        pause = _PAUSE if self._started and not known.issuperset(there) else 0.0
+        await asyncio.sleep(pause)
         self._switch(served, plan, there)
+        await asyncio.sleep(pause)
 
     async def _try(self, served: ServedModel, wanted: Wanted) -> bool:
         """Load a version, unless it was refused as it is."""
