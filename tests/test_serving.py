@@ -287,9 +287,11 @@ def test_a_killed_process_is_replaced_and_readiness_tells_the_truth(shelf: Path,
             return {}
 
     with serve(shelf, processes=2) as server:
+        away = shelf.rename(shelf.with_name("away"))  # whoever takes its place finds nothing yet
         os.kill(server.pids[0], signal.SIGKILL)
         wait_until(lambda: readiness() == {"ready": 1, "of": 2})
         assert answered_by(server, row) == "1"
+        away.rename(shelf)
         wait_until(lambda: readiness() == {"ready": 2, "of": 2})
     with serve(shelf) as server:
         os.kill(server.pids[0], signal.SIGKILL)
