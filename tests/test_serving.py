@@ -279,23 +279,24 @@ def _shadow(server: RunningServer) -> dict | None:
 # Death and departure
 
 
-def test_a_killed_process_is_replaced_and_readiness_tells_the_truth(shelf: Path, row: dict) -> None:
-    def readiness() -> dict:
-        try:
-            return httpx.get(f"{server.url}/readyz", timeout=30).json()["processes"]
-        except httpx.TransportError:  # its connection was the dead one's
-            return {}
+def readiness(server: RunningServer) -> dict:
+    try:
+        return httpx.get(f"{server.url}/readyz", timeout=30).json()["processes"]
+    except httpx.TransportError:  # its connection was the dead one's
+        return {}
 
+
+def test_a_killed_process_is_replaced_and_readiness_tells_the_truth(shelf: Path, row: dict) -> None:
     with serve(shelf, processes=2) as server:
         away = shelf.rename(shelf.with_name("away"))  # whoever takes its place finds nothing yet
         os.kill(server.pids[0], signal.SIGKILL)
-        wait_until(lambda: readiness() == {"ready": 1, "of": 2})
+        wait_until(lambda: readiness(server) == {"ready": 1, "of": 2})
         assert answered_by(server, row) == "1"
         away.rename(shelf)
-        wait_until(lambda: readiness() == {"ready": 2, "of": 2})
+        wait_until(lambda: readiness(server) == {"ready": 2, "of": 2})
     with serve(shelf) as server:
         os.kill(server.pids[0], signal.SIGKILL)
-        assert wait_until(lambda: readiness() or None) == {"ready": 1, "of": 1}
+        assert wait_until(lambda: readiness(server) or None) == {"ready": 1, "of": 1}
         assert answered_by(server, row) == "1"
 
 
@@ -307,6 +308,18 @@ def raw_request(server: RunningServer, body: bytes, announced: int | None = None
     head = f"POST {WINE}:predict HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
+
+
+def test_processes_that_are_no_copies_answer_as_well(shelf: Path, row: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn = "import multiprocessing, mlkit.server\nmlkit.server._STARTING = multiprocessing.get_context('spawn')\n"
+    monkeypatch.setattr(server_module, "_RUN", spawn + server_module._RUN)
+    with serve(shelf, processes=2) as server:
+        assert answered_by(server, row) == "1"
+        os.kill(server.pids[0], signal.SIGKILL)
+        wait_until(lambda: not _lives(server.pids[0]) and readiness(server) == {"ready": 2, "of": 2})
+        everybody = [each.pid for each in psutil.Process(server.supervisor.pid).children()]
+        server.supervisor.kill()
+        wait_until(lambda: not any(map(_lives, everybody)))
 
 
 def test_what_processes_are_copied_from_holds_nothing_that_does_not_survive_it(shelf: Path) -> None:
