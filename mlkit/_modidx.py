@@ -2088,6 +2088,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mlkit.rest._error_body': ('rest.html#_error_body', 'mlkit/rest.py'),
                             'mlkit.rest._headers_of': ('rest.html#_headers_of', 'mlkit/rest.py'),
                             'mlkit.rest._inference': ('rest.html#_inference', 'mlkit/rest.py'),
+                            'mlkit.rest._is_here': ('rest.html#_is_here', 'mlkit/rest.py'),
                             'mlkit.rest._object': ('rest.html#_object', 'mlkit/rest.py'),
                             'mlkit.rest._overview': ('rest.html#_overview', 'mlkit/rest.py'),
                             'mlkit.rest._parameter': ('rest.html#_parameter', 'mlkit/rest.py'),

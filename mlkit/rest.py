@@ -403,8 +403,16 @@ async def _ask_examples(served: LoadedVersion, body: bytes, deadline: float, met
 
 INFERENCE = {"predict": _predict, "classify": _classify, "regress": _regress}
 
-# %% ../nbs/26_rest.ipynb #bf0138dd
+# %% ../nbs/26_rest.ipynb #ab765d10
 _HERE = ("127.0.0.1", "::1", None)  # None: a unix socket
+_OWN_NAME = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")  # others may lead here, too, by somebody's DNS
+
+
+def _is_here(address: str | None, headers: Mapping[str, str]) -> bool:
+    """Whether somebody on this machine asks, and not a page from elsewhere that a browser on it shows."""
+    origin, name = headers.get("origin"), headers.get("host", "")
+    own = origin is None or (_OWN_NAME.fullmatch(name) and origin in (f"http://{name}", f"https://{name}"))
+    return address in _HERE and bool(own)
 
 
 def overview(host: ModelHost) -> list[dict[str, Any]]:  # ready for JSON
@@ -420,7 +428,7 @@ def _overview(host: ModelHost, name: str) -> dict[str, Any]:
     shadow = dataclasses.asdict(shadows[0].counts) if shadows else None
     return told | {"versions": versions, "shadow": shadow, "problem": served.problem}
 
-# %% ../nbs/26_rest.ipynb #e12b3ab0
+# %% ../nbs/26_rest.ipynb #a899048f
 def administration(
     application: RestApplication,
     reload: Callable[[str], Awaitable[None]],  # for somebody
@@ -459,7 +467,7 @@ def administration(
     @api.post("/reload", summary="Look for new versions now", openapi_extra=acting, **told)
     async def reload_now(request: Request) -> list[dict]:
         who, place = request.scope["mlkit.caller"], request.client.host if request.client else None
-        if not request.scope["mlkit.administrator"] and place not in _HERE:
+        if not request.scope["mlkit.administrator"] and not _is_here(place, request.headers):
             error = ServingError("PERMISSION_DENIED", "Administrators ask from the machine on which the server runs.")
             await application.note_refusal(request.scope, error)
             raise error
