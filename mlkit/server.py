@@ -437,8 +437,8 @@ class ServerProcess:
         self._alone = True
         self._stop.set()
 
-# %% ../nbs/27_server.ipynb #0adb6dac
-_QUIET = 75  # seconds without a request after which a connection is closed
+# %% ../nbs/27_server.ipynb #a01841e2
+_QUIET = 75  # seconds between two looks at a connection; without a request in the meantime it is closed
 
 
 def _protocol() -> type:
@@ -491,7 +491,7 @@ def _asked_for(url: bytes) -> Target | None:
     target = None if not url.isascii() or any(sign in url for sign in b"%?#") else read_path(url.decode())
     return target if target and target.verb in INFERENCE else None
 
-# %% ../nbs/27_server.ipynb #3764301d
+# %% ../nbs/27_server.ipynb #0a2fb987
 def _quick_protocol(application: RestApplication) -> type:
     """HTTP with a shorter way for predictions that are asked for in one packet."""
     from uvicorn.protocols.http.httptools_impl import STATUS_LINE
@@ -556,12 +556,11 @@ def _quick_protocol(application: RestApplication) -> type:
                 self.on_response_complete()
 
         def on_response_complete(self) -> None:
-            self.server_state.total_requests += 1
-            if self.transport.is_closing():
-                return
-            self.flow.resume_reading()
-            if self.pipeline:
-                self._start_asgi_task(*self.pipeline.pop())
+            if self.pipeline or self.transport.is_closing():
+                super().on_response_complete()
+            else:  # without a timer for each request, since `_watch` closes what is quiet
+                self.server_state.total_requests += 1
+                self.flow.resume_reading()
 
         def send_400_response(self, msg: str) -> None:
             self._target = None
