@@ -176,7 +176,7 @@ def test_the_registry_says_who_answers(
     with running_server(served, runtime="litert", poll=0.05, verify=False, shadow="challenger") as server:
         assert answered_by(server, row) == "1"
         registry.promote("wine", 2, alias="challenger")
-        wait_until(lambda: states(server).get(2) == "AVAILABLE")
+        wait_until(lambda: httpx.get(f"{server.url}{WINE}/labels/challenger").status_code == 200)
         assert answered_by(server, row, "/labels/challenger") == "2"
         assert answered_by(server, row) == "1"
         shadow = wait_until(lambda: _shadow(server))
