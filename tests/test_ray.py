@@ -26,7 +26,7 @@ from mlkit.kernels import running_servers
 from mlkit.model import build_model
 from mlkit.runs import Run, RunArchive
 from mlkit.settings import MissingDependencyError, MlkitError
-from mlkit.sweeps import run_sweep
+from mlkit.sweeps import PATIENCE, run_sweep
 
 from . import test_workers
 from .conftest import run_cli, wait_until
@@ -291,7 +291,7 @@ def test_a_stopped_sweep_leaves_nothing_at_work(two_nodes: Cluster, sweeps: Swee
         servers = {server["pid"] for server in running_servers() if kernels & set(server["kernels"])}
         assert servers
         driver.send_signal(number)
-        said = driver.communicate(timeout=60)[1]
+        said = driver.communicate(timeout=2 * PATIENCE)[1]
         wait_until(lambda: [run.status for run in (*runs, sweeps.sweep)] == ["interrupted"] * 3)
         wait_until(lambda alive=kernels | servers: not any(map(psutil.pid_exists, alive)))
         if number == signal.SIGTERM:
