@@ -2018,7 +2018,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlkit.requests._finite': ('requests.html#_finite', 'mlkit/requests.py'),
                                 'mlkit.requests._flatten': ('requests.html#_flatten', 'mlkit/requests.py'),
                                 'mlkit.requests._given': ('requests.html#_given', 'mlkit/requests.py'),
-                                'mlkit.requests._has_large': ('requests.html#_has_large', 'mlkit/requests.py'),
                                 'mlkit.requests._holds': ('requests.html#_holds', 'mlkit/requests.py'),
                                 'mlkit.requests._integer': ('requests.html#_integer', 'mlkit/requests.py'),
                                 'mlkit.requests._invalid': ('requests.html#_invalid', 'mlkit/requests.py'),

@@ -143,7 +143,7 @@ def find_signature(
         raise ServingError("INVALID_ARGUMENT", f"Signature '{name}' is for {own}, and {verb} was asked. {hint}")
     return signature
 
-# %% ../nbs/21_requests.ipynb #0a578c78
+# %% ../nbs/21_requests.ipynb #b4b96e62
 def _invalid(text: str) -> ServingError:
     return ServingError("INVALID_ARGUMENT", text)
 
@@ -168,23 +168,13 @@ def _holds(body: bytes, word: bytes) -> bool:
     return body.find(word) >= 0
 
 
-_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
-
-
-def _has_large(body: bytes) -> bool:
-    """Whether numbers may be in it that 64 bits cannot hold; a quick look, since few are."""
-    digits = body.translate(_ZEROS)
-    return any(_holds(digits, large) for large in (b"0" * 19, b"0e", b"0E"))
-
-
 def _parsed(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:  # perhaps because of what JSON does not know, and clients of TF Serving send
         if not (_holds(body, b"NaN") or _holds(body, b"Infinity") or body.startswith(b"\xef\xbb\xbf")):
             raise
-        text = body.decode("utf-8-sig")
-        return json.loads(text, parse_float=_finite, parse_int=_integer) if _has_large(body) else json.loads(text)
+        return json.loads(body.decode("utf-8-sig"), parse_float=_finite, parse_int=_integer)
 
 
 def read_json(

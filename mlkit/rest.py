@@ -171,7 +171,7 @@ class AnswerCache:
     def _size(key: tuple, answer: bytes) -> int:
         return len(answer) + sum(len(part) for part in key if isinstance(part, bytes)) + 200
 
-# %% ../nbs/26_rest.ipynb #cb898108
+# %% ../nbs/26_rest.ipynb #f696178d
 _log = logging.getLogger("mlkit.serving")
 CERTIFICATE = "mlkit.certificate"  # where a connection's state has the name in the certificate that was shown
 CLOSE = (b"connection", b"close")  # a header
@@ -218,8 +218,8 @@ class RestApplication:
         self,
         target: Target,
         scope: Mapping[str, Any],  # as ASGI has it
-        receive: Callable[[], Awaitable[dict]],  # as ASGI has it
-        body: bytes | None = None,  # of the request, where it has come already
+        receive: Callable[[], Awaitable[dict]] | None,  # as ASGI has it; None where the body has come already
+        body: bytes | None = None,  # of the request, where it has
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         """Status, headers and body of an answer."""
         counted = self._telemetry if scope["method"] == "POST" and target.verb in INFERENCE else None
@@ -238,7 +238,7 @@ class RestApplication:
         return status, told, answer
 
     async def _answer(
-        self, target: Target, scope: Mapping, headers: dict[bytes, bytes], receive: Callable, body: bytes | None
+        self, target: Target, scope: Mapping, headers: dict[bytes, bytes], receive: Callable | None, body: bytes | None
     ) -> tuple[int, list, bytes, tuple]:
         """Status, headers and body; code and words of an error."""
         method = scope["method"]
@@ -293,7 +293,7 @@ class RestApplication:
         return write_metadata(served.model, served.number, served.signatures)
 
     async def _infer(
-        self, target: Target, headers: dict[bytes, bytes], receive: Callable, body: bytes | None
+        self, target: Target, headers: dict[bytes, bytes], receive: Callable | None, body: bytes | None
     ) -> tuple[list, bytes]:
         deadline = time.monotonic() + _seconds(headers, self.host.limits.timeout)
         if body is None:
