@@ -42,6 +42,13 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     raise AssertionError("it did not happen in time")
 
 
+def free_port() -> int:
+    """A port at which nobody listens, and that the system gives to nobody meanwhile."""
+    from mlkit.clusters import free_ports
+
+    return free_ports(1)[0]
+
+
 class Crowd:
     """Threads that ask until the block is left, each in one of the ways: a way asks once before each `yield`."""
 

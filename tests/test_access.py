@@ -5,7 +5,6 @@ import base64
 import contextlib
 import hmac
 import json
-import socket
 import ssl
 import threading
 import time
@@ -29,16 +28,10 @@ from mlkit.server import LogOptions, RunningServer, TlsOptions
 from mlkit.settings import ArchiveError, InputError, MlkitError
 
 from .chromium import CHROMIUM, Page
-from .conftest import run_cli, wait_until
+from .conftest import free_port, run_cli, wait_until
 from .test_serving import WINE, converted, row, serve, shelf, write_version  # noqa: F401  fixtures
 
 ISSUER, AUDIENCE = "https://id.example", "models"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def bearer(text: str) -> dict[str, str]:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import random
-import socket
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -48,6 +47,8 @@ from mlkit.server import RunningServer, ServedPath, running_server
 from mlkit.serving import Limits, ModelHost, Plan, Wanted
 from mlkit.settings import InputError
 
+from .conftest import free_port
+
 ROWS = {"age": [31.0, 47.0, 22.0], "city": ["Porto", "Lille", "nowhere"]}
 FLOAT = np.dtype("float32")
 
@@ -67,12 +68,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset = load_dataset(str(folder / "shop.csv"), label=["kept", "spent"])
     export_saved_model(build_model("mlp", dataset), dataset, folder / "shop")
     return folder / "shop"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from mlkit.settings import MissingDependencyError, MlkitError
 from mlkit.sweeps import PATIENCE, run_sweep
 
 from . import test_workers
-from .conftest import run_cli, wait_until
+from .conftest import free_port, run_cli, wait_until
 
 pytestmark = pytest.mark.slow
 PARAMETERS = 'number: int = 0\nmeeting: str = ""\nnodes: int = 0\nheld: str = ""\nfail: bool = False'
@@ -67,13 +67,6 @@ try:
 except MlkitError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @dataclass

@@ -32,8 +32,8 @@ from mlkit.export import export_saved_model, load_saved_model
 from mlkit.model import build_model
 from mlkit.server import ServedPath, ServerOptions
 
-from .conftest import Crowd, wait_until
-from .test_ray import Cluster, free_port
+from .conftest import Crowd, free_port, wait_until
+from .test_ray import Cluster
 
 pytestmark = pytest.mark.slow
 DIGITS = "/v1/models/digits"

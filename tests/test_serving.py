@@ -33,7 +33,7 @@ from mlkit.serving import FolderSource, Limits, ModelHost
 from mlkit.settings import MlkitError
 from mlkit.telemetry import METRICS_PATH
 
-from .conftest import Crowd, run_cli, wait_until
+from .conftest import Crowd, free_port, run_cli, wait_until
 from .test_archive_faults import fill_up
 from .test_registry import make_run, place, signing  # noqa: F401  fixtures
 
@@ -651,7 +651,7 @@ def test_a_savedmodel_of_anybody_is_served_and_swapped(tmp_path: Path) -> None:
 
 def test_the_command_shows_a_request_that_works(shelf: Path, project: Path) -> None:
     command = [sys.executable, "-m", "mlkit", "serve", str(shelf), "--runtime", "litert", "--port", "0"]
-    command += ["--grpc-port", str(_free_port())]
+    command += ["--grpc-port", str(free_port())]
     with subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, text=True) as process:
         try:
             lines = [process.stdout.readline()]
@@ -666,12 +666,6 @@ def test_the_command_shows_a_request_that_works(shelf: Path, project: Path) -> N
         finally:
             process.send_signal(signal.SIGINT)
     assert process.returncode == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_the_command_refuses_what_cannot_be_served(shelf: Path, project: Path) -> None:

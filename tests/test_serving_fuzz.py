@@ -38,8 +38,9 @@ from mlkit.requests import CLASSIFY, REGRESS
 from mlkit.server import RunningServer, ServedPath, running_server
 from mlkit.telemetry import METRICS_PATH
 
+from .conftest import free_port
 from .test_access import ATTACKS, Provider, bearer, call, guarded, keys, provider  # noqa: F401  fixtures
-from .test_grpc import examples, free_port, shelf  # noqa: F401  a fixture: our model, of a class and a number
+from .test_grpc import examples, shelf  # noqa: F401  a fixture: our model, of a class and a number
 from .test_requests import NASTY, fast, spoil
 from .test_serving import WINE, converted, row  # noqa: F401  fixtures
 

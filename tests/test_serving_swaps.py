@@ -22,8 +22,7 @@ import tensorflow as tf
 from mlkit.messages import fill_tensor, message_class
 from mlkit.server import RunningServer, ServedPath, running_server
 
-from .conftest import Crowd, wait_until
-from .test_access import free_port
+from .conftest import Crowd, free_port, wait_until
 
 MARK = b"version-%06d"
 

@@ -25,8 +25,7 @@ from mlkit.server import LogOptions, RunningServer
 from mlkit.serving import FolderSource, ModelHost, Plan, Wanted
 from mlkit.telemetry import METRICS_PATH, BackgroundWriter, Telemetry
 
-from .conftest import wait_until
-from .test_access import free_port
+from .conftest import free_port, wait_until
 from .test_serving import WINE, converted, row, serve, shelf, write_version  # noqa: F401  fixtures
 
 COUNT = ":tensorflow:serving:request_count"
