@@ -2865,7 +2865,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mlkit.staging._plain': ('staging.html#_plain', 'mlkit/staging.py'),
                                'mlkit.staging._prepare': ('staging.html#_prepare', 'mlkit/staging.py'),
                                'mlkit.staging._recoded': ('staging.html#_recoded', 'mlkit/staging.py'),
-                               'mlkit.staging._spill': ('staging.html#_spill', 'mlkit/staging.py'),
+                               'mlkit.staging._spilled': ('staging.html#_spilled', 'mlkit/staging.py'),
                                'mlkit.staging._unpacked': ('staging.html#_unpacked', 'mlkit/staging.py'),
                                'mlkit.staging.cannot_write': ('staging.html#cannot_write', 'mlkit/staging.py'),
                                'mlkit.staging.cut_rows': ('staging.html#cut_rows', 'mlkit/staging.py'),

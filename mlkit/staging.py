@@ -91,24 +91,20 @@ def _check_types(schemas: Sequence[Mapping[str, pl.DataType]], name: str) -> Non
             )
 
 
-def _spill(batches: Iterable[pl.DataFrame], folder: Path, number: int, name: str) -> Path:
-    """Batches as one Parquet file; a column without a value becomes text."""
+def _spilled(batches: Iterable[pl.DataFrame], folder: Path, number: int, name: str) -> pl.LazyFrame:
+    """Batches from disk, where they are Parquet now; a column without a value becomes text."""
     pieces: list[Path] = []
-    target = folder / f"{number:05d}.parquet"
-    try:
-        for piece in _gathered(batches):
-            pieces.append(folder / f"{number:05d}-{len(pieces):06d}.parquet")
+    for piece in _gathered(batches):
+        pieces.append(folder / f"{number:05d}-{len(pieces):06d}.parquet")
+        try:
             piece.write_parquet(pieces[-1])
-        tables = [pl.scan_parquet(piece, glob=False) for piece in pieces]
-        _check_types([table.collect_schema() for table in tables], name)
-        whole = pl.concat(tables, how="diagonal_relaxed") if tables else pl.LazyFrame()
-        empty = [column for column, dtype in whole.collect_schema().items() if dtype == pl.Null]
-        whole.with_columns(pl.col(empty).cast(pl.String)).sink_parquet(target, row_group_size=_PIECE_ROWS)
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    for piece in pieces:
-        piece.unlink()
-    return target
+        except OSError as error:
+            raise cannot_write(pieces[-1], error) from error
+    tables = [pl.scan_parquet(piece, glob=False) for piece in pieces]
+    _check_types([table.collect_schema() for table in tables], name)
+    whole = pl.concat(tables, how="diagonal_relaxed") if tables else pl.LazyFrame()
+    empty = [column for column, dtype in whole.collect_schema().items() if dtype == pl.Null]
+    return whole.with_columns(pl.col(empty).cast(pl.String))
 
 # %% ../nbs/25_staging.ipynb #435eacee
 def _unpacked(file: Path, target: Path) -> Path:
@@ -144,7 +140,9 @@ def _plain(file: Path, folder: Path, number: int, encoding: str) -> Path:
     if file.suffix.lower() in (".gz", ".zst"):
         file = _unpacked(file, folder / Path(name).with_suffix(""))
     if file.suffix.lower() in (".tfrecord", ".tfrecords"):
-        return _spill(stream_tfrecord(file), folder, number, f"'{given}'")
+        with written_whole(folder / f"{number:05d}.parquet") as path:
+            _spilled(stream_tfrecord(file), folder, number, f"'{given}'").sink_parquet(path)
+        return folder / f"{number:05d}.parquet"
     if file.suffix.lower() in (".csv", ".tsv") and encoding.lower() not in ("utf-8", "utf8"):
         return _recoded(file, folder / f"utf-8-{file.name}", encoding)
     return file
@@ -172,8 +170,7 @@ def plan_rows(
     place.mkdir(parents=True)
     try:
         if is_database(source):
-            found = _spill(stream_query(str(source), query), place, 0, "the query's result")
-            yield pl.scan_parquet(found, glob=False)
+            yield _spilled(stream_query(str(source), query), place, 0, "the query's result")
         elif query is not None or not names_files(source):
             yield open_table(source, **({} if query is None else {"query": query}), **options).lazy()
         else:
