@@ -2556,7 +2556,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mlkit.serving._Pace.add': ('serving.html#_pace.add', 'mlkit/serving.py'),
                                'mlkit.serving._Pace.seconds': ('serving.html#_pace.seconds', 'mlkit/serving.py'),
                                'mlkit.serving._Waiting': ('serving.html#_waiting', 'mlkit/serving.py'),
-                               'mlkit.serving._giving_way': ('serving.html#_giving_way', 'mlkit/serving.py'),
                                'mlkit.serving._holds_model': ('serving.html#_holds_model', 'mlkit/serving.py'),
                                'mlkit.serving.compare_answers': ('serving.html#compare_answers', 'mlkit/serving.py'),
                                'mlkit.serving.folder_token': ('serving.html#folder_token', 'mlkit/serving.py'),

@@ -198,6 +198,7 @@ class Board:
 # %% ../nbs/27_server.ipynb #54d15a3a
 _log = logging.getLogger("mlkit.server")
 _TIDYING = 10.0  # seconds after a version has left
+_TURN = 0.0005  # seconds that a thread may keep the interpreter when others want it
 CANNOT_SERVE = 3  # exit code of a process that has a model without any version that can be loaded
 
 
@@ -371,6 +372,7 @@ class ServerProcess:
     async def _load(self) -> None:
         """Have the first versions in service."""
         await self.host.step()
+        sys.setswitchinterval(_TURN)
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)  # a request leaves no circles behind, so that looking for some can wait

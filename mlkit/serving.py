@@ -13,11 +13,10 @@ import functools
 import itertools
 import math
 import random
-import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +97,7 @@ class Batcher:
         self._divisible = signature.batched
         self._one_shape = all(None not in told.shape[1:] for told in signature.inputs.values() if told.shape)
         self._queue: deque[_Waiting] = deque()
+        self._rows = 0  # in the queue
         self._busy, self._pace, self._alone = False, _Pace(), itertools.count()
 
     @property
@@ -118,6 +118,7 @@ class Batcher:
         future = loop.create_future()
         group = self._group(inputs, rows)
         self._queue.append(_Waiting(inputs, rows or 1, future, deadline, group, time.monotonic(), aside))
+        self._rows += rows or 1
         if not self._busy:
             self._busy = True
             loop.call_soon(self._next)  # after the requests that have come in the same moment
@@ -151,6 +152,7 @@ class Batcher:
             if batch and (first.group != batch[0].group or rows + first.rows > self._limits.batch_rows):
                 break
             self._queue.popleft()
+            self._rows -= first.rows
             if first.future.done():  # whoever asked has gone
                 continue
             if first.deadline < now:
@@ -176,8 +178,9 @@ class Batcher:
 
     def _take_up(self, batch: list[_Waiting], done: asyncio.Future) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        full = self._rows >= self._limits.batch_rows
+        self._go_on(0 if full else _TURNS)  # a full one is asked while these are answered
         self._answer(batch, *(([error] * len(batch), 0.0, 0.0) if error else done.result()))
-        self._go_on(_TURNS)
 
     def _go_on(self, turns: int) -> None:
         """Ask again when the event loop has gone round so many times."""
@@ -591,17 +594,6 @@ def load_warm(
 # %% ../nbs/25_serving.ipynb #38e18c2b
 _PAUSE = 0.05  # seconds
 
-
-@contextlib.contextmanager
-def _giving_way() -> Iterator[None]:
-    """Let other threads have the interpreter ten times as soon."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(usual / 10)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
-
 # %% ../nbs/25_serving.ipynb #83e3ac02
 class ModelHost:
     """Models in service, in one process and on one event loop."""
@@ -755,9 +747,8 @@ class ModelHost:
             holding.enter_context(wanted.open())
         if not self._started:
             return self._load(wanted.folder)
-        with _giving_way():
-            servable = self._load(wanted.folder)
-            prepare_signatures(servable)  # nobody waits for it: all of its signatures before it is let in
+        servable = self._load(wanted.folder)
+        prepare_signatures(servable)  # nobody waits for it: all of its signatures before it is let in
         return servable
 
     def _switch(self, served: ServedModel, plan: Plan, there: list[int]) -> None:
