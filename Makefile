@@ -33,18 +33,21 @@ $(VENV)/.installed: requirements.lock pyproject.toml jupyter/kernels/mlkit/kerne
 run: install  ## train on the built-in digits and archive the run
 	$(BIN)/mlkit run train
 
+# A Debian package, where $(1) shows that it is missing: each by itself, since what a machine has may bar what it lacks.
+package = $(1) >/dev/null 2>&1 || ! command -v apt-get >/dev/null || { $(SUDO) apt-get update -q \
+	&& $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y $(2); }
+
 # The tests start a PostgreSQL and a Prometheus of their own; where they are not to be had, those tests are skipped.
 .PHONY: services
 services:
-	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 && command -v prometheus >/dev/null \
-	  || ! command -v apt-get >/dev/null || { $(SUDO) apt-get update -q \
-	  && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y postgresql prometheus; }
+	@$(call package,ls /usr/lib/postgresql/*/bin/postgres,postgresql)
+	@$(call package,command -v prometheus,prometheus)
 
 # What pages are tested with: Chromium, and LiteRT.js from npm. Where they are not to be had, those tests are skipped.
 .PHONY: browser
 browser:
-	@command -v chromium >/dev/null && command -v npm >/dev/null || ! command -v apt-get >/dev/null \
-	  || { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y chromium npm; }
+	@$(call package,command -v chromium,chromium)
+	@$(call package,command -v npm,npm)
 	@[ -d node_modules/@litertjs/core ] || ! command -v npm >/dev/null \
 	  || npm install --silent --no-save --no-package-lock --no-audit --no-fund @litertjs/core@2.5.3
 
