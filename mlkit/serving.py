@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Load', 'Limits', 'Batcher', 'Wanted', 'Plan', 'Source', 'folder_token', 'FolderSource', 'RegistrySource',
-           'ShadowCounts', 'Shadow', 'compare_answers', 'LoadedVersion', 'ServedModel', 'load_warm', 'ModelHost']
+           'ShadowCounts', 'Shadow', 'compare_answers', 'LoadedVersion', 'ServedModel', 'Models', 'load_warm',
+           'ModelHost']
 
 # %% ../nbs/25_serving.ipynb #7664cbaf
 import asyncio
@@ -78,6 +79,90 @@ class _Pace:
         known = max((each for each in self._seconds if each <= size), default=None)
         return 0.0 if known is None else self._seconds[known] * 2 ** (size - known)
 
+# %% ../nbs/25_serving.ipynb #e2b7a90c
+class _Asking:
+    """Asks one signature of a model about the requests of a batch."""
+
+    def __init__(
+        self,
+        run: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]],
+        signature: SignatureInfo,
+    ):
+        self._run, self.divisible, self.pace = run, signature.batched, _Pace()
+
+    def ask(self, batch: list[_Waiting]) -> tuple[list[Any], float, float]:  # outputs or errors; when, how long
+        started = time.monotonic()
+        if len(batch) == 1:
+            answers = [self._alone(batch[0])]
+        else:
+            answers = self._together(batch) or [self._alone(each) for each in batch]
+        seconds = time.monotonic() - started
+        self.pace.add(sum(each.rows for each in batch), seconds)
+        return answers, started, seconds
+
+    def _alone(self, asked: _Waiting) -> Any:
+        try:
+            return self._run(asked.inputs)
+        except ServingError as error:
+            return error
+        except Exception as error:  # a defect of ours must not take the requests of others along
+            return ServingError("INTERNAL", f"The model failed: {error!r}")
+
+    def _together(self, batch: list[_Waiting]) -> list[dict[str, np.ndarray]] | None:
+        """Answers of one call, divided; None where that cannot be done, and each has to be asked alone."""
+        names = batch[0].inputs
+        try:
+            outputs = self._run({name: np.concatenate([each.inputs[name] for each in batch]) for name in names})
+        except Exception:  # one of them is wrong, and it shall be told which
+            return None
+        ends = list(itertools.accumulate(each.rows for each in batch))
+        if any(values.ndim == 0 or len(values) != ends[-1] for values in outputs.values()):
+            self.divisible = False
+            return None
+        return [
+            {name: values[end - each.rows : end] for name, values in outputs.items()}
+            for each, end in zip(batch, ends, strict=True)
+        ]
+
+# %% ../nbs/25_serving.ipynb #b93e04f7
+class _Queue:
+    """Requests that wait, in the order in which they have come."""
+
+    def __init__(self, most: int):
+        self._waiting: deque[_Waiting] = deque()
+        self._most, self._rows = most, 0  # of a batch; of all that wait
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def full(self) -> bool:
+        """Whether a batch could not be larger."""
+        return self._rows >= self._most
+
+    def add(self, asked: _Waiting) -> None:
+        """Let a request wait."""
+        self._waiting.append(asked)
+        self._rows += asked.rows
+
+    def take(self) -> list[_Waiting]:
+        """The next requests that can be asked together."""
+        batch, rows, now = [], 0, time.monotonic()
+        while self._waiting:
+            first = self._waiting[0]
+            if batch and (first.group != batch[0].group or rows + first.rows > self._most):
+                break
+            self._waiting.popleft()
+            self._rows -= first.rows
+            if first.future.done():  # whoever asked has gone
+                continue
+            if first.deadline < now:
+                first.future.set_exception(ServingError("DEADLINE_EXCEEDED", "The request waited past its deadline."))
+                continue
+            batch.append(first)
+            rows += first.rows
+        return batch
+
 # %% ../nbs/25_serving.ipynb #951a5763
 _TURNS = 5  # of the event loop between two batches
 
@@ -93,12 +178,10 @@ class Batcher:
         worker: ThreadPoolExecutor,  # for long calls
         observe: Callable[[list[int], float, list[float]], None] | None = None,  # rows, seconds, what each has waited
     ):
-        self._run, self._limits, self._worker, self._observe = run, limits, worker, observe
-        self._divisible = signature.batched
+        self._limits, self._worker, self._observe = limits, worker, observe
+        self._asking, self._queue = _Asking(run, signature), _Queue(limits.batch_rows)
         self._one_shape = all(None not in told.shape[1:] for told in signature.inputs.values() if told.shape)
-        self._queue: deque[_Waiting] = deque()
-        self._rows = 0  # in the queue
-        self._busy, self._pace, self._alone = False, _Pace(), itertools.count()
+        self._busy, self._alone = False, itertools.count()
 
     @property
     def waiting(self) -> int:
@@ -117,15 +200,14 @@ class Batcher:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         group = self._group(inputs, rows)
-        self._queue.append(_Waiting(inputs, rows or 1, future, deadline, group, time.monotonic(), aside))
-        self._rows += rows or 1
+        self._queue.add(_Waiting(inputs, rows or 1, future, deadline, group, time.monotonic(), aside))
         if not self._busy:
             self._busy = True
             loop.call_soon(self._next)  # after the requests that have come in the same moment
         return future
 
     def _group(self, inputs: Mapping[str, np.ndarray], rows: int | None) -> Any:
-        if rows is None or not self._divisible:
+        if rows is None or not self._asking.divisible:
             return next(self._alone)
         return "" if self._one_shape else tuple(values.shape[1:] for values in inputs.values())
 
@@ -134,7 +216,7 @@ class Batcher:
         waiting = len(self._queue)
         if not waiting:
             return
-        seconds = self._pace.seconds(min(waiting, self._limits.batch_rows)) * math.ceil(
+        seconds = self._asking.pace.seconds(min(waiting, self._limits.batch_rows)) * math.ceil(
             waiting / self._limits.batch_rows
         )
         if waiting >= self._limits.waiting or time.monotonic() + seconds > deadline:
@@ -144,42 +226,23 @@ class Batcher:
                 max(1.0, seconds),
             )
 
-    def _take(self) -> list[_Waiting]:
-        """The next requests that can be asked together."""
-        batch, rows, now = [], 0, time.monotonic()
-        while self._queue:
-            first = self._queue[0]
-            if batch and (first.group != batch[0].group or rows + first.rows > self._limits.batch_rows):
-                break
-            self._queue.popleft()
-            self._rows -= first.rows
-            if first.future.done():  # whoever asked has gone
-                continue
-            if first.deadline < now:
-                first.future.set_exception(ServingError("DEADLINE_EXCEEDED", "The request waited past its deadline."))
-                continue
-            batch.append(first)
-            rows += first.rows
-        return batch
-
     def _next(self) -> None:
-        batch = self._take()
+        batch = self._queue.take()
         if not batch:
             self._busy = False
             return
         loop = asyncio.get_running_loop()
-        short = self._pace.seconds(sum(each.rows for each in batch)) < self._limits.inline
+        short = self._asking.pace.seconds(sum(each.rows for each in batch)) < self._limits.inline
         if short and not batch[0].aside:
-            self._answer(batch, *self._ask(batch))
+            self._answer(batch, *self._asking.ask(batch))
             self._go_on(_TURNS)
             return
-        asked = loop.run_in_executor(self._worker, self._ask, batch)
+        asked = loop.run_in_executor(self._worker, self._asking.ask, batch)
         asked.add_done_callback(lambda done: self._take_up(batch, done))
 
     def _take_up(self, batch: list[_Waiting], done: asyncio.Future) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        full = self._rows >= self._limits.batch_rows
-        self._go_on(0 if full else _TURNS)  # a full one is asked while these are answered
+        self._go_on(0 if self._queue.full else _TURNS)  # a full one is asked while these are answered
         self._answer(batch, *(([error] * len(batch), 0.0, 0.0) if error else done.result()))
 
     def _go_on(self, turns: int) -> None:
@@ -199,40 +262,6 @@ class Batcher:
                 asked.future.set_result(answer)
         if self._observe is not None and started:
             self._observe([each.rows for each in batch], seconds, [started - each.since for each in batch])
-
-    def _ask(self, batch: list[_Waiting]) -> tuple[list[Any], float, float]:  # outputs or errors; when, how long
-        started = time.monotonic()
-        if len(batch) == 1:
-            answers = [self._alone_answer(batch[0])]
-        else:
-            answers = self._together(batch) or [self._alone_answer(each) for each in batch]
-        seconds = time.monotonic() - started
-        self._pace.add(sum(each.rows for each in batch), seconds)
-        return answers, started, seconds
-
-    def _alone_answer(self, asked: _Waiting) -> Any:
-        try:
-            return self._run(asked.inputs)
-        except ServingError as error:
-            return error
-        except Exception as error:  # a defect of ours must not take the requests of others along
-            return ServingError("INTERNAL", f"The model failed: {error!r}")
-
-    def _together(self, batch: list[_Waiting]) -> list[dict[str, np.ndarray]] | None:
-        """Answers of one call, divided; None where that cannot be done, and each has to be asked alone."""
-        names = batch[0].inputs
-        try:
-            outputs = self._run({name: np.concatenate([each.inputs[name] for each in batch]) for name in names})
-        except Exception:  # one of them is wrong, and it shall be told which
-            return None
-        ends = list(itertools.accumulate(each.rows for each in batch))
-        if any(values.ndim == 0 or len(values) != ends[-1] for values in outputs.values()):
-            self._divisible = False
-            return None
-        return [
-            {name: values[end - each.rows : end] for name, values in outputs.items()}
-            for each, end in zip(batch, ends, strict=True)
-        ]
 
 # %% ../nbs/25_serving.ipynb #2d90e423
 class Wanted(NamedTuple):
@@ -567,60 +596,54 @@ class ServedModel:
             raise ServingError("NOT_FOUND", f"Servable not found for request: Specific({self.name}, {number}).{there}")
         return found
 
-# %% ../nbs/25_serving.ipynb #1fbb8b0b
-Load = Callable[[Path], Servable]
+# %% ../nbs/25_serving.ipynb #0d52e6b8
+def _switch(
+    served: ServedModel,
+    plan: Plan,
+    there: list[int],  # versions that are loaded here, in the order of preference
+    usable: set[int],  # of these, those that all processes have
+) -> list[int]:  # versions that nobody needs any more
+    """Move labels and traffic as far as they can be moved."""
+    default = plan.default if plan.default is not None else next(iter(there), None)
+    if served.default not in served.loaded:  # nothing else to answer with
+        served.default = default if default in there else next(iter(there), None)
+    elif default in usable:
+        served.default = default
+    kept = {label: number for label, number in served.labels.items() if label in plan.labels}
+    served.labels = kept | {label: number for label, number in plan.labels.items() if number in usable}
+    served.traffic = {number: share for number, share in plan.traffic.items() if number in usable}
+    needed = {*there, served.default, *served.labels.values()}
+    return [number for number in served.loaded if number not in needed]
 
 
-def load_warm(
-    folder: Path,  # of one version
-    runtime: str = "tensorflow",  # of mlkit.servables.RUNTIMES
-    kind: str = "float32",  # of a converted model
-    warmed: Callable[[Path, str, float, int], None] | None = None,  # is told: folder, code, seconds, requests
-) -> Servable:
-    """Load a version and ask it its golden requests; raises MlkitError for one that should not be let in."""
-    servable = load_servable(folder, runtime, kind)
-    code, requests, start = "FAILED_PRECONDITION", 0, time.monotonic()
-    try:
-        requests = warm_up(servable, find_golden(folder), allowed_difference(folder, form_of(servable)))
-        code = "OK"
-    except BaseException:
-        servable.close()
-        raise
-    finally:
-        if warmed is not None:
-            warmed(folder, code, time.monotonic() - start, requests)
-    return servable
+def _cast_shadow(
+    served: ServedModel,
+    label: str,  # of the version in the shadow
+    shadows: Callable[..., None] | None,  # is told (model, version, shadow, *what Shadow tells)
+) -> None:
+    """Have the label's version asked what the default is asked, and nobody else's shadow."""
+    number = served.labels.get(label)
+    for version in served.loaded.values():
+        wanted = number in served.loaded and version.number == served.default != number
+        if not wanted:
+            version.shadow = None
+        elif version.shadow is None or version.shadow.version is not served.loaded[number]:
+            tell = shadows and functools.partial(shadows, served.name, version.number, number)
+            version.shadow = Shadow(served.loaded[number], tell)
 
-# %% ../nbs/25_serving.ipynb #38e18c2b
-_PAUSE = 0.05  # seconds
-
-# %% ../nbs/25_serving.ipynb #83e3ac02
-class ModelHost:
-    """Models in service, in one process and on one event loop."""
+# %% ../nbs/25_serving.ipynb #9e4d7c21
+class Models:
+    """Models in service, for those who ask."""
 
     def __init__(
         self,
         sources: Mapping[str, Source],  # by the name under which a model is served
-        load: Load = load_warm,
-        limits: Limits | None = None,
-        shadow: str = "",  # label of the version that is asked in the shadow of the default
     ):
-        self.limits, self._shadow = limits or Limits(), shadow
         self._models = {name: ServedModel(name, source) for name, source in sources.items()}
-        self._load, self._lock = load, asyncio.Lock()
-        self._loader, self._worker = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "run")
-        self._leaving: set[asyncio.Task] = set()
-        self._started = False
-        self.agreed: Callable[[str], set[int]] | None = None  # versions that all processes have
-        self.listeners: list[Callable[[str, str, VersionStatus], None]] = []  # what happened, model, version
-        self.batches: Callable[..., None] | None = None  # is told (model, version, signature, sizes, seconds, waits)
-        self.shadows: Callable[..., None] | None = None  # is told (model, version, shadow, *what Shadow tells)
 
     def __repr__(self) -> str:
         told = (f"{name}/{model.default}" for name, model in self._models.items())
-        return f"ModelHost({', '.join(told)})"
-
-    # -- asking
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def lease(
         self,
@@ -672,7 +695,54 @@ class ModelHost:
         """Whether every model can answer."""
         return all(served.default in served.loaded for served in self._models.values())
 
-    # -- changing
+# %% ../nbs/25_serving.ipynb #1fbb8b0b
+Load = Callable[[Path], Servable]
+
+
+def load_warm(
+    folder: Path,  # of one version
+    runtime: str = "tensorflow",  # of mlkit.servables.RUNTIMES
+    kind: str = "float32",  # of a converted model
+    warmed: Callable[[Path, str, float, int], None] | None = None,  # is told: folder, code, seconds, requests
+) -> Servable:
+    """Load a version and ask it its golden requests; raises MlkitError for one that should not be let in."""
+    servable = load_servable(folder, runtime, kind)
+    code, requests, start = "FAILED_PRECONDITION", 0, time.monotonic()
+    try:
+        requests = warm_up(servable, find_golden(folder), allowed_difference(folder, form_of(servable)))
+        code = "OK"
+    except BaseException:
+        servable.close()
+        raise
+    finally:
+        if warmed is not None:
+            warmed(folder, code, time.monotonic() - start, requests)
+    return servable
+
+# %% ../nbs/25_serving.ipynb #38e18c2b
+_PAUSE = 0.05  # seconds
+
+# %% ../nbs/25_serving.ipynb #83e3ac02
+class ModelHost(Models):
+    """Models in service that follow their sources, in one process and on one event loop."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],  # by the name under which a model is served
+        load: Load = load_warm,
+        limits: Limits | None = None,
+        shadow: str = "",  # label of the version that is asked in the shadow of the default
+    ):
+        super().__init__(sources)
+        self.limits, self._shadow = limits or Limits(), shadow
+        self._load, self._lock = load, asyncio.Lock()
+        self._loader, self._worker = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "run")
+        self._leaving: set[asyncio.Task] = set()
+        self._started = False
+        self.agreed: Callable[[str], set[int]] | None = None  # versions that all processes have
+        self.listeners: list[Callable[[str, str, VersionStatus], None]] = []  # what happened, model, version
+        self.batches: Callable[..., None] | None = None  # is told (model, version, signature, sizes, seconds, waits)
+        self.shadows: Callable[..., None] | None = None  # is told (model, version, shadow, *what Shadow tells)
 
     async def step(self) -> None:
         """Look at the sources and do what they want."""
@@ -715,7 +785,11 @@ class ModelHost:
                 there.append(wanted.number)
         pause = _PAUSE if self._started and not known.issuperset(there) else 0.0
         await asyncio.sleep(pause)
-        self._switch(served, plan, there)
+        usable = set(there) & self.agreed(served.name) if self.agreed else set(there)
+        unneeded = _switch(served, plan, there, usable)
+        _cast_shadow(served, self._shadow, self.shadows)
+        for number in unneeded:
+            self._let_go(served, number)
         await asyncio.sleep(pause)
 
     async def _try(self, served: ServedModel, wanted: Wanted) -> bool:
@@ -750,33 +824,6 @@ class ModelHost:
         servable = self._load(wanted.folder)
         prepare_signatures(servable)  # nobody waits for it: all of its signatures before it is let in
         return servable
-
-    def _switch(self, served: ServedModel, plan: Plan, there: list[int]) -> None:
-        """Move labels and traffic to versions that all processes have, and let go of what nobody needs."""
-        usable = set(there) & self.agreed(served.name) if self.agreed else set(there)
-        default = plan.default if plan.default is not None else next(iter(there), None)
-        if served.default not in served.loaded:  # nothing else to answer with
-            served.default = default if default in there else next(iter(there), None)
-        elif default in usable:
-            served.default = default
-        kept = {label: number for label, number in served.labels.items() if label in plan.labels}
-        served.labels = kept | {label: number for label, number in plan.labels.items() if number in usable}
-        served.traffic = {number: share for number, share in plan.traffic.items() if number in usable}
-        self._cast_shadow(served)
-        needed = {*there, served.default, *served.labels.values()}
-        for number in [number for number in served.loaded if number not in needed]:
-            self._let_go(served, number)
-
-    def _cast_shadow(self, served: ServedModel) -> None:
-        """Have the label's version asked what the default is asked, and nobody else's shadow."""
-        number = served.labels.get(self._shadow)
-        for version in served.loaded.values():
-            wanted = number in served.loaded and version.number == served.default != number
-            if not wanted:
-                version.shadow = None
-            elif version.shadow is None or version.shadow.version is not served.loaded[number]:
-                tell = self.shadows and functools.partial(self.shadows, served.name, version.number, number)
-                version.shadow = Shadow(served.loaded[number], tell)
 
     def _let_go(self, served: ServedModel, number: int) -> None:
         version, holding = served.loaded.pop(number), served.holding.pop(number)
