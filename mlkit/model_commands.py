@@ -32,7 +32,7 @@ keys = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make and l
 models.add_typer(keys, name="keys")
 
 FolderArgument = Annotated[
-    str, typer.Argument(metavar="RUN|DIR", help="A run (id, unique part of one, 'latest'), or any folder.")
+    str, typer.Argument(metavar="RUN|DIR", help="A run (id, part of one, 'latest' with a model), or any folder.")
 ]
 
 
@@ -42,7 +42,8 @@ def _folder(reference: str) -> Path:
         return Path(reference)
     if "/" in reference:
         raise NotFoundError(f"There is no folder {reference}.")
-    return RunArchive().get(reference).folder
+    latest = reference == "latest"  # of those with a model: `mlkit gate` has left a run of its own behind it
+    return RunArchive().get(reference, having="saved_model" if latest else "").folder
 
 # %% ../nbs/29_model_commands.ipynb #f978ee6f
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]*")
