@@ -2524,7 +2524,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mlkit.serving.Models': ('serving.html#models', 'mlkit/serving.py'),
                                'mlkit.serving.Models.__init__': ('serving.html#models.__init__', 'mlkit/serving.py'),
                                'mlkit.serving.Models.__repr__': ('serving.html#models.__repr__', 'mlkit/serving.py'),
-                               'mlkit.serving.Models._model': ('serving.html#models._model', 'mlkit/serving.py'),
                                'mlkit.serving.Models.lease': ('serving.html#models.lease', 'mlkit/serving.py'),
                                'mlkit.serving.Models.models': ('serving.html#models.models', 'mlkit/serving.py'),
                                'mlkit.serving.Models.ready': ('serving.html#models.ready', 'mlkit/serving.py'),

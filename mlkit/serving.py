@@ -656,16 +656,10 @@ class Models:
         request = present_request.get()
         if request is not None:
             request.model = model
-        found = self._model(model).choose(version, label, key)
+        found = self.state(model).choose(version, label, key)
         if request is not None:
             request.version = found.number
         return found
-
-    def _model(self, name: str) -> ServedModel:
-        if name not in self._models:
-            known = f"{nearest(name, self._models)} Models: {listed(self._models)}."
-            raise ServingError("NOT_FOUND", f"Servable not found for request: Latest({name}).{known}")
-        return self._models[name]
 
     def statuses(
         self,
@@ -674,7 +668,7 @@ class Models:
         label: str | None = None,
     ) -> list[VersionStatus]:  # the newest first
         """How the versions of a model stand; raises ServingError NOT_FOUND."""
-        served = self._model(model)
+        served = self.state(model)
         if label is not None:
             version = served.choose(None, label, "").number
         if version is not None and version not in served.statuses:
@@ -688,7 +682,10 @@ class Models:
 
     def state(self, model: str) -> ServedModel:
         """All about a model; raises ServingError NOT_FOUND."""
-        return self._model(model)
+        if model not in self._models:
+            known = f"{nearest(model, self._models)} Models: {listed(self._models)}."
+            raise ServingError("NOT_FOUND", f"Servable not found for request: Latest({model}).{known}")
+        return self._models[model]
 
     @property
     def ready(self) -> bool:
@@ -719,10 +716,10 @@ def load_warm(
             warmed(folder, code, time.monotonic() - start, requests)
     return servable
 
-# %% ../nbs/25_serving.ipynb #38e18c2b
+# %% ../nbs/25_serving.ipynb #83e3ac02
 _PAUSE = 0.05  # seconds
 
-# %% ../nbs/25_serving.ipynb #83e3ac02
+
 class ModelHost(Models):
     """Models in service that follow their sources, in one process and on one event loop."""
 
@@ -819,10 +816,9 @@ class ModelHost(Models):
     def _open(self, wanted: Wanted, holding: contextlib.ExitStack) -> Servable:
         if wanted.open is not None:
             holding.enter_context(wanted.open())
-        if not self._started:
-            return self._load(wanted.folder)
         servable = self._load(wanted.folder)
-        prepare_signatures(servable)  # nobody waits for it: all of its signatures before it is let in
+        if self._started:  # nobody waits for it: all of its signatures before it is let in
+            prepare_signatures(servable)
         return servable
 
     def _let_go(self, served: ServedModel, number: int) -> None:

@@ -91,11 +91,11 @@ def _check_types(schemas: Sequence[Mapping[str, pl.DataType]], name: str) -> Non
             )
 
 
-def _spilled(batches: Iterable[pl.DataFrame], folder: Path, number: int, name: str) -> pl.LazyFrame:
-    """Batches from disk, where they are Parquet now; a column without a value becomes text."""
+def _spilled(batches: Iterable[pl.DataFrame], folder: Path, name: str) -> pl.LazyFrame:
+    """Batches from a folder, where they are Parquet now; a column without a value becomes text."""
     pieces: list[Path] = []
     for piece in _gathered(batches):
-        pieces.append(folder / f"{number:05d}-{len(pieces):06d}.parquet")
+        pieces.append(folder / f"{len(pieces):06d}.parquet")
         try:
             piece.write_parquet(pieces[-1])
         except OSError as error:
@@ -140,9 +140,13 @@ def _plain(file: Path, folder: Path, number: int, encoding: str) -> Path:
     if file.suffix.lower() in (".gz", ".zst"):
         file = _unpacked(file, folder / Path(name).with_suffix(""))
     if file.suffix.lower() in (".tfrecord", ".tfrecords"):
-        with written_whole(folder / f"{number:05d}.parquet") as path:
-            _spilled(stream_tfrecord(file), folder, number, f"'{given}'").sink_parquet(path)
-        return folder / f"{number:05d}.parquet"
+        pieces, whole = folder / f"{number:05d}", folder / f"{number:05d}.parquet"
+        pieces.mkdir()
+        rows = _spilled(stream_tfrecord(file), pieces, f"'{given}'")
+        with written_whole(whole) as path:
+            rows.sink_parquet(path, row_group_size=_PIECE_ROWS)
+        shutil.rmtree(pieces)
+        return whole
     if file.suffix.lower() in (".csv", ".tsv") and encoding.lower() not in ("utf-8", "utf8"):
         return _recoded(file, folder / f"utf-8-{file.name}", encoding)
     return file
@@ -170,7 +174,7 @@ def plan_rows(
     place.mkdir(parents=True)
     try:
         if is_database(source):
-            yield _spilled(stream_query(str(source), query), place, 0, "the query's result")
+            yield _spilled(stream_query(str(source), query), place, "the query's result")
         elif query is not None or not names_files(source):
             yield open_table(source, **({} if query is None else {"query": query}), **options).lazy()
         else:
