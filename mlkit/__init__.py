@@ -1,1 +1,7 @@
+"""From notebook cell to served prediction: notebooks as library, as jobs and as archived runs."""
+
+import lazy_loader
+
 __version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,6 +1,6 @@
 """`python -m mlkit` is the same as `mlkit`."""
 
-from mlkit.cli import main
+from mlkit.cli.main import main
 
 if __name__ == "__main__":
     main()

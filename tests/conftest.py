@@ -44,7 +44,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> Any:
 
 def free_port() -> int:
     """A port at which nobody listens, and that the system gives to nobody meanwhile."""
-    from mlkit.clusters import free_ports
+    from mlkit.jobs.cluster import free_ports
 
     return free_ports(1)[0]
 
@@ -129,7 +129,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 @pytest.fixture
 def mlkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
     """Type a command in this process: the same entry point, without the start of another Python."""
-    from mlkit.cli import main
+    from mlkit.cli.main import main
 
     def type_command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mlkit", *map(str, arguments)])

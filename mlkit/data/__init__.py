@@ -1,0 +1,5 @@
+"""Tables and images: reading, cleaning, statistics, schema, validation, drift, splits and batches."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,410 @@
+"""What TF Serving's clients send and expect, as messages, tensors and errors, in a process that need not have TensorFlow."""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory, wrappers_pb2
+from google.protobuf.message import DecodeError, Message
+
+from mlkit.errors import ServingError
+
+_TENSORFLOW = """
+enum DataType: DT_INVALID=0 DT_FLOAT=1 DT_DOUBLE=2 DT_INT32=3 DT_UINT8=4 DT_INT16=5 DT_INT8=6 DT_STRING=7 \
+DT_COMPLEX64=8 DT_INT64=9 DT_BOOL=10 DT_QINT8=11 DT_QUINT8=12 DT_QINT32=13 DT_BFLOAT16=14 DT_QINT16=15 DT_QUINT16=16 \
+DT_UINT16=17 DT_COMPLEX128=18 DT_HALF=19 DT_RESOURCE=20 DT_VARIANT=21 DT_UINT32=22 DT_UINT64=23
+TensorShapeProto: dim=2 *TensorShapeProto.Dim, unknown_rank=3 bool
+TensorShapeProto.Dim: size=1 int64, name=2 string
+TensorProto: dtype=1 DataType, tensor_shape=2 TensorShapeProto, version_number=3 int32, tensor_content=4 bytes, \
+half_val=13 *int32, float_val=5 *float, double_val=6 *double, int_val=7 *int32, string_val=8 *bytes, \
+scomplex_val=9 *float, int64_val=10 *int64, bool_val=11 *bool, dcomplex_val=12 *double, uint32_val=16 *uint32, \
+uint64_val=17 *uint64
+TensorInfo: name=1 string of encoding, coo_sparse=4 TensorInfo.CooSparse of encoding, dtype=2 DataType, \
+tensor_shape=3 TensorShapeProto
+TensorInfo.CooSparse: values_tensor_name=1 string, indices_tensor_name=2 string, dense_shape_tensor_name=3 string
+SignatureDef: inputs=1 string->TensorInfo, outputs=2 string->TensorInfo, method_name=3 string, \
+defaults=4 string->TensorProto
+BytesList: value=1 *bytes
+FloatList: value=1 *float
+Int64List: value=1 *int64
+Feature: bytes_list=1 BytesList of kind, float_list=2 FloatList of kind, int64_list=3 Int64List of kind
+Features: feature=1 string->Feature
+Example: features=1 Features
+"""
+_ERROR = """
+enum Code: OK=0 CANCELLED=1 UNKNOWN=2 INVALID_ARGUMENT=3 DEADLINE_EXCEEDED=4 NOT_FOUND=5 ALREADY_EXISTS=6 \
+PERMISSION_DENIED=7 UNAUTHENTICATED=16 RESOURCE_EXHAUSTED=8 FAILED_PRECONDITION=9 ABORTED=10 OUT_OF_RANGE=11 \
+UNIMPLEMENTED=12 INTERNAL=13 UNAVAILABLE=14 DATA_LOSS=15
+"""
+_SERVING = """
+ModelSpec: name=1 string, version=2 google.protobuf.Int64Value of version_choice, \
+version_label=4 string of version_choice, signature_name=3 string
+ExampleList: examples=1 *Example
+ExampleListWithContext: examples=1 *Example, context=2 Example
+Input: example_list=1 ExampleList of kind, example_list_with_context=2 ExampleListWithContext of kind
+Class: label=1 string, score=2 float
+Classifications: classes=1 *Class
+ClassificationResult: classifications=1 *Classifications
+ClassificationRequest: model_spec=1 ModelSpec, input=2 Input
+ClassificationResponse: model_spec=2 ModelSpec, result=1 ClassificationResult
+Regression: value=1 float
+RegressionResult: regressions=1 *Regression
+RegressionRequest: model_spec=1 ModelSpec, input=2 Input
+RegressionResponse: model_spec=2 ModelSpec, result=1 RegressionResult
+InferenceTask: model_spec=1 ModelSpec, method_name=2 string
+InferenceResult: model_spec=1 ModelSpec, classification_result=2 ClassificationResult of result, \
+regression_result=3 RegressionResult of result
+MultiInferenceRequest: tasks=1 *InferenceTask, input=2 Input
+MultiInferenceResponse: results=1 *InferenceResult
+PredictRequest: model_spec=1 ModelSpec, inputs=2 string->TensorProto, output_filter=3 *string
+PredictResponse: model_spec=2 ModelSpec, outputs=1 string->TensorProto
+SignatureDefMap: signature_def=1 string->SignatureDef
+GetModelMetadataRequest: model_spec=1 ModelSpec, metadata_field=2 *string
+GetModelMetadataResponse: model_spec=1 ModelSpec, metadata=2 string->google.protobuf.Any
+StatusProto: error_code=1 Code, error_message=2 string
+GetModelStatusRequest: model_spec=1 ModelSpec
+enum ModelVersionStatus.State: UNKNOWN=0 START=10 LOADING=20 AVAILABLE=30 UNLOADING=40 END=50
+ModelVersionStatus: version=1 int64, state=2 ModelVersionStatus.State, status=3 StatusProto
+GetModelStatusResponse: model_version_status=1 *ModelVersionStatus
+service PredictionService: Classify=ClassificationRequest->ClassificationResponse \
+Regress=RegressionRequest->RegressionResponse Predict=PredictRequest->PredictResponse \
+MultiInference=MultiInferenceRequest->MultiInferenceResponse \
+GetModelMetadata=GetModelMetadataRequest->GetModelMetadataResponse
+"""
+_SERVING += """
+FileSystemStoragePathSourceConfig:
+FileSystemStoragePathSourceConfig.ServableVersionPolicy: \
+latest=100 FileSystemStoragePathSourceConfig.ServableVersionPolicy.Latest of policy_choice, \
+all=101 FileSystemStoragePathSourceConfig.ServableVersionPolicy.All of policy_choice, \
+specific=102 FileSystemStoragePathSourceConfig.ServableVersionPolicy.Specific of policy_choice
+FileSystemStoragePathSourceConfig.ServableVersionPolicy.Latest: num_versions=1 uint32
+FileSystemStoragePathSourceConfig.ServableVersionPolicy.All:
+FileSystemStoragePathSourceConfig.ServableVersionPolicy.Specific: versions=1 *int64
+LogCollectorConfig: type=1 string, filename_prefix=2 string
+SamplingConfig: sampling_rate=1 double
+LoggingConfig: log_collector_config=1 LogCollectorConfig, sampling_config=2 SamplingConfig
+enum ModelType: MODEL_TYPE_UNSPECIFIED=0 TENSORFLOW=1 OTHER=2
+ModelConfig: name=1 string, base_path=2 string, model_type=3 ModelType, model_platform=4 string, \
+model_version_policy=7 FileSystemStoragePathSourceConfig.ServableVersionPolicy, version_labels=8 string->int64, \
+logging_config=6 LoggingConfig
+ModelConfigList: config=1 *ModelConfig
+ModelServerConfig: model_config_list=1 ModelConfigList of config, custom_model_config=2 google.protobuf.Any of config
+Metric: name=1 string, int64_value_increase=2 int64 of value_increase
+ReloadConfigRequest: config=1 ModelServerConfig, metric_names=2 *string
+ReloadConfigResponse: status=1 StatusProto, metric=2 *Metric
+service ModelService: GetModelStatus=GetModelStatusRequest->GetModelStatusResponse \
+HandleReloadConfigRequest=ReloadConfigRequest->ReloadConfigResponse
+LogMetadata: model_spec=1 ModelSpec, sampling_config=2 SamplingConfig, saved_model_tags=3 *string, \
+timestamp_secs=4 int64
+ClassifyLog: request=1 ClassificationRequest, response=2 ClassificationResponse
+RegressLog: request=1 RegressionRequest, response=2 RegressionResponse
+PredictLog: request=1 PredictRequest, response=2 PredictResponse
+MultiInferenceLog: request=1 MultiInferenceRequest, response=2 MultiInferenceResponse
+PredictionLog: log_metadata=1 LogMetadata, classify_log=2 ClassifyLog of log_type, \
+regress_log=3 RegressLog of log_type, predict_log=6 PredictLog of log_type, \
+multi_inference_log=4 MultiInferenceLog of log_type
+"""
+_MLKIT = """
+SerializedExamples: examples=1 *bytes, context=2 bytes
+SerializedInput: example_list=1 SerializedExamples of kind, example_list_with_context=2 SerializedExamples of kind
+ExamplesRequest: model_spec=1 ModelSpec, input=2 SerializedInput
+SeveralRequest: tasks=1 *InferenceTask, input=2 SerializedInput
+SavedModel: saved_model_schema_version=1 int64, meta_graphs=2 *SavedModel.MetaGraph
+SavedModel.MetaGraph: meta_info_def=1 SavedModel.MetaInfo, signature_def=5 string->SignatureDef
+SavedModel.MetaInfo: tags=4 *string, tensorflow_version=5 string
+"""
+_TABLES = {
+    "tensorflow.error": _ERROR,
+    "tensorflow": _TENSORFLOW,
+    "tensorflow.serving": _SERVING,
+    "mlkit.serving": _MLKIT,
+}
+_FIELD = re.compile(r"(\w+)=(\d+) ([*?]?)([\w.]+)(?:->([\w.]+))?(?: of (\w+))?")
+
+
+def _set_type(field: descriptor_pb2.FieldDescriptorProto, name: str, known: dict[str, tuple[str, str]]) -> None:
+    """Let a field hold a number or text, or a message or enumeration of the tables."""
+    kind, full = known.get(name, (name, ""))
+    if name.startswith("google."):
+        kind, full = "message", f".{name}"
+    field.type = descriptor_pb2.FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
+    if full:
+        field.type_name = full
+
+
+def _add_map(message: descriptor_pb2.DescriptorProto, name: str, kinds: tuple[str, str], known: dict) -> str:
+    """The entries of a map; returns their message's name."""
+    entry = message.nested_type.add(name="".join(part.capitalize() for part in name.split("_")) + "Entry")
+    entry.options.map_entry = True
+    for number, kind in enumerate(kinds, 1):
+        _set_type(entry.field.add(name=("key", "value")[number - 1], number=number, label=1), kind, known)
+    return entry.name
+
+
+def _add_fields(message: descriptor_pb2.DescriptorProto, path: str, text: str, known: dict) -> None:
+    choices = {}
+    for name, number, mark, kind, value, choice in _FIELD.findall(text):
+        field = message.field.add(name=name, number=int(number), label=3 if mark == "*" or value else 1)
+        if value:
+            field.type, field.type_name = 11, f"{path}.{_add_map(message, name, (kind, value), known)}"
+        else:
+            _set_type(field, kind, known)
+        if choice:
+            if choice not in choices:
+                choices[choice] = len(message.oneof_decl)
+                message.oneof_decl.add(name=choice)
+            field.oneof_index = choices[choice]
+
+
+def _lines(table: str) -> list[tuple[str, str, str]]:  # ("", "enum" or "service", name, what it holds)
+    heads = (line.partition(":") for line in table.splitlines() if line)
+    return [(*head.rpartition(" ")[::2], body.strip()) for head, _, body in heads]
+
+
+def _place(file: descriptor_pb2.FileDescriptorProto, name: str) -> tuple[Any, str]:
+    """Where a message or enumeration is defined, and its own name."""
+    *outer, own = name.split(".")
+    place = file
+    for part in outer:
+        inner = place.message_type if place is file else place.nested_type
+        place = next((one for one in inner if one.name == part), None) or inner.add(name=part)
+    return place, own
+
+
+def _describe(package: str, known: dict[str, tuple[str, str]]) -> descriptor_pb2.FileDescriptorProto:
+    """The file that a table stands for."""
+    file = descriptor_pb2.FileDescriptorProto(name=f"mlkit/{package}.proto", package=package, syntax="proto3")
+    for kind, name, body in _lines(_TABLES[package]):
+        place, own = _place(file, name)
+        if kind == "enum":
+            entries = place.enum_type.add(name=own)
+            for label, number in re.findall(r"(\w+)=(\d+)", body):
+                entries.value.add(name=label, number=int(number))
+        elif kind == "service":
+            service = place.service.add(name=own)
+            for method, takes, gives in re.findall(r"(\w+)=(\w+)->(\w+)", body):
+                service.method.add(name=method, input_type=known[takes][1], output_type=known[gives][1])
+        else:
+            inner = place.message_type if place is file else place.nested_type
+            message = next((one for one in inner if one.name == own), None) or inner.add(name=own)
+            _add_fields(message, f".{package}.{name}", body, known)
+    return file
+
+
+@functools.cache
+def message_pool() -> descriptor_pool.DescriptorPool:
+    """All messages and services, for those who ask a server what it speaks."""
+    known, pool = {}, descriptor_pool.DescriptorPool()
+    for package, table in _TABLES.items():
+        for kind, name, _ in _lines(table):
+            known[name] = (kind or "message", f".{package}.{name}")
+    needs = [module.DESCRIPTOR for module in (any_pb2, wrappers_pb2)]
+    for file in needs:
+        pool.AddSerializedFile(file.serialized_pb)
+    names = [file.name for file in needs]
+    for package in _TABLES:
+        file = _describe(package, known)
+        file.dependency.extend(names)
+        names.append(file.name)
+        pool.Add(file)
+    return pool
+
+
+@functools.cache
+def message_class(
+    name: str,  # "PredictRequest", "TensorProto" ...
+) -> type[Message]:
+    """The class of a message; raises KeyError for a name that no table holds."""
+    for package in _TABLES:
+        try:
+            return message_factory.GetMessageClass(message_pool().FindMessageTypeByName(f"{package}.{name}"))
+        except KeyError:
+            continue
+    raise KeyError(f"No message is called '{name}'.")
+
+
+STRING = "string"  # the type of texts and bytes, which NumPy has no type of fixed size for
+_FIELDS = {  # number of a type in DataType: its NumPy type, the field of its values
+    1: (np.dtype("float32"), "float_val"),
+    2: (np.dtype("float64"), "double_val"),
+    3: (np.dtype("int32"), "int_val"),
+    4: (np.dtype("uint8"), "int_val"),
+    5: (np.dtype("int16"), "int_val"),
+    6: (np.dtype("int8"), "int_val"),
+    7: (STRING, "string_val"),
+    8: (np.dtype("complex64"), "scomplex_val"),
+    9: (np.dtype("int64"), "int64_val"),
+    10: (np.dtype("bool"), "bool_val"),
+    14: (np.dtype(ml_dtypes.bfloat16), "half_val"),
+    17: (np.dtype("uint16"), "int_val"),
+    18: (np.dtype("complex128"), "dcomplex_val"),
+    19: (np.dtype("float16"), "half_val"),
+    22: (np.dtype("uint32"), "uint32_val"),
+    23: (np.dtype("uint64"), "uint64_val"),
+}
+_NUMBERS = {dtype: number for number, (dtype, _) in _FIELDS.items()}
+LARGEST_TENSOR = 1 << 28  # bytes
+LARGEST_FILLED = 1 << 22  # bytes, of a tensor whose last value is repeated
+
+
+def type_name(
+    number: int,  # as in DataType
+) -> str:
+    """TensorFlow's name of a type."""
+    names = message_pool().FindEnumTypeByName("tensorflow.DataType").values_by_number
+    return names[number].name if number in names else f"type {number}"
+
+
+def array_type(
+    number: int,  # as in DataType
+) -> np.dtype | str:  # "string" for texts and bytes; TensorFlow's name for what no array can hold
+    """The type of the arrays that hold a tensor."""
+    return _FIELDS[number][0] if number in _FIELDS else type_name(number)
+
+
+def _bad(name: str, text: str) -> ServingError:
+    return ServingError("INVALID_ARGUMENT", f"Input '{name}' {text}" if name else f"The tensor {text}")
+
+
+def _checked_shape(tensor: Message, name: str, size: int, largest: int) -> tuple[tuple[int, ...], int]:
+    """A tensor's shape and how many elements it has; raises ServingError for one that cannot be or is too large."""
+    shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
+    if tensor.tensor_shape.unknown_rank or min(shape, default=0) < 0:
+        raise _bad(name, "has a shape that is not known in full, so its values cannot be laid out.")
+    if len(shape) > 32:  # NumPy ends at 64
+        raise _bad(name, f"has {len(shape)} dimensions; 32 are possible.")
+    room = size * math.prod(extent for extent in shape if extent)
+    if room > largest:
+        raise _bad(name, f"has shape {list(shape)}, which takes {room:,} bytes; {largest:,} are accepted.")
+    return shape, math.prod(shape)
+
+
+def _from_content(tensor: Message, name: str, dtype: np.dtype | str, count: int) -> np.ndarray:
+    content = tensor.tensor_content
+    if dtype == STRING:
+        raise _bad(name, "holds texts in tensor_content; they are read from string_val.")
+    if len(content) != count * dtype.itemsize:
+        raise _bad(name, f"has {len(content):,} bytes in tensor_content; its shape takes {count * dtype.itemsize:,}.")
+    array = np.frombuffer(content, dtype)
+    return array.view(np.uint8) != 0 if dtype.kind == "b" else array
+
+
+def _as_array(name: str, values: Sequence, dtype: np.dtype | str, field: str) -> np.ndarray:
+    """The values of a field as they are meant."""
+    if dtype == STRING:
+        array = np.empty(len(values), object)
+        array[:] = values
+        return array
+    if field == "half_val":  # bits of 16-bit numbers
+        bits = np.array(values, np.int64)
+        if ((bits < 0) | (bits > 0xFFFF)).any():
+            raise _bad(name, "holds numbers in half_val that are no 16 bits.")
+        return bits.astype(np.uint16).view(dtype)
+    if dtype.kind == "c":  # real and imaginary parts in turn
+        return np.array(values[: len(values) // 2 * 2], dtype.char.lower()).view(dtype)
+    if field == "int_val" and dtype.itemsize < 4:
+        array = np.array(values, np.int32)
+        lost = (array < np.iinfo(dtype).min) | (array > np.iinfo(dtype).max)
+        if lost.any():
+            raise _bad(name, f"holds {array[lost][0]}, which {dtype} cannot.")
+        return array.astype(dtype)
+    return np.fromiter(values, dtype, len(values))
+
+
+def _from_values(tensor: Message, name: str, count: int) -> np.ndarray:
+    dtype, field = _FIELDS[tensor.dtype]
+    array = _as_array(name, list(getattr(tensor, field)), dtype, field)
+    if len(array) > count:
+        raise _bad(name, f"holds {len(array):,} values in {field}; its shape takes {count:,}.")
+    if len(array) == count:
+        return array
+    others = [one.name for one, _ in tensor.ListFields() if one.name.endswith("_val")]
+    if not len(array) and others:
+        raise _bad(name, f"has type {type_name(tensor.dtype)}, whose values belong in {field}, not in {others[0]}.")
+    if count * array.itemsize > LARGEST_FILLED:
+        raise _bad(name, f"has {len(array):,} values for {count:,} elements; that many have to be sent one by one.")
+    last = array[-1] if len(array) else (b"" if dtype == STRING else 0)
+    filled = np.full(count, last, object if dtype == STRING else dtype)
+    filled[: len(array)] = array
+    return filled
+
+
+def tensor_to_array(
+    tensor: Message,  # TensorProto, ours or TensorFlow's
+    name: str = "",  # of the input, for messages
+    largest: int = LARGEST_TENSOR,  # bytes that it may take
+) -> np.ndarray:  # object array of bytes for texts
+    """A tensor's values; raises ServingError for types, shapes and values that do not go together."""
+    if tensor.dtype not in _FIELDS:
+        raise _bad(name, f"has type {type_name(tensor.dtype)}, which no request can hold.")
+    dtype, _ = _FIELDS[tensor.dtype]
+    shape, count = _checked_shape(tensor, name, 8 if dtype == STRING else dtype.itemsize, largest)
+    array = _from_content(tensor, name, dtype, count) if tensor.tensor_content else _from_values(tensor, name, count)
+    return array.reshape(shape)
+
+
+def _packed(number: int, data: bytes) -> bytes:
+    """A field of a message that is known by its number and holds these bytes."""
+    length, size = bytearray(), len(data)
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes((number << 3 | 2,)) + bytes(length) + bytes((size,)) + data
+
+
+def fill_tensor(
+    tensor: Message,  # an empty TensorProto
+    array: np.ndarray,  # numbers, or an object array of texts or bytes
+) -> None:
+    """Write an array into a tensor; raises ServingError for a type that TensorFlow has no message for."""
+    dtype = STRING if array.dtype.kind in "OSU" else array.dtype.newbyteorder("=")
+    number = _NUMBERS.get(dtype)
+    if number is None:
+        raise ServingError("UNIMPLEMENTED", f"Values of type {array.dtype} cannot be sent as a tensor.")
+    tensor.dtype = number
+    for extent in array.shape:
+        tensor.tensor_shape.dim.add(size=extent)
+    field = _FIELDS[number][1]
+    if dtype == STRING:
+        tensor.string_val.extend(one if isinstance(one, bytes) else str(one).encode() for one in array.ravel().tolist())
+    elif dtype.kind in "fc" and dtype.itemsize > 2:
+        tensor.MergeFromString(_packed(tensor.DESCRIPTOR.fields_by_name[field].number, array.astype(dtype).tobytes()))
+    else:
+        flat = np.ascontiguousarray(array, dtype).ravel()
+        getattr(tensor, field).extend((flat.view(np.uint16) if field == "half_val" else flat).tolist())
+
+
+def array_to_tensor(
+    array: np.ndarray,  # numbers, or an object array of texts or bytes
+) -> Message:  # TensorProto
+    """An array as a message; raises ServingError for a type that TensorFlow has no message for."""
+    tensor = message_class("TensorProto")()
+    fill_tensor(tensor, array)
+    return tensor
+
+
+def parse_message(
+    name: str,  # of the message
+    body: bytes,  # as it came
+) -> Message:
+    """A message from its bytes; raises ServingError for bytes that are none."""
+    try:
+        return message_class(name).FromString(body)
+    except DecodeError as error:
+        raise ServingError("INVALID_ARGUMENT", f"The request is no {name}: {error}.") from None
+
+
+def serialized_examples(
+    given: Message,  # SerializedInput
+) -> list[bytes]:  # one tf.train.Example for each row
+    """The examples of a request, each with the request's context; raises ServingError where there are none."""
+    chosen = given.WhichOneof("kind")
+    examples = list(getattr(given, chosen).examples) if chosen else []
+    if not examples:
+        raise ServingError("INVALID_ARGUMENT", "Input is empty: it takes at least one example.")
+    context = getattr(given, chosen).context
+    return [context + example for example in examples] if context else examples

@@ -1,0 +1,5 @@
+"""Gated, signed model versions with aliases, an audit log and rollback."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

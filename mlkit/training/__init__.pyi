@@ -1,0 +1,10 @@
+from .compilation import compile_model as compile_model, set_seed as set_seed
+from .distribution import make_strategy as make_strategy, prepare_devices as prepare_devices
+from .history import History as History
+from .trainer import fit as fit
+from .transfer import (
+    load_warm_start_data as load_warm_start_data,
+    restore_model as restore_model,
+    save_optimizer as save_optimizer,
+    warm_start as warm_start,
+)

@@ -1,0 +1,245 @@
+"""Jobs that misbehave: each ends in a true record, tells what happened, and leaves nothing running."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from mlkit.runs import Run
+from mlkit.runs.run import RunStore
+from tests.conftest import wait_until
+
+pytestmark = pytest.mark.slow
+KERNELSPEC = {"name": "python3", "display_name": "python3", "language": "python"}
+
+
+def write_job(folder: Path, *sources: str, parameters: str = "count: int = 3", metadata: dict | None = None) -> str:
+    """A job notebook, a section for each cell."""
+    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    cells += [
+        cell for n, source in enumerate(sources) for cell in (new_markdown_cell(f"## Part {n}"), new_code_cell(source))
+    ]
+    metadata = {"kernelspec": KERNELSPEC} if metadata is None else metadata
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), folder / "job.ipynb")
+    return "job.ipynb"
+
+
+def only_run(project: Path) -> Run:
+    """The only run of a project."""
+    (summary,) = RunStore(project / "runs").list()
+    return RunStore(project / "runs").get(summary.id)
+
+
+@pytest.fixture(params=["cold", "warm"])
+def temperature(request: pytest.FixtureRequest, cli: Callable, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each fault in an ordinary kernel and in a forked one."""
+    monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
+    if request.param == "warm":
+        assert cli("warm", "start").returncode == 0
+    yield request.param
+    if request.param == "warm":
+        cli("warm", "stop")
+
+
+def test_a_notebook_without_a_kernelspec_runs(cli: Callable, project: Path) -> None:
+    assert cli("run", write_job(project, "print(count)", metadata={}), "-p", "count=4").returncode == 0
+    executed = nbformat.read(only_run(project).folder / "notebook.ipynb", 4)
+    assert "4\n" in str([cell.get("outputs") for cell in executed.cells]).replace("\\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{ not json", "is not a Jupyter notebook"),
+        ('{"cells": 3}', "is not a Jupyter notebook"),
+        ("", "is not a Jupyter notebook"),
+        (None, "2 cells tagged 'parameters'"),
+    ],
+)
+def test_what_is_no_job_is_refused(content: str | None, message: str, cli: Callable, project: Path) -> None:
+    if content is None:
+        cells = [new_code_cell("a = 1", metadata={"tags": ["parameters"]}) for _ in range(2)]
+        nbformat.write(new_notebook(cells=cells), project / "job.ipynb")
+    else:
+        (project / "job.ipynb").write_text(content)
+    result = cli("run", "job.ipynb")
+    assert (result.returncode, message in result.stderr) == (2, True)
+    assert not (project / "runs").exists()
+
+
+def test_sys_exit(cli: Callable, project: Path, temperature: str) -> None:
+    job = write_job(project, "import sys\nsys.exit(count)", "print('never')")
+    assert cli("run", job).returncode == 1
+    run = only_run(project)
+    assert (run.status, run.record.failure.error, run.record.failure.heading) == ("failed", "SystemExit", "Part 0")
+    assert cli("run", job, "-p", "count=0").returncode == 0  # papermill's convention: an early end in peace
+
+
+def test_a_kernel_that_kills_itself(cli: Callable, project: Path, temperature: str) -> None:
+    result = cli("run", write_job(project, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"))
+    assert (result.returncode, "SIGKILL" in result.stderr) == (1, True)
+    failure = only_run(project).record.failure
+    assert (failure.error, failure.heading) == ("DeadKernelError", "Part 0")
+
+
+def test_a_crash_in_native_code(cli: Callable, project: Path, temperature: str) -> None:
+    result = cli("run", write_job(project, "import ctypes\nctypes.string_at(0)"))
+    assert (result.returncode, "SIGSEGV" in result.stderr) == (1, True)
+
+
+def test_a_cell_that_allocates_until_it_is_killed(cli: Callable, project: Path, temperature: str) -> None:
+    """The kernel of this machine kills the greediest: here the job itself says that it is."""
+    greedy = "open('/proc/self/oom_score_adj', 'w').write('1000')\nimport os; open('pid', 'w').write(str(os.getpid()))"
+    job = write_job(project, greedy, "hoard = []\nwhile True:\n    hoard.append(bytearray(10_000_000))")
+    command = [sys.executable, "-m", "mlkit", "run", job]
+    process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (project / "pid").exists() and (project / "pid").read_text())
+    kernel = psutil.Process(int((project / "pid").read_text()))
+    with contextlib.suppress(psutil.NoSuchProcess):  # we are the out-of-memory killer, with a limit of 1.5 GB
+        wait_until(lambda: kernel.memory_info().rss > 1_500_000_000)
+        kernel.kill()
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, "no memory left" in said) == (1, True)
+    assert only_run(project).status == "failed"
+
+
+def test_a_hundred_megabytes_of_output_are_folded(cli: Callable, project: Path, temperature: str) -> None:
+    line = "'x' * 99"
+    job = write_job(project, f"for _ in range(1_000_000):\n    print({line})\nprint('the end')", "print('and on')")
+    assert cli("run", job).returncode == 0
+    run = only_run(project)
+    assert (run.folder / "notebook.ipynb").stat().st_size < 1_000_000
+    assert (run.folder / "notebook.html").stat().st_size < 2_000_000
+    executed = nbformat.read(run.folder / "notebook.ipynb", 4)
+    texts = [output.text for cell in executed.cells for output in cell.get("outputs", [])]
+    assert len(texts) == 2
+    assert texts[0].startswith("xxx")
+    assert texts[0].endswith("the end\n")
+    assert "characters left out" in texts[0]
+
+
+def test_a_progress_bar_is_one_line(cli: Callable, project: Path) -> None:
+    bar = "import sys, time\nfor n in range(400):\n    print(f'\\r{n / 4:.0f}%', end='', file=sys.stderr, flush=True)"
+    assert cli("run", write_job(project, bar)).returncode == 0
+    executed = nbformat.read(only_run(project).folder / "notebook.ipynb", 4)
+    texts = [output.text for cell in executed.cells for output in cell.get("outputs", [])]
+    assert [text.strip() for text in texts] == ["100%"]
+
+
+def test_a_cell_that_loops_for_ever(cli: Callable, project: Path, temperature: str) -> None:
+    result = cli("--set", "jobs.cell_timeout=2", "run", write_job(project, "while True:\n    pass"))
+    assert result.returncode == 1
+    failure = only_run(project).record.failure
+    assert (failure.error, failure.heading) == ("CellTimeoutError", "Part 0")
+
+
+DAEMON = """
+import os, subprocess
+child = subprocess.Popen(["sleep", "600"])
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.write(writer, str(os.getpid()).encode())
+        os.execvp("sleep", ["sleep", "600"])
+    os._exit(0)
+open("pids", "w").write(f"{child.pid} {os.read(reader, 20).decode()}")
+"""
+
+
+def test_children_do_not_outlive_the_job(cli: Callable, project: Path, temperature: str) -> None:
+    assert cli("run", write_job(project, DAEMON)).returncode == 0
+    child, daemon = map(int, (project / "pids").read_text().split())
+    wait_until(lambda: not psutil.pid_exists(child), 20)
+    if temperature == "warm":
+        wait_until(lambda: not psutil.pid_exists(daemon), 20)
+    else:  # an ordinary kernel cannot follow what has left its session and its parent
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(daemon, 9)
+
+
+def test_the_notebook_is_readable_at_any_time(project: Path) -> None:
+    loop = "import time\nfor n in range(20):\n    print(n, 'x' * 10_000)\n    time.sleep(0.05)"
+    command = [sys.executable, "-m", "mlkit", "run", write_job(project, *[loop] * 3)]
+    process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL)
+    archive = RunStore(project / "runs")
+    wait_until(
+        lambda: (
+            archive.root.is_dir() and len(archive.list()) and (archive.get("latest").folder / "notebook.ipynb").exists()
+        )
+    )
+    path, seen = archive.get("latest").folder / "notebook.ipynb", set()
+    while process.poll() is None:
+        notebook = nbformat.reads(path.read_text(), 4)
+        nbformat.validate(notebook)
+        assert archive.get("latest").record.status in ("created", "running", "completed")
+        seen.add(sum(len(cell.get("outputs", [])) for cell in notebook.cells))
+    assert process.returncode == 0
+    assert len(seen) >= 3
+
+
+SECRET = 'Zq7x "wörd" <&> \\core9X'
+LEAKS = """
+import sys
+from mlkit.runs import Run
+print(token); print(repr(token), file=sys.stderr)
+Run.current().log_progress(token=token)
+Run.current().log_metrics({"length": len(token)})
+open(Run.current().folder / "note.txt", "w").write(token)
+open(Run.current().folder / "note.bin", "wb").write(b"\\xff\\x00" + token.encode())
+import os; os.write(2, token.encode())
+token
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("source", ["env", "file", "default"])
+def test_a_secret_is_nowhere_in_the_run(fails: bool, source: str, cli: Callable, project: Path) -> None:
+    parameters = 'token: Secret = ""  # of the feature store'
+    cells = ["assert token, 'no secret came'", LEAKS, "raise ValueError(f'refused: {token}')" if fails else "'fine'"]
+    job = write_job(project, *cells, parameters=f"from pydantic import Secret\n{parameters}")
+    (project / "secret.txt").write_text(SECRET + "\n")
+    flags = {"env": ["-p", "token=env:STORE"], "file": ["-p", "token=file:secret.txt"], "default": []}[source]
+    name = {"env": "STORE", "default": "TOKEN"}.get(source, "UNUSED")
+    result = cli("run", job, *flags, **{name: SECRET if source != "file" else "nothing here"})
+    assert result.returncode == int(fails), result.stderr
+    run = only_run(project)
+    assert run.record.metrics == {"length": len(SECRET)}
+    files = [path for path in (project / "runs").rglob("*") if path.is_file()]
+    assert not [path.name for path in files if b"Zq7x" in path.read_bytes() or b"core9X" in path.read_bytes()]
+    assert "core9X" not in result.stdout + result.stderr
+    executed = nbformat.read(run.folder / "notebook.ipynb", 4)
+    assert "*****" in str(executed.cells)
+
+
+def test_a_secret_is_not_given_itself(cli: Callable, project: Path) -> None:
+    job = write_job(project, "1", parameters='from pydantic import Secret\ntoken: Secret = ""')
+    for given, message in (
+        ("hunter2hunter2", "is not given itself"),
+        ("env:NOWHERE", "no environment variable NOWHERE"),
+    ):
+        result = cli("run", job, "-p", f"token={given}")
+        assert (result.returncode, message in result.stderr) == (2, True)
+        assert "hunter2" not in result.stdout + result.stderr.replace("hunter2hunter2'", "")
+    assert not (project / "runs").exists()
+
+
+def test_a_job_with_a_secret_runs_under_plain_papermill(project: Path) -> None:
+    job = write_job(project, "assert token == 'hunter2'", parameters='from pydantic import Secret\ntoken: Secret = ""')
+    command = [sys.executable, "-m", "papermill", job, "out.ipynb", "-p", "token", "hunter2"]
+    assert subprocess.run(command, cwd=project, capture_output=True).returncode == 0
+
+
+def test_the_help_of_a_job_shows_its_parameters(cli: Callable, project: Path) -> None:
+    text = cli("run", "train", "--help").stdout
+    for part in ("--sweep", "learning_rate", "PositiveFloat", "0.002", "> 0", "step size of the optimizer"):
+        assert part in text
+    assert cli("run", "trian", "--help").returncode == 2
+    assert "mlkit jobs" in cli("run").stderr

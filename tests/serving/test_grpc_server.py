@@ -1,0 +1,483 @@
+"""gRPC as clients that nobody here wrote see it, and what happens when too much, too late or nonsense is asked."""
+
+import asyncio
+import contextlib
+import json
+import random
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+pytest.importorskip("grpc")
+pytest.importorskip("tensorflow_serving")
+
+import mlkit.models.families  # noqa: F401  before TensorFlow, which it imports quietly
+
+# isort: split
+import grpc
+import tensorflow as tf
+from google.protobuf import descriptor_pool, message_factory
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    inference_pb2,
+    model_management_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_log_pb2,
+    prediction_service_pb2_grpc,
+    regression_pb2,
+)
+
+from mlkit.data import load_dataset
+from mlkit.errors import InputError, ServingError
+from mlkit.export import export_saved_model, load_saved_model
+from mlkit.export.protos import fill_tensor, message_class, tensor_to_array
+from mlkit.export.signatures import CLASSIFY, PREDICT, REGRESS, SignatureInfo, TensorInfo
+from mlkit.models import build_model
+from mlkit.serving import running_server
+from mlkit.serving.batcher import BatchingConfig
+from mlkit.serving.grpc_server import SERVICES, start_grpc
+from mlkit.serving.model_manager import ModelManager
+from mlkit.serving.options import ServedPath
+from mlkit.serving.server import RunningServer
+from mlkit.serving.sources import ServingPlan, VersionSpec
+from tests.conftest import free_port
+
+ROWS = {"age": [31.0, 47.0, 22.0], "city": ["Porto", "Lille", "nowhere"]}
+FLOAT = np.dtype("float32")
+
+# -- a server of its own, asked by tensorflow-serving-api
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that tells a class and a number."""
+    folder = tmp_path_factory.mktemp("grpc")
+    generator = np.random.default_rng(0)
+    age, city = generator.integers(18, 70, 200), generator.choice(["Porto", "Lille"], 200)
+    table = pl.DataFrame({"age": age.astype("float32"), "city": city})
+    table.with_columns(
+        kept=pl.Series(np.where(age > 40, "yes", "no")), spent=pl.Series(age * 2.5)
+    ).write_csv(folder / "shop.csv")  # fmt: skip
+    dataset = load_dataset(str(folder / "shop.csv"), label=["kept", "spent"])
+    export_saved_model(build_model("mlp", dataset), dataset, folder / "shop")
+    return folder / "shop"
+
+
+@pytest.fixture(scope="module")
+def server(shelf: Path) -> Iterator[tuple[RunningServer, int]]:
+    """REST and gRPC in one process."""
+    port = free_port()
+    with running_server(ServedPath("shop", str(shelf)), grpc_port=port) as running:
+        yield running, port
+
+
+@pytest.fixture(scope="module")
+def channel(server: tuple[RunningServer, int]) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(f"127.0.0.1:{server[1]}") as opened:
+        yield opened
+
+
+def predict_request(**spec: Any) -> predict_pb2.PredictRequest:
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "shop"
+    for name, value in spec.items():
+        if name == "version":
+            request.model_spec.version.value = value
+        else:
+            setattr(request.model_spec, name, value)
+    for name, values in ROWS.items():
+        request.inputs[name].CopyFrom(tf.make_tensor_proto(values, dtype="float32" if name == "age" else None))
+    return request
+
+
+def examples() -> list[tf.train.Example]:
+    made = []
+    for age, city in zip(*ROWS.values(), strict=True):
+        features = {
+            "age": tf.train.Feature(float_list=tf.train.FloatList(value=[age])),
+            "city": tf.train.Feature(bytes_list=tf.train.BytesList(value=[city.encode()])),
+        }
+        made.append(tf.train.Example(features=tf.train.Features(feature=features)))
+    return made
+
+
+def code_of(call: Callable[[], Any]) -> str:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code().name
+
+
+def test_predict_answers_as_the_model_does_and_as_rest_does(
+    shelf: Path, server: tuple[RunningServer, int], channel: grpc.Channel
+) -> None:
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    response = stub.Predict(predict_request(), timeout=20)
+    found = {name: tf.make_ndarray(tensor) for name, tensor in response.outputs.items()}
+    wanted = load_saved_model(shelf / "1")(ROWS)
+    assert found.keys() == wanted.keys()
+    np.testing.assert_allclose(found["spent_prediction"], wanted["spent_prediction"], rtol=1e-5)
+    assert found["kept_class"].tolist() == [name.encode() for name in wanted["kept_class"]]
+    assert (response.model_spec.version.value, response.model_spec.signature_name) == (1, "serving_default")
+    assert list(response.outputs["spent_prediction"].float_val) == found["spent_prediction"].tolist()
+    body = json.dumps({"inputs": ROWS}).encode()
+    with urllib.request.urlopen(f"{server[0].url}/v1/models/shop:predict", body, timeout=20) as answer:
+        rest = json.load(answer)["outputs"]
+    np.testing.assert_array_equal(np.array(rest["kept_probabilities"], "float32"), found["kept_probabilities"])
+
+
+def test_predict_takes_versions_filters_and_both_ways_to_write_a_tensor(channel: grpc.Channel) -> None:
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    request = predict_request(version=1)
+    request.output_filter.append("kept_class")
+    assert request.inputs["age"].tensor_content
+    packed = stub.Predict(request, timeout=20)
+    assert list(packed.outputs) == ["kept_class"]
+    request.inputs["age"].tensor_content = b""
+    request.inputs["age"].float_val.extend(ROWS["age"])
+    assert stub.Predict(request, timeout=20) == packed
+
+
+def test_examples_are_classified_and_regressed_alone_and_together(channel: grpc.Channel) -> None:
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    plain = {
+        name: tf.make_ndarray(value) for name, value in stub.Predict(predict_request(), timeout=20).outputs.items()
+    }
+    classify, regress = classification_pb2.ClassificationRequest(), regression_pb2.RegressionRequest()
+    several = inference_pb2.MultiInferenceRequest()
+    for request, signature in ((classify, "kept_classify"), (regress, "spent_regress")):
+        request.model_spec.name, request.model_spec.signature_name = "shop", signature
+        request.input.example_list.examples.extend(examples())
+        several.tasks.add(model_spec=request.model_spec)
+    several.tasks[0].method_name, several.tasks[1].method_name = CLASSIFY, REGRESS
+    several.input.CopyFrom(classify.input)
+    classes = stub.Classify(classify, timeout=20).result
+    numbers = stub.Regress(regress, timeout=20).result
+    assert [[one.label for one in row.classes] for row in classes.classifications] == [["no", "yes"]] * 3
+    scores = [[one.score for one in row.classes] for row in classes.classifications]
+    np.testing.assert_allclose(scores, plain["kept_probabilities"], rtol=1e-5)
+    np.testing.assert_allclose([one.value for one in numbers.regressions], plain["spent_prediction"], rtol=1e-5)
+    together = stub.MultiInference(several, timeout=20).results
+    assert (together[0].classification_result, together[1].regression_result) == (classes, numbers)
+    assert together[1].model_spec.signature_name == "spent_regress"
+
+
+def test_a_context_counts_for_every_example(channel: grpc.Channel) -> None:
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    whole, parted = regression_pb2.RegressionRequest(), regression_pb2.RegressionRequest()
+    for request in (whole, parted):
+        request.model_spec.name, request.model_spec.signature_name = "shop", "spent_regress"
+    whole.input.example_list.examples.extend(examples()[:1])
+    parted.input.example_list_with_context.context.CopyFrom(examples()[0])
+    parted.input.example_list_with_context.examples.add()
+    assert stub.Regress(whole, timeout=20).result == stub.Regress(parted, timeout=20).result
+
+
+def test_the_requests_that_a_model_brings_along_are_answered_as_they_say(shelf: Path, channel: grpc.Channel) -> None:
+    """`assets.extra/tf_serving_warmup_requests`, read by our messages and by TensorFlow's alike."""
+    stub, asked = prediction_service_pb2_grpc.PredictionServiceStub(channel), 0
+    for record in tf.data.TFRecordDataset(str(shelf / "1/assets.extra/tf_serving_warmup_requests")):
+        ours, theirs = message_class("PredictionLog").FromString(record.numpy()), prediction_log_pb2.PredictionLog()
+        theirs.ParseFromString(record.numpy())
+        kind = ours.WhichOneof("log_type")
+        assert (theirs.WhichOneof("log_type"), ours.ByteSize()) == (kind, theirs.ByteSize())
+        if kind == "predict_log":
+            theirs.predict_log.request.model_spec.name = "shop"
+            answer = stub.Predict(theirs.predict_log.request, timeout=20)
+            for name, tensor in theirs.predict_log.response.outputs.items():
+                found, told = tf.make_ndarray(answer.outputs[name]), tf.make_ndarray(tensor)
+                assert found.tolist() == told.tolist() if found.dtype == object else np.allclose(found, told, 1e-4)
+            asked += 1
+    assert asked
+
+
+def test_metadata_and_status_are_told(channel: grpc.Channel) -> None:
+    asked = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+    asked.model_spec.name = "shop"
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    told = stub.GetModelMetadata(asked, timeout=20)
+    described = get_model_metadata_pb2.SignatureDefMap()
+    assert told.metadata["signature_def"].Unpack(described)
+    signature = described.signature_def["serving_default"]
+    assert (signature.method_name, signature.inputs["age"].dtype) == (PREDICT, 1)
+    assert [dim.size for dim in signature.inputs["age"].tensor_shape.dim] == [-1]
+    models = model_service_pb2_grpc.ModelServiceStub(channel)
+    status = get_model_status_pb2.GetModelStatusRequest()
+    status.model_spec.name = "shop"
+    [version] = models.GetModelStatus(status, timeout=20).model_version_status
+    assert (version.version, version.state, version.status.error_code) == (1, 30, 0)
+
+
+def test_no_client_has_a_folder_of_its_choosing_loaded(channel: grpc.Channel, shelf: Path, tmp_path: Path) -> None:
+    stub = model_service_pb2_grpc.ModelServiceStub(channel)
+    request = model_management_pb2.ReloadConfigRequest()
+    told = request.config.model_config_list.config.add(name="shop", base_path=str(shelf))
+    assert stub.HandleReloadConfigRequest(request, timeout=20).status.error_code == 0
+    told.base_path = str(tmp_path)
+    assert code_of(lambda: stub.HandleReloadConfigRequest(request, timeout=20)) == "PERMISSION_DENIED"
+    told.base_path, told.name = str(shelf), "mine"
+    assert code_of(lambda: stub.HandleReloadConfigRequest(request, timeout=20)) == "PERMISSION_DENIED"
+
+
+def test_what_is_wrong_is_told_with_tf_servings_code(channel: grpc.Channel) -> None:
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    for code, request in {
+        "NOT_FOUND": [predict_request(name="shops"), predict_request(version=7), predict_request(version_label="x")],
+        "FAILED_PRECONDITION": [predict_request(signature_name="classify")],
+        "INVALID_ARGUMENT": [predict_request(name=""), bad_input("age", [1]), bad_input("age", [[1.5]])],
+    }.items():
+        for one in request:
+            assert code_of(lambda one=one: stub.Predict(one, timeout=20)) == code
+    with pytest.raises(grpc.RpcError, match="Input 'age' takes float32, not DT_INT32"):
+        stub.Predict(bad_input("age", [1]), timeout=20)
+    assert len(stub.Predict(predict_request(), timeout=20).outputs) > 1  # and everything goes on
+
+
+def bad_input(name: str, values: list) -> predict_pb2.PredictRequest:
+    request = predict_request()
+    request.inputs[name].CopyFrom(tf.make_tensor_proto(values))
+    return request
+
+
+def test_reflection_and_health_serve_clients_without_definitions(channel: grpc.Channel) -> None:
+    """As grpcurl and grpc-health-probe go about it."""
+    database = ProtoReflectionDescriptorDatabase(channel)
+    assert set(SERVICES) | {"grpc.health.v1.Health"} <= set(database.get_services())
+    pool = descriptor_pool.DescriptorPool(database)
+    method = pool.FindServiceByName("tensorflow.serving.PredictionService").FindMethodByName("Predict")
+    asks, answers = (message_factory.GetMessageClass(kind) for kind in (method.input_type, method.output_type))
+    call = channel.unary_unary(
+        "/tensorflow.serving.PredictionService/Predict", asks.SerializeToString, answers.FromString
+    )
+    response = call(asks.FromString(predict_request().SerializeToString()), timeout=20)
+    assert "kept_class" in response.outputs
+    pool.FindServiceByName("grpc.health.v1.Health")
+    health = health_pb2_grpc.HealthStub(channel)
+    for name in ("", *SERVICES):
+        assert health.Check(health_pb2.HealthCheckRequest(service=name), timeout=20).status == 1
+    assert code_of(lambda: health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=20)) == "NOT_FOUND"
+
+
+def test_two_thousand_spoilt_messages_break_nothing(channel: grpc.Channel) -> None:
+    """No INTERNAL, no UNKNOWN, and the server goes on."""
+    chance, codes = random.Random(0), set()
+    valid = {"Predict": predict_request(), "Classify": classification_pb2.ClassificationRequest()}
+    valid["Classify"].model_spec.name, valid["Classify"].model_spec.signature_name = "shop", "kept_classify"
+    valid["Classify"].input.example_list.examples.extend(examples())
+    bodies = {name: message.SerializeToString() for name, message in valid.items()}
+    methods = [f"/{service}/{method}" for service, all_methods in SERVICES.items() for method in all_methods]
+    calls = {path: channel.unary_unary(path) for path in methods}
+    for start in range(0, 2000, 100):
+        futures = []
+        for _ in range(100):
+            body = bytearray(bodies[chance.choice(list(bodies))])
+            for _ in range(chance.randint(0, 4)):
+                body[chance.randrange(len(body))] = chance.randrange(256)
+            if chance.random() < 0.1:
+                del body[chance.randrange(len(body)) :]
+            path = chance.choice(methods) if chance.random() < 0.3 else methods[start // 100 % 2]
+            futures.append(calls[path].future(bytes(body), timeout=60))
+        codes |= {future.code().name for future in futures}
+    assert (
+        {"OK", "INVALID_ARGUMENT"}
+        <= codes
+        <= {
+            *("OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "UNIMPLEMENTED", "PERMISSION_DENIED"),
+            "RESOURCE_EXHAUSTED",
+        }
+    )
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    assert stub.Predict(predict_request(), timeout=20).outputs
+
+
+# -- a model that does as it is told, in this process
+
+
+class Slow:
+    """Answers its input, when it is let."""
+
+    def __init__(self) -> None:
+        takes, gives = (TensorInfo(name, FLOAT, (None,), name) for name in ("x", "y"))
+        self.signatures = {"serving_default": SignatureInfo("serving_default", {"x": takes}, {"y": gives}, PREDICT)}
+        self.failure: Exception | None = None
+
+    def run(self, signature: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.failure:
+            raise self.failure
+        return {"y": inputs["x"]}
+
+    def close(self) -> None:
+        pass
+
+
+class Here:
+    """A source with one version."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def look(self) -> ServingPlan:
+        return ServingPlan((VersionSpec(1, self.folder),), 1)
+
+
+Ask = Callable[..., Awaitable[Any]]
+
+
+@contextlib.asynccontextmanager
+async def serving(folder: Path, limits: BatchingConfig | None = None, **options: Any) -> AsyncIterator[tuple]:
+    """A server with one model, what it runs, and a way to ask it."""
+    model = Slow()
+    host = ModelManager({"slow": Here(folder)}, load=lambda _: model, limits=limits)
+    await host.step()
+    server = await start_grpc(host, "127.0.0.1:0", **options)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+
+        async def ask(value: float = 1.0, **how: Any) -> float:
+            request = message_class("PredictRequest")()
+            request.model_spec.name = "slow"
+            fill_tensor(request.inputs["x"], np.array([value], "float32"))
+            response = message_class("PredictResponse").FromString(await call(request.SerializeToString(), **how))
+            return float(tensor_to_array(response.outputs["y"])[0])
+
+        yield server, host, model, ask, channel
+    await server.stop(0)
+    await host.close()
+
+
+async def code(answer: Awaitable[Any]) -> tuple[str, dict[str, str], str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await answer
+    return caught.value.code().name, dict(caught.value.trailing_metadata()), caught.value.details()
+
+
+def hold(host: ModelManager) -> Callable[[], None]:
+    """Let no call of the model begin until the returned function is called."""
+    version = host.state("slow").loaded[1]
+    run, gate = version.run, asyncio.Event()
+
+    async def held(*arguments: Any, **options: Any) -> Any:
+        await gate.wait()
+        return await run(*arguments, **options)
+
+    version.run = held
+    return gate.set
+
+
+def test_a_deadline_is_kept_and_nobody_waits_for_the_answer(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with serving(tmp_path) as (_, host, _, ask, _):
+            release = hold(host)
+            assert (await code(ask(timeout=0.05)))[0] == "DEADLINE_EXCEEDED"
+            while host.state("slow").loaded[1].held:  # the server has let go of it, too
+                await asyncio.sleep(0.01)
+            release()
+            assert await ask(3.0, timeout=20) == 3.0
+
+    asyncio.run(story())
+
+
+def test_whoever_finds_no_room_is_told_when_to_come_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with serving(tmp_path) as (_, _, model, ask, _):
+            model.failure = ServingError("RESOURCE_EXHAUSTED", "128 requests wait.", retry_after=1.5)
+            assert await code(ask(timeout=20)) == (
+                "RESOURCE_EXHAUSTED", {"grpc-retry-pushback-ms": "1500"}, "128 requests wait."
+            )  # fmt: skip
+
+    asyncio.run(story())
+
+
+def test_more_calls_than_the_server_is_meant_for_are_refused_at_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with serving(tmp_path, calls=2) as (_, host, _, ask, _):
+            release = hold(host)
+            waiting = [asyncio.ensure_future(ask(number, timeout=20)) for number in range(2)]
+            while host.state("slow").loaded[1].held < 2:
+                await asyncio.sleep(0.01)
+            assert (await code(ask(timeout=20)))[0] == "RESOURCE_EXHAUSTED"
+            release()
+            assert await asyncio.gather(*waiting) == [0.0, 1.0]
+
+    asyncio.run(story())
+
+
+def test_a_message_that_is_too_long_is_refused_unread(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with serving(tmp_path, message_bytes=1000) as (_, _, _, ask, channel):
+            raw = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+            assert (await code(raw(bytes(1001), timeout=20)))[0] == "RESOURCE_EXHAUSTED"
+            assert (await code(raw(bytes(10**6), timeout=20, compression=grpc.Compression.Gzip)))[
+                0
+            ] == "RESOURCE_EXHAUSTED"
+            assert await ask(timeout=20) == 1.0
+
+    asyncio.run(story())
+
+
+def test_a_defect_is_logged_and_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        async with serving(tmp_path) as (_, host, _, ask, _):
+
+            async def broken(*_: Any, **__: Any) -> None:
+                raise ZeroDivisionError("secret")
+
+            host.state("slow").loaded[1].run = broken
+            name, _, words = await code(ask(timeout=20))
+            assert (name, "secret" in words, "secret" in caplog.text) == ("INTERNAL", False, True)
+
+    asyncio.run(story())
+
+
+def test_health_tells_the_truth_and_stopping_waits_for_the_last_answer(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with serving(tmp_path) as (server, host, _, ask, channel):
+            health = health_pb2_grpc.HealthStub(channel)
+            told = health.Watch(health_pb2.HealthCheckRequest())
+            assert (await told.read()).status == health_pb2.HealthCheckResponse.SERVING
+            release = hold(host)
+            last = asyncio.ensure_future(ask(7.0, timeout=20))
+            while not host.state("slow").loaded[1].held:
+                await asyncio.sleep(0.01)
+            stopping = asyncio.ensure_future(server.stop(20))
+            assert (await told.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            told.cancel()
+            release()
+            assert await last == 7.0
+            await stopping
+            assert (await code(ask(timeout=20)))[0] == "UNAVAILABLE"
+
+    asyncio.run(story())
+
+
+def test_health_follows_the_models(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with serving(tmp_path) as (_, host, _, _, channel):
+            health = health_pb2_grpc.HealthStub(channel)
+            host.state("slow").default = None
+            checked = await health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+            assert checked.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            host.state("slow").default = 1
+            checked = await health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+            assert checked.status == health_pb2.HealthCheckResponse.SERVING
+
+    asyncio.run(story())
+
+
+def test_an_address_that_cannot_be_had_is_told(tmp_path: Path) -> None:
+    async def story() -> None:
+        host = ModelManager({"slow": Here(tmp_path)}, load=lambda _: Slow())
+        with pytest.raises(InputError, match=r"Cannot listen on 192\.0\.2\.1:8500"):  # an address of nobody
+            await start_grpc(host, "192.0.2.1:8500")
+        await host.close()
+
+    asyncio.run(story())

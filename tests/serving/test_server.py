@@ -1,0 +1,691 @@
+"""The model server: real processes that are asked over HTTP, swapped, overloaded, killed and told to stop."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+import mlkit.serving.server as server_module
+from mlkit.data import load_dataset
+from mlkit.errors import MlkitError
+from mlkit.export import convert_model
+from mlkit.export.signatures import PREDICT, SignatureInfo, TensorInfo
+from mlkit.models import build_model
+from mlkit.registry import Registry
+from mlkit.runs import Run
+from mlkit.serving import ServerOptions, running_server
+from mlkit.serving.batcher import BatchingConfig
+from mlkit.serving.metrics import METRICS_PATH
+from mlkit.serving.model_manager import ModelManager
+from mlkit.serving.options import ServedPath
+from mlkit.serving.rest import RestApplication
+from mlkit.serving.server import RunningServer
+from mlkit.serving.sources import FolderSource
+from tests.conftest import Crowd, free_port, run_cli, wait_until
+from tests.registry.test_store import make_run, place, signing  # noqa: F401  fixtures
+from tests.runs.test_faults import fill_up
+
+WINE = "/v1/models/wine"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of the wines, converted: its processes start in a moment."""
+    data = load_dataset("wine")
+    folder = tmp_path_factory.mktemp("wine")
+    convert_model(build_model("linear", data), data, folder / "litert", ["float32"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def row(converted: Path) -> dict[str, float]:
+    """A request."""
+    features = json.loads((converted / "litert" / "float32" / "host.json").read_text())["features"]
+    return {feature["name"]: 1.0 for feature in features}
+
+
+def write_version(shelf: Path, number: int, converted: Path) -> Path:
+    """A version whose classes tell its number, put in place at once."""
+    hidden, target = shelf / f".{number}", shelf / str(number)
+    shutil.copytree(converted, hidden)
+    record = hidden / "litert" / "float32" / "host.json"
+    told = json.loads(record.read_text())
+    told["classes"] = [f"{number}:{name}" for name in told["classes"]]
+    record.write_text(json.dumps(told))
+    return hidden.rename(target)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, converted: Path) -> Path:
+    """A folder with version 1."""
+    folder = tmp_path / "wine"
+    folder.mkdir()
+    write_version(folder, 1, converted)
+    return folder
+
+
+def serve(shelf: Path, **options: object) -> AbstractContextManager[RunningServer]:
+    options = {"runtime": "litert", "poll": 0.05} | options
+    return running_server(ServedPath("wine", path=str(shelf)), **options)
+
+
+def states(server: RunningServer) -> dict[int, str]:
+    told = httpx.get(server.url + WINE).json()["model_version_status"]
+    return {int(each["version"]): each["state"] for each in told}
+
+
+def answered_by(server: RunningServer, row: dict, place: str = "", **headers: str) -> str:  # noqa: F811  of a URL
+    """The version that answered, by its header, which has to agree with the answer."""
+    answer = httpx.post(f"{server.url}{WINE}{place}:predict", json={"instances": [row]}, headers=headers)
+    assert answer.status_code == 200, answer.text
+    number, _, _ = answer.json()["predictions"][0]["class"].partition(":")
+    assert answer.headers["model-version"] == number
+    return number
+
+
+class Clients(Crowd):
+    """Callers of the wines' model; each answer has to belong to the version that its header names."""
+
+    def __init__(self, server: RunningServer, row: dict, threads: int = 4):
+        super().__init__(*[self._rest] * threads)
+        self.url, self.body = f"{server.url}{WINE}:predict", json.dumps({"instances": [row]})
+        self.answers: list[str] = []
+
+    def _rest(self) -> Iterator[None]:
+        with httpx.Client() as client:
+            while True:
+                answer = client.post(self.url, content=self.body)
+                told = answer.json().get("predictions", [{}])[0].get("class", "").partition(":")[0]
+                if answer.status_code != 200 or told != answer.headers["model-version"]:
+                    self.failures.append((answer.status_code, answer.text))
+                self.answers.append(told)
+                yield
+
+
+# Swaps
+
+
+def test_twenty_swaps_under_load_lose_and_misroute_no_request(shelf: Path, converted: Path, row: dict) -> None:
+    with serve(shelf, processes=2) as server, Clients(server, row) as crowd:
+        wait_until(lambda: "1" in crowd.answers)
+        for number in range(2, 22):
+            write_version(shelf, number, converted)
+            wait_until(lambda number=number: crowd.answers[-20:] == [str(number)] * 20, 60)
+        wait_until(lambda: states(server)[20] == "END" and states(server)[21] == "AVAILABLE")
+    assert crowd.failures == []
+    assert set(crowd.answers) == {str(number) for number in range(1, 22)}
+
+
+def test_a_version_that_cannot_be_loaded_is_refused_until_it_is_mended(shelf: Path, converted: Path, row: dict) -> None:
+    with serve(shelf, processes=2) as server, Clients(server, row) as crowd:
+        wait_until(lambda: "1" in crowd.answers)
+        hidden = write_version(shelf, 2, converted).rename(shelf / ".2")
+        network = hidden / "litert" / "float32" / "model.tflite"
+        whole = network.read_bytes()
+        network.write_bytes(whole[: len(whole) // 2])  # as in the middle of a copy
+        hidden.rename(shelf / "2")
+        wait_until(lambda: states(server).get(2) == "END")
+        (told,) = httpx.get(f"{server.url}{WINE}/versions/2").json()["model_version_status"]
+        assert told["status"]["error_code"] == "FAILED_PRECONDITION"
+        assert "is not the file that was converted" in told["status"]["error_message"]
+        assert answered_by(server, row) == "1"
+        (shelf / "2" / "litert" / "float32" / "model.tflite").write_bytes(whole)
+        wait_until(lambda: crowd.answers[-20:] == ["2"] * 20)
+    assert crowd.failures == []
+    assert set(crowd.answers) == {"1", "2"}
+
+
+def test_reload_looks_at_once_and_in_all_processes(shelf: Path, converted: Path, row: dict) -> None:
+    with serve(shelf, processes=2, poll=1.0) as server:
+        write_version(shelf, 2, converted)
+        assert httpx.post(f"{server.url}/reload").status_code == 200
+        wait_until(lambda: {answered_by(server, row) for _ in range(10)} == {"2"})
+        server.supervisor.send_signal(signal.SIGHUP)
+        assert answered_by(server, row) == "2"
+
+
+# The registry
+
+
+def test_the_registry_says_who_answers(
+    project: Path, converted: Path, row: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    registry = Registry(project / "models")
+    for number in (1, 2, 3):
+        registry.register(converted_run(project, converted, number), "wine", force=True)
+    registry.promote("wine", 1)
+    served = ServedPath("wine", reference="wine")
+    with (
+        pytest.raises(MlkitError, match=r"not signed|signature"),
+        running_server(served, runtime="litert"),
+    ):
+        pass
+    with running_server(served, runtime="litert", poll=0.05, verify=False, shadow="challenger") as server:
+        assert answered_by(server, row) == "1"
+        registry.promote("wine", 2, alias="challenger")
+        wait_until(lambda: httpx.get(f"{server.url}{WINE}/labels/challenger").status_code == 200)
+        assert answered_by(server, row, "/labels/challenger") == "2"
+        assert answered_by(server, row) == "1"
+        shadow = wait_until(lambda: _shadow(server))
+        assert (shadow["version"], shadow["rows"], shadow["agreeing"], shadow["difference"]) == (2, 1, 0, 0.0)
+        numbers = httpx.get(server.url + METRICS_PATH).text
+        assert 'mlkit_shadow_rows_total{model="wine",version="1",shadow="2"} 1\n' in numbers
+        assert httpx.post(f"{server.url}{WINE}/versions/3:predict", json={"instances": [row]}).status_code == 404
+        registry.divide_traffic("wine", {1: 1, 2: 1})
+        keys = [f"person {number}" for number in range(40)]
+        wait_until(lambda: len({answered_by(server, row, **{"traffic-key": key}) for key in keys}) == 2)
+        first, again = ([answered_by(server, row, **{"traffic-key": key}) for key in keys] for _ in range(2))
+        assert first == again
+        with pytest.raises(MlkitError):
+            registry.retire("wine", 1)
+        registry.promote("wine", 3)
+        wait_until(lambda: answered_by(server, row) == "3" and states(server)[1] == "END")
+        files = project / "models" / "wine" / "1" / "litert" / "float32" / "host.json"
+        files.write_text(files.read_text().replace("1:", "9:"))
+        registry.promote("wine", 2)
+        wait_until(lambda: answered_by(server, row) == "2")
+    with (
+        pytest.raises(MlkitError, match=r"host\.json"),
+        running_server(ServedPath("wine", reference="wine/1"), runtime="litert", verify=False),
+    ):
+        pass
+
+
+def converted_run(project: Path, converted: Path, number: int) -> Run:
+    """A completed run with a converted model whose classes tell a number."""
+    run = make_run(project, others={})
+    shutil.copytree(write_version(project, number, converted) / "litert", run.folder / "litert")
+    return run
+
+
+def refusal(server: RunningServer, number: int) -> str:
+    """Why a version is not let in, once that is known."""
+
+    def told() -> str:
+        found = httpx.get(server.url + WINE).json()["model_version_status"]
+        return next((each["status"]["error_message"] for each in found if each["version"] == str(number)), "")
+
+    return wait_until(told)
+
+
+def test_only_what_is_signed_as_it_was_registered_is_let_in(
+    place: Path,  # noqa: F811
+    signing: Callable[[Run], Run],  # noqa: F811
+    converted: Path,
+    row: dict,
+) -> None:
+    from mlkit.registry import sign_folder
+    from mlkit.registry.signing import KeySigner, new_key
+
+    registry = Registry(place / "models")
+    for number in (1, 2, 3):
+        registry.register(signing(converted_run(place, converted, number)), "wine")
+    stranger = converted_run(place, converted, 4)
+    new_key(place / "mallory.pem", place / "mallory.pub")
+    sign_folder(stranger.folder, KeySigner(place / "mallory.pem"))
+    registry.register(stranger, "wine", force=True)
+    registry.register(converted_run(place, converted, 5), "wine", force=True)
+    registry.promote("wine", 1)
+    registry.promote("wine", 2, alias="challenger")
+    network = place / "models" / "wine" / "2" / "litert" / "float32" / "model.tflite"
+    network.write_bytes(network.read_bytes()[:-1] + b"?")
+    with running_server(ServedPath("wine", reference="wine"), runtime="litert", poll=0.05) as server:
+        assert "model.tflite has changed" in refusal(server, 2)
+        for number, reason in ((4, "trusted"), (5, "not signed")):
+            registry.promote("wine", number)
+            assert reason in refusal(server, number)
+            assert answered_by(server, row) == "1"
+        registry.promote("wine", 3)
+        wait_until(lambda: answered_by(server, row) == "3")
+
+
+def test_a_registry_whose_disk_is_full_is_served_and_changes_when_there_is_room(
+    small_disk: Path, converted: Path, row: dict
+) -> None:
+    registry = Registry(small_disk / "models")
+    for number in (1, 2):
+        registry.register(converted_run(small_disk.parent, converted, number), "wine", force=True)
+    registry.promote("wine", 1)
+    fill_up(small_disk)
+    served = ServedPath("wine", reference="wine")
+    with running_server(served, runtime="litert", poll=0.05, verify=False, registry=str(registry.root)) as server:
+        assert answered_by(server, row) == "1"
+        with pytest.raises(MlkitError, match="space"):
+            registry.promote("wine", 2)
+        assert httpx.post(f"{server.url}/reload").status_code == 200
+        assert answered_by(server, row) == "1"
+        (small_disk / "filler").unlink()
+        registry.promote("wine", 2)
+        wait_until(lambda: answered_by(server, row) == "2")
+
+
+def _shadow(server: RunningServer) -> dict | None:
+    (model,) = httpx.get(f"{server.url}/models").json()
+    return model["shadow"] if model["shadow"] and model["shadow"]["rows"] else None
+
+
+# Death and departure
+
+
+def readiness(server: RunningServer) -> dict:
+    try:
+        return httpx.get(f"{server.url}/readyz", timeout=30).json()["processes"]
+    except httpx.TransportError:  # its connection was the dead one's
+        return {}
+
+
+def test_a_killed_process_is_replaced_and_readiness_tells_the_truth(shelf: Path, row: dict) -> None:
+    with serve(shelf, processes=2) as server:
+        away = shelf.rename(shelf.with_name("away"))  # whoever takes its place finds nothing yet
+        os.kill(server.pids[0], signal.SIGKILL)
+        wait_until(lambda: readiness(server) == {"ready": 1, "of": 2})
+        assert answered_by(server, row) == "1"
+        away.rename(shelf)
+        wait_until(lambda: readiness(server) == {"ready": 2, "of": 2})
+    with serve(shelf) as server:
+        os.kill(server.pids[0], signal.SIGKILL)
+        assert wait_until(lambda: readiness(server) or None) == {"ready": 1, "of": 1}
+        assert answered_by(server, row) == "1"
+
+
+def raw_request(server: RunningServer, body: bytes, announced: int | None = None) -> socket.socket:
+    """The beginning of a request, on a socket of its own."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    length = len(body) if announced is None else announced
+    head = f"POST {WINE}:predict HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def test_processes_that_are_no_copies_answer_as_well(shelf: Path, row: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn = (
+        "import multiprocessing, mlkit.serving.server\nmlkit.server._STARTING = multiprocessing.get_context('spawn')\n"
+    )
+    monkeypatch.setattr(server_module, "_RUN", spawn + server_module._RUN)
+    with serve(shelf, processes=2) as server:
+        assert answered_by(server, row) == "1"
+        os.kill(server.pids[0], signal.SIGKILL)
+        wait_until(lambda: not _lives(server.pids[0]) and readiness(server) == {"ready": 2, "of": 2})
+        everybody = [each.pid for each in psutil.Process(server.supervisor.pid).children()]
+        server.supervisor.kill()
+        wait_until(lambda: not any(map(_lives, everybody)))
+
+
+def test_what_processes_are_copied_from_holds_nothing_that_does_not_survive_it(shelf: Path) -> None:
+    with serve(shelf, processes=2) as server:
+        supervisor = psutil.Process(server.supervisor.pid)
+        assert [child.ppid() for child in map(psutil.Process, server.pids)] == [supervisor.pid] * 2
+        libraries = " ".join(each.path for each in supervisor.memory_maps())
+    assert not [name for name in ("tensorflow", "polars", "grpc", "uvloop") if name in libraries]
+
+
+def test_sigterm_answers_what_has_begun_and_then_ends(shelf: Path, row: dict) -> None:
+    with serve(shelf, processes=2) as server:
+        body = json.dumps({"instances": [row]}).encode()
+        begun = raw_request(server, body[:10], len(body))
+        wait_until(lambda: httpx.get(f"{server.url}/readyz").json()["ready"])  # it was read by now
+        server.supervisor.terminate()
+        wait_until(lambda: not _accepts(server))
+        begun.sendall(body[10:])
+        answer = begun.recv(100_000)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answer.lower()
+        assert server.supervisor.wait(60) == 0
+
+
+def _accepts(server: RunningServer) -> bool:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as attempt:
+        return attempt.connect_ex((host, int(port))) == 0
+
+
+def test_processes_leave_with_a_supervisor_that_was_killed(shelf: Path) -> None:
+    with serve(shelf, processes=2) as server:
+        mapped = [Path(each.path) for each in psutil.Process(server.pids[0]).memory_maps()]
+        folder = next(path.parent for path in mapped if path.parent.name.startswith("mlkit-serve-"))
+        assert (folder / "process-0.json").is_file()
+        server.supervisor.kill()
+        wait_until(lambda: not any(map(_lives, server.pids)))
+        assert not folder.exists()  # the last one has tidied up
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, converted: Path) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("served") / "wine"
+    folder.mkdir()
+    write_version(folder, 1, converted)
+    with serve(folder, body_bytes=1_000_000, limits=BatchingConfig(timeout=1.0)) as server:
+        yield server
+        assert _lives(server.pids[0])  # whatever it was asked
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, ""),
+        (b"{", 400, ""),
+        (b"\xff\xfe{}", 400, ""),
+        (b"[" * 100_000, 400, ""),
+        (b'{"instances": ' * 50_000, 400, ""),
+        (b'{"instances": [NaN]}', 400, ""),
+        (b'{"instances": [], "inputs": {}}', 400, "instances"),
+        (b'{"instances": [{"alcohol": 1}]}', 400, "lacks"),
+        (b'{"signature_name": "nothing", "instances": [1]}', 400, "nothing"),
+        (b" " * 1_000_001, 413, "1,000,000"),
+    ],
+)
+def test_bad_bodies_are_refused(served: RunningServer, body: bytes, status: int, message: str) -> None:
+    answer = httpx.post(f"{served.url}{WINE}:predict", content=body)
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+    assert list(answer.json()) == ["error"]
+
+
+def test_wrong_values_name_their_feature(served: RunningServer, row: dict) -> None:
+    name = next(iter(row))
+    for value in ("dear", [1.0], None, {"b64": "AA=="}):
+        answer = httpx.post(f"{served.url}{WINE}:predict", json={"instances": [row | {name: value}]})
+        assert answer.status_code == 400
+        assert name in answer.json()["error"]
+    odd = json.dumps({"instances": [row | {name: float("nan")}, row | {name: float("inf")}]})
+    assert httpx.post(f"{served.url}{WINE}:predict", content=odd).status_code == 200
+
+
+def test_slow_and_departing_clients_hold_up_nobody(served: RunningServer, row: dict) -> None:
+    slow = [raw_request(served, b"{", 100) for _ in range(20)]
+    gone = [raw_request(served, b"{", 100) for _ in range(20)]
+    for connection in gone:
+        connection.close()
+    assert answered_by(served, row) == "1"
+    assert slow[0].recv(1000).startswith(b"HTTP/1.1 408")
+    body = json.dumps({"instances": [row] * 100}).encode()
+    for _ in range(20):
+        raw_request(served, body).close()  # does not wait for its answer
+    assert answered_by(served, row) == "1"
+
+
+def test_connections_on_which_no_whole_request_comes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_QUIET", 1)
+
+    async def story() -> None:
+        listening = server_module.open_port("127.0.0.1", 0)
+        address = listening.getsockname()
+        web = server_module._uvicorn(RestApplication(ModelManager({})), ServerOptions(()))
+        serving = asyncio.ensure_future(web.serve(sockets=[listening]))
+        asked = b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n"
+        for begun in (b"", b"GET /li", asked + b"GET /livez HTTP/1.1\r\nhost: he"):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(begun)
+            told = await asyncio.wait_for(reader.read(), 20)  # until it is closed
+            assert told.endswith(b'{"alive": true}' if asked in begun else b"")
+            writer.close()
+        reader, writer = await asyncio.open_connection(*address)
+        for _ in range(20):  # whoever asks on stays
+            writer.write(asked)
+            assert (await reader.readuntil(b'{"alive": true}')).startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(0.1)
+        writer.close()
+        web.should_exit = True
+        await serving
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/v1/models", 400, "Missing model name in request."),
+        ("POST", WINE, 400, f"Malformed request: POST {WINE}"),
+        ("GET", f"{WINE}:predict", 400, f"Malformed request: GET {WINE}:predict"),
+        ("POST", f"{WINE}:explain", 400, f"Malformed request: POST {WINE}:explain"),
+        ("GET", "/v1/models/beer", 404, "beer"),
+        ("GET", f"{WINE}/versions/9", 404, "9"),
+        ("POST", f"{WINE}/versions/9:predict", 404, "9"),
+        ("POST", f"{WINE}/labels/best:predict", 404, "best"),
+        ("POST", f"{WINE}:classify", 400, ""),
+        ("GET", "/etc/passwd", 404, "Not Found"),
+        ("DELETE", "/models", 405, "Method Not Allowed"),
+    ],
+)
+def test_what_is_not_there_is_told_as_tf_serving_tells_it(
+    served: RunningServer, method: str, path: str, status: int, message: str
+) -> None:
+    answer = httpx.request(method, served.url + path, content=b"{}" if method == "POST" else None)
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+
+
+# Overload
+
+
+class Slow:
+    """A model that answers when it is let."""
+
+    def __init__(self, folder: Path):
+        told = {name: TensorInfo(name, np.dtype("float32"), (None,), name) for name in ("x", "y")}
+        one = SignatureInfo("serving_default", {"x": told["x"]}, {"y": told["y"]}, PREDICT)
+        self.signatures, self.go, self.calls = {"serving_default": one}, threading.Event(), 0
+
+    def run(self, signature: str, inputs: dict) -> dict:
+        self.calls += 1
+        if (inputs["x"] == 0).any():
+            time.sleep(0.002)  # so that the host knows it as slow, and runs it beside the event loop
+            return {"y": inputs["x"]}
+        self.go.wait(60)
+        return {"y": inputs["x"]}
+
+    def close(self) -> None:
+        pass
+
+
+def test_more_than_can_wait_is_turned_away_and_deadlines_hold(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "saved_model.pb").touch()
+
+    async def story() -> None:
+        host = ModelManager({"slow": FolderSource(tmp_path)}, Slow, BatchingConfig(waiting=5, batch_rows=4))
+        await host.step()
+        slow = host.lease("slow").servable
+        transport = httpx.ASGITransport(RestApplication(host))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+
+            def ask(value: float, **headers: str) -> asyncio.Task:
+                body = json.dumps({"instances": [value]})
+                return asyncio.ensure_future(client.post("/v1/models/slow:predict", content=body, headers=headers))
+
+            assert (await ask(0)).status_code == 200
+            busy = ask(1)
+            while slow.calls < 2:
+                await asyncio.sleep(0.001)
+            late = ask(2, **{"request-timeout": "0.05"})
+            waiting = [ask(3) for _ in range(4)]
+            await asyncio.sleep(0.1)
+            refused = await ask(4)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            slow.go.set()
+            assert (await late).status_code == 504
+            assert [answer.status_code for answer in await asyncio.gather(busy, *waiting)] == [200] * 5
+            assert slow.calls == 3  # the four were asked together
+        await host.close()
+
+    asyncio.run(story())
+
+
+# Bytes as they come
+
+
+class Wire(asyncio.Transport):
+    """The server's end of a connection, in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.closed = b"", False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+def asked(body: str, path: str = "/v1/models/slow:predict", version: str = "1.1", **headers: str) -> bytes:
+    lines = [f"{name}: {value}" for name, value in {"host": "here", "content-length": len(body), **headers}.items()]
+    return "\r\n".join([f"POST {path} HTTP/{version}", *lines, "", body]).encode()
+
+
+def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "saved_model.pb").touch()
+    whole = asked('{"instances": [1]}')
+
+    async def story() -> None:
+        host = ModelManager({"slow": FolderSource(tmp_path)}, Slow)
+        await host.step()
+        host.lease("slow").servable.go.set()
+        web = server_module._uvicorn(RestApplication(host, body_bytes=1000), ServerOptions(()))
+        web.config.load()
+
+        async def answers(*packets: bytes, count: int = 1) -> Wire:
+            wire = Wire()
+            protocol = web.config.http_protocol_class(web.config, web.server_state, {})
+            protocol.connection_made(wire)
+            for packet in packets:
+                protocol.data_received(packet)
+                await asyncio.sleep(0)
+            async with asyncio.timeout(30):
+                while wire.written.count(b"HTTP/1.1 ") < count or not wire.written.endswith(b"}"):
+                    await asyncio.sleep(0.001)
+            protocol.connection_lost(ConnectionResetError())
+            return wire
+
+        told = await answers(whole)
+        assert told.written.endswith(b'\r\ncontent-length: 21\r\n\r\n{"predictions":[1.0]}')
+        assert not told.closed
+        for at in range(1, len(whole)):
+            assert (await answers(whole[:at], whole[at:])).written == told.written
+        assert (await answers(*(whole[at : at + 1] for at in range(len(whole))))).written == told.written
+        several = [asked(f'{{"instances": [{number}]}}') for number in range(1, 6)]
+        for packets in ([b"".join(several)], several, [b"".join(several)[:200], b"".join(several)[200:]]):
+            found = (await answers(*packets, count=5)).written
+            assert re.findall(rb"predictions...(.)", found) == [b"1", b"2", b"3", b"4", b"5"]
+        assert (await answers(asked('{"instances": [1]}', "/v1/models/slo%77:predict"))).written == told.written
+        assert (await answers(asked('{"instances": [1]}', "/v1/models/slow:predict?a=b"))).written == told.written
+        for last in (asked('{"instances": [1]}', connection="close"), asked('{"instances": [1]}', version="1.0")):
+            for packets in ((last,), (last[:-3], last[-3:])):
+                ended = await answers(*packets)
+                assert ended.closed
+                assert b"\r\nconnection: close\r\n" in ended.written
+        for size, status in ((1000, b"200"), (1001, b"413")):
+            request = asked('{"instances": [1]}'.ljust(size))
+            for packets in ((request,), (request[:100], request[100:])):
+                assert (await answers(*packets)).written.startswith(b"HTTP/1.1 " + status)
+        expecting = await answers(asked('{"instances": [1]}', expect="100-continue"), count=2)
+        assert expecting.written.startswith(b"HTTP/1.1 100 Continue")
+        assert (await answers(asked('{"instances": [1'))).written.startswith(b"HTTP/1.1 400")
+        await host.close()
+
+    asyncio.run(story())
+
+
+# TensorFlow
+
+
+def test_a_savedmodel_of_anybody_is_served_and_swapped(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    def write(number: int) -> None:
+        module = tf.Module()
+        module.weight = tf.Variable(float(number))
+        module.ask = tf.function(
+            lambda x, word: {"y": x * module.weight, "again": tf.strings.upper(word)},
+            input_signature=[tf.TensorSpec([None, 2], tf.float32, "x"), tf.TensorSpec([None], tf.string, "word")],
+        )
+        hidden = tmp_path / ".next"
+        tf.saved_model.save(module, str(hidden), signatures=module.ask.get_concrete_function())
+        hidden.rename(shelf / str(number))
+
+    shelf = tmp_path / "times"
+    shelf.mkdir()
+    write(2)
+    with running_server(ServedPath("times", path=str(shelf)), poll=0.05) as server:
+        url = f"{server.url}/v1/models/times:predict"
+        row = {"x": [1, 2.5], "word": "äx"}
+        assert httpx.post(url, json={"instances": [row]}).json() == {"predictions": [{"y": [2.0, 5.0], "again": "äX"}]}
+        write(3)
+        wait_until(lambda: httpx.post(url, json={"instances": [row]}).json()["predictions"][0]["y"] == [3.0, 7.5])
+        columns = httpx.post(url, json={"inputs": {"x": [[1, 1]], "word": ["a"]}}).json()
+        assert columns == {"outputs": {"y": [[3.0, 3.0]], "again": ["A"]}}
+
+
+# The command
+
+
+def test_the_command_shows_a_request_that_works(shelf: Path, project: Path) -> None:
+    command = [sys.executable, "-m", "mlkit", "serve", str(shelf), "--runtime", "litert", "--port", "0"]
+    command += ["--grpc-port", str(free_port())]
+    with subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            lines = [process.stdout.readline()]
+            while "Ctrl-C" not in lines[-1] and lines[-1]:
+                lines.append(process.stdout.readline())
+            assert lines[1].split()[:2] == ["wine", "1"]
+            (url,) = {word for word in lines[1].split() if word.startswith("http")}
+            assert httpx.get(url).status_code == 200
+            if example := next((line.strip() for line in lines if line.strip().startswith("curl")), ""):
+                asked = subprocess.run(example, shell=True, capture_output=True, text=True)
+                assert "predictions" in asked.stdout
+        finally:
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+
+
+def test_the_command_refuses_what_cannot_be_served(shelf: Path, project: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for arguments, message in (
+            ([str(shelf), "--runtime", "litert", "--port", port], "Choose another one"),
+            ([project / "nothing"], "There is nothing"),
+            ([str(shelf), "--port", 0], "There is no SavedModel in"),
+            ([str(shelf), str(shelf)], "Two models are called 'wine'"),
+            ([str(shelf), "--runtime", "litret"], "Did you mean 'litert'?"),
+        ):
+            refused = run_cli("serve", *map(str, arguments), folder=project)
+            assert refused.returncode == 2, refused.stderr
+            assert message in " ".join(refused.stderr.split())

@@ -1,0 +1,417 @@
+"""What a server tells about itself: numbers of all processes, traces, log lines, and a sample of what it was asked."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from prometheus_client import parser
+
+from mlkit.errors import ServingError
+from mlkit.export.signatures import PREDICT, SignatureInfo, TensorInfo
+from mlkit.serving.metrics import METRICS_PATH
+from mlkit.serving.model_manager import ModelManager
+from mlkit.serving.options import LogOptions
+from mlkit.serving.request_log import RequestLog
+from mlkit.serving.rest import CERTIFICATE, RestApplication
+from mlkit.serving.server import RunningServer
+from mlkit.serving.sources import FolderSource, ServingPlan, VersionSpec
+from mlkit.serving.telemetry import BackgroundWriter, Telemetry
+from tests.conftest import free_port, wait_until
+from tests.serving.test_server import WINE, converted, row, serve, shelf, write_version  # noqa: F401  fixtures
+
+COUNT = ":tensorflow:serving:request_count"
+GIVEN = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def numbers(text: str) -> dict[tuple[str, frozenset], float]:
+    """Everything that a scrape tells."""
+    families = list(parser.text_string_to_metric_families(text))  # which adds _total to names that lack it
+    told = {(sample.name, frozenset(sample.labels.items())): sample.value for one in families for sample in one.samples}
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert len(told) == len(lines)
+    renamed = {f"{one.name}_total" for one in families if one.type == "counter" and f"\n{one.name}{{" in text}
+    return {
+        (name.removesuffix("_total") if name in renamed else name, one): value for (name, one), value in told.items()
+    }
+
+
+def total(told: dict, name: str, **labels: str) -> float:
+    """The sum of a metric's numbers that have certain labels."""
+    return sum(value for (one, own), value in told.items() if one == name and labels.items() <= dict(own).items())
+
+
+def scrape(server: RunningServer) -> dict[tuple[str, frozenset], float]:
+    answer = httpx.get(server.url + METRICS_PATH)
+    assert answer.status_code == 200
+    return numbers(answer.text)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def ask(server: RunningServer, row: dict, times: int, **headers: str) -> httpx.Response:  # noqa: F811
+    with httpx.Client(headers={"connection": "close"} | headers) as client:  # any process, each time
+        for _ in range(times):
+            answer = client.post(f"{server.url}{WINE}:predict", json={"instances": [row]})
+    return answer
+
+
+@pytest.fixture(scope="module")
+def watched(
+    tmp_path_factory: pytest.TempPathFactory,
+    converted: Path,  # noqa: F811
+) -> Iterator[RunningServer]:
+    """Two processes that log every request, and have something to hide."""
+    folder = tmp_path_factory.mktemp("watched")
+    (folder / "wine").mkdir()
+    write_version(folder / "wine", 1, converted)
+    logs = LogOptions(folder=str(folder / "logs"), share=1.0, form="jsonl", sensitive=("proline",))
+    with serve(folder / "wine", processes=2, logs=logs) as server:
+        server.__dict__["logs"] = folder / "logs"
+        yield server
+
+
+def test_every_scrape_tells_the_sum_over_processes(watched: RunningServer, row: dict) -> None:  # noqa: F811
+    before = total(scrape(watched), COUNT, model_name="wine", status="OK")
+    ask(watched, row, 60)
+    ask(watched, {}, 7)
+    for _ in range(10):  # each goes to whichever process is free
+        told = scrape(watched)
+        assert total(told, COUNT, model_name="wine", status="OK") == before + 60
+        assert total(told, "mlkit_requests_total", version="1", status="INVALID_ARGUMENT") == 7
+        latency = {"model_name": "wine", "API": "predict", "entrypoint": "REST"}
+        assert total(told, ":tensorflow:serving:request_latency_count", **latency) == before + 60
+        assert total(told, ":tensorflow:serving:request_latency_bucket", le="+Inf", **latency) == before + 60
+        assert total(told, "mlkit_model_version_state", version="1", state="AVAILABLE") == 2
+        assert total(told, "mlkit_requests_in_progress") == 0
+    assert {dict(labels)["process"] for name, labels in told if name.startswith("mlkit_process_res")} == {"0", "1"}
+    assert total(told, "mlkit_batch_rows_sum", model="wine", version="1") >= 60
+    assert total(told, ":tensorflow:serving:runtime_latency_count", API="Predict") >= 60
+    assert total(told, ":tensorflow:serving:batching_session:queuing_latency_count") >= 60
+    rows = [
+        total(told, f":tensorflow:serving:batching_session:{name}_batch_size_sum") for name in ("input", "processed")
+    ]
+    assert rows[0] == rows[1] == total(told, "mlkit_batch_rows_sum") >= 60
+    warm = ":tensorflow:serving:model_warmup_latency"
+    assert total(told, f"{warm}_count", status="OK") == 2
+    assert total(told, f"{warm}_sum", status="OK") > 0
+    assert total(told, ":tensorflow:serving:model_warmup_records_read", status="OK") >= 40
+
+
+def test_numbers_outlive_a_killed_process(shelf: Path, row: dict) -> None:  # noqa: F811
+    with serve(shelf, processes=2) as server:
+        ask(server, row, 30)
+        os.kill(server.pids[0], signal.SIGKILL)
+        for _ in range(10):
+            assert total(scrape(server), COUNT, status="OK") == 30
+        wait_until(lambda: total(scrape(server), "mlkit_model_version_state", state="AVAILABLE") == 2)
+        ask(server, row, 10)
+        assert total(scrape(server), COUNT, status="OK") == 40
+
+
+def test_names_that_clients_invent_take_no_room(watched: RunningServer) -> None:
+    before = scrape(watched)
+    with httpx.Client(headers={"connection": "close"}) as client:
+        for number in range(200):
+            path = f"/v1/models/invented{number}:predict" if number % 2 else f"{WINE}/versions/{number + 7}:predict"
+            assert client.post(watched.url + path, json={"instances": [{}]}).status_code == 404
+    after = scrape(watched)
+    assert total(after, COUNT, status="NOT_FOUND") == total(before, COUNT, status="NOT_FOUND") + 200
+    assert len(after) < len(before) + 20
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="there is no Prometheus here")
+def test_prometheus_scrapes_and_answers(watched: RunningServer, row: dict, tmp_path: Path) -> None:  # noqa: F811
+    address, port = watched.url.removeprefix("http://"), free_port()
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 200ms, scrape_timeout: 200ms}\n"
+        "scrape_configs:\n"
+        f"  - {{job_name: mlkit, metrics_path: {METRICS_PATH}, static_configs: [{{targets: ['{address}']}}]}}\n"
+    )
+    command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    prometheus = subprocess.Popen(
+        [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def query(text: str) -> float | None:
+        try:
+            answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": text})
+        except httpx.TransportError:  # it is not there yet
+            return None
+        if answer.status_code == 503:  # it is about to be
+            return None
+        found = answer.json()
+        return float(found["data"]["result"][0]["value"][1]) if found["data"]["result"] else None
+
+    try:
+        count = f'sum({{__name__="{COUNT}",model_name="wine",status="OK"}})'
+        wait_until(lambda: query("up") == 1)
+        ask(watched, row, 40)
+        wanted = total(scrape(watched), COUNT, model_name="wine", status="OK")
+        wait_until(lambda: query(count) == wanted, 30)
+        for metric, unit in ((":tensorflow:serving:request_latency", 1e6), ("mlkit_request_duration_seconds", 1)):
+            half = query(f'histogram_quantile(0.5, sum by (le) ({{__name__="{metric}_bucket"}}))')
+            assert 1e-5 * unit < half < 10 * unit
+        assert query('sum(mlkit_model_version_state{state="AVAILABLE"})') == 2
+        assert query("sum(mlkit_process_resident_memory_bytes)") > 20e6
+    finally:
+        prometheus.terminate()
+        prometheus.wait()
+
+
+# Traces and lines, in this process
+
+
+class Times:
+    """A model that multiplies, and fails at 13."""
+
+    def __init__(self, folder: Path):
+        info = TensorInfo("x", np.dtype("float32"), (None, 1), "x")
+        self.signatures = {"serving_default": SignatureInfo("serving_default", {"x": info}, {"x": info}, PREDICT)}
+
+    def run(self, signature: str, inputs: dict) -> dict:
+        if (inputs["x"] == 13).any():
+            raise RuntimeError("13")
+        return {"x": inputs["x"] * 2}
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def in_process(tmp_path: Path, sent: list[tuple[object, dict]], **options: object) -> tuple[list, list, Telemetry]:
+    """Ask a server in this process: answers, lines and its telemetry."""
+    (tmp_path / "times").mkdir()
+    (tmp_path / "times" / "saved_model.pb").touch()
+    lines: list[bytes] = []
+    telemetry = Telemetry(tmp_path, models=["times"], write=lines.append, **options)
+
+    async def run() -> list[httpx.Response]:
+        host = ModelManager({"times": FolderSource(tmp_path / "times")}, Times)
+        await host.step()
+        application = RestApplication(host, telemetry=telemetry)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://here") as client:
+            bodies = [{"content": body} if isinstance(body, bytes) else {"json": body} for body, _ in sent]
+            asked = [
+                client.post("/v1/models/times:predict", headers=headers, **body)
+                for body, (_, headers) in zip(bodies, sent, strict=True)
+            ]
+            answers = await asyncio.gather(*asked)
+        await host.close()
+        return answers
+
+    return asyncio.run(run()), lines, telemetry
+
+
+def test_a_trace_goes_through_and_a_new_one_begins_where_there_is_none(tmp_path: Path) -> None:
+    good = {"instances": [[1.0]]}
+    headers = [
+        {"traceparent": GIVEN},
+        {},
+        {"traceparent": GIVEN.upper()},
+        {"traceparent": "00-" + "0" * 32 + GIVEN[35:]},
+    ]
+    answers, lines, telemetry = in_process(tmp_path, [(good, header) for header in headers], requests="all")
+    telemetry.close()
+    told = [answer.headers["traceparent"].split("-") for answer in answers]
+    assert told[0][1] == GIVEN[3:35]
+    assert told[0][2] != GIVEN[36:52]
+    assert told[0][3] == "01"
+    traces = [trace for _, trace, _, _ in told]
+    assert len(set(traces)) == 4
+    assert all(len(trace) == 32 and int(trace, 16) for trace in traces)
+    logged = {line["trace_id"]: line for line in map(json.loads, lines)}
+    assert set(logged) == set(traces)
+    assert (logged[traces[0]]["parent_id"], logged[traces[0]]["version"]) == (GIVEN[36:52], 1)
+
+
+def test_errors_get_a_line_and_others_only_when_asked_for(tmp_path: Path) -> None:
+    requests = [({"instances": [[value]]}, {"traceparent": GIVEN}) for value in (1.0, 13.0)] + [(b"{", {})]
+    answers, lines, telemetry = in_process(tmp_path, requests)
+    text = telemetry.scrape().decode()
+    telemetry.close()
+    assert Counter(answer.status_code for answer in answers) == {200: 1, 500: 1, 400: 1}
+    told = [json.loads(line) for line in lines]
+    assert sorted(line["status"] for line in told) == ["INTERNAL", "INVALID_ARGUMENT"]
+    assert all(line.endswith(b"\n") and line.count(b"\n") == 1 for line in lines)
+    failed = next(line for line in told if line["status"] == "INTERNAL")
+    assert (failed["trace_id"], failed["model"], failed["version"]) == (GIVEN[3:35], "times", 1)
+    assert total(numbers(text), "mlkit_requests_total", status="INTERNAL", version="1") == 1
+
+
+def test_the_name_in_a_certificate_stands_in_the_line(tmp_path: Path) -> None:
+    lines: list[bytes] = []
+    telemetry = Telemetry(tmp_path, models=["times"], write=lines.append, requests="all")
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "saved_model.pb").touch()
+
+    async def run() -> None:
+        host = ModelManager({"times": FolderSource(tmp_path)}, Times)
+        await host.step()
+        application = RestApplication(host, telemetry=telemetry, certificates=True)
+
+        async def certified(scope: dict, *channels: Callable) -> None:
+            await application(scope | {"state": {CERTIFICATE: "webshop"}}, *channels)
+
+        for asked in (certified, application):
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(asked), base_url="http://here") as client:
+                answer = await client.post("/v1/models/times:predict", json={"instances": [[1.0]]})
+                assert answer.status_code == 200
+        await host.close()
+
+    asyncio.run(run())
+    telemetry.close()
+    assert [json.loads(line).get("caller") for line in lines] == ["webshop", None]
+
+
+class TwoVersions:
+    """A source with a version that answers, and one in its shadow."""
+
+    def __init__(self, folder: Path):
+        wanted = tuple(VersionSpec(number, folder / str(number)) for number in (1, 2))
+        self.plan = ServingPlan(wanted, None, 1, {"challenger": 2})
+
+    def look(self) -> ServingPlan:
+        return self.plan
+
+
+class Halves(Times):
+    """Another one, whose version 2 gives half as much, and takes nothing above 100."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.number = int(folder.name)
+
+    def run(self, signature: str, inputs: dict) -> dict:
+        if self.number == 2 and (inputs["x"] > 100).any():
+            raise ServingError("INVALID_ARGUMENT", "too much")
+        return {"x": super().run(signature, inputs)["x"] / self.number}
+
+
+def test_what_a_shadow_says_is_counted_under_both_versions(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, models=["times"])
+
+    async def run() -> None:
+        host = ModelManager({"times": TwoVersions(tmp_path)}, Halves, shadow="challenger")
+        host.shadows = telemetry.shadow
+        await host.step()
+        served = host.state("times").loaded[1]
+        for value, rows in ((0.25, 1), (0.5, 3), (200.0, 1)):
+            with host.lease("times") as version:
+                await version.run("serving_default", {"x": np.full((rows, 1), value, "float32")}, rows)
+        while served.shadow._asking:
+            await asyncio.sleep(0)
+        for _ in range(70):  # at once: more than are compared
+            served.shadow.follow("serving_default", {"x": np.ones((1, 1), "float32")}, 1, {})
+        await host.close()
+
+    asyncio.run(run())
+    told = numbers(telemetry.scrape().decode())
+    telemetry.close()
+    about = {"model": "times", "version": "1", "shadow": "2"}
+    assert total(told, "mlkit_shadow_requests_total", result="compared", **about) == 2
+    assert total(told, "mlkit_shadow_requests_total", result="skipped", **about) == 6
+    assert total(told, "mlkit_shadow_requests_total", result="failed", **about) == 1 + 64  # the answers had no form
+    assert total(told, "mlkit_shadow_rows_total", **about) == 4
+    assert total(told, "mlkit_shadow_rows_agreeing_total", **about) == 4
+    assert total(told, "mlkit_shadow_largest_difference", process="0", **about) == 0.5
+
+
+def test_the_server_writes_json_lines_when_told_to(shelf: Path, project: Path) -> None:  # noqa: F811
+    port = free_port()
+    command = ["--set", "serving.lines=json", "serve", f"wine={shelf}", "--runtime", "litert", "--port", str(port)]
+    with open(project / "lines", "wb") as errors:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlkit", *command], stdout=subprocess.DEVNULL, stderr=errors, cwd=project
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until(lambda: answers(f"{url}/readyz"))
+            answer = httpx.post(url + WINE + ":predict", content=b"{", headers={"traceparent": GIVEN})
+            assert answer.status_code == 400
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait()
+    texts = (project / "lines").read_text().splitlines()
+    lines = [json.loads(text) for text in texts if not text.startswith("INFO: ")]  # LiteRT has a way of its own
+    assert GIVEN[3:35] in [line.get("trace_id") for line in lines]
+    assert any(line["message"] == "wine/1 is loaded" for line in lines if "message" in line)
+
+
+# What was asked
+
+
+def test_what_was_asked_is_logged_without_what_must_not_be_told(watched: RunningServer, row: dict) -> None:  # noqa: F811
+    secret = row | {"proline": 1234567.0}
+    trace = ask(watched, secret, 1, traceparent=GIVEN).headers["traceparent"]
+    assert trace.startswith(GIVEN[:35])
+    folder = watched.__dict__["logs"]
+
+    def entries() -> list[dict]:
+        return [json.loads(line) for path in folder.glob("requests-*.jsonl") for line in path.read_text().splitlines()]
+
+    entry = wait_until(lambda: next((one for one in entries() if one["trace_id"] == GIVEN[3:35]), None), 20)
+    assert (entry["model"], entry["version"], entry["rows"]) == ("wine", 1, 1)
+    assert entry["inputs"]["proline"] == "***"
+    assert entry["inputs"]["alcohol"] == [1.0]
+    assert "1234567" not in "".join(path.read_text() for path in folder.iterdir())
+    told = scrape(watched)
+    assert total(told, ":tensorflow:serving:request_log_count", status_code="0") == len(entries())
+
+
+def test_tf_serving_reads_the_records(tmp_path: Path) -> None:
+    prediction_log_pb2 = pytest.importorskip("tensorflow_serving.apis.prediction_log_pb2")
+    import tensorflow as tf
+
+    model = Times(tmp_path)
+    model.model, model.number = "times", 3
+    log = RequestLog(tmp_path, share=1.0, form="tfrecord")
+    for number in range(3):
+        x = np.full((2, 1), number, "float32")
+        log.add(model, "serving_default", {"x": x}, 2, {"x": x * 2})
+    log.close()
+    records = [
+        prediction_log_pb2.PredictionLog.FromString(record.numpy())
+        for record in tf.data.TFRecordDataset(str(tmp_path / "requests-0.tfrecord"))
+    ]
+    assert [tf.make_ndarray(each.predict_log.request.inputs["x"]).tolist() for each in records][2] == [[2.0], [2.0]]
+    assert tf.make_ndarray(records[1].predict_log.response.outputs["x"]).tolist() == [[2.0], [2.0]]
+    assert records[0].log_metadata.model_spec.version.value == 3
+
+
+def test_a_log_that_stands_still_holds_up_nobody(tmp_path: Path) -> None:
+    gate, model = threading.Event(), Times(tmp_path)
+    model.model, model.number = "times", 1
+    logged: list[bool] = []
+    log = RequestLog(tmp_path, share=1.0, logged=lambda _, done: logged.append(done))
+    write, log.file.write = log.file.write, lambda data: (gate.wait(), write(data))
+    x = np.zeros((1, 1), "float32")
+    for _ in range(3000):
+        log.add(model, "serving_default", {"x": x}, 1, {"x": x})
+    assert logged.count(False) == 3000 - logged.count(True) > 1900
+    gate.set()
+    log.close()
+    assert len((tmp_path / "requests-0.jsonl").read_text().splitlines()) == logged.count(True)
+
+
+def test_what_waits_is_limited_in_bytes(tmp_path: Path) -> None:
+    gate = threading.Event()
+    writer = BackgroundWriter(lambda entry: gate.wait(), size=1000)
+    taken = [writer.put(b"", 300) for _ in range(10)]
+    gate.set()
+    writer.close()
+    assert (sum(taken), writer.left_out) == (3, 7)
