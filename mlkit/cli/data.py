@@ -1,10 +1,8 @@
-"""`mlkit data`: look at data, write down what it should look like, check it, compare it, and turn it into another format."""
+"""`mlkit data`: describe, validate, compare and convert tables."""
 
-import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mlkit._files import write_atomic
-from mlkit.cli.console import JsonOption, console, errors, print_json, text_grid
+from mlkit.cli.console import DONE, FAILED, JsonOption, console, errors, print_json, print_line, split_list, text_grid
+from mlkit.cli.group import SummaryGroup
 from mlkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,81 +24,71 @@ if TYPE_CHECKING:
     from mlkit.data.validation import Anomalies
 
 data = typer.Typer(
+    cls=SummaryGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Describe, check, compare and convert data before a model sees it.",
+    help="Describe, validate, compare and convert tables.",
 )
 SourceArgument = Annotated[
     str, typer.Argument(help="A file, a pattern in quotes, a URL, a database, or a built-in set such as wine.")
 ]
 PageOption = Annotated[
-    Path | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures that needs nothing else.")
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots that needs no network.")
+]
+QueryOption = Annotated[str | None, typer.Option(metavar="SQL", help="Query, for a database.")]
+NullValuesOption = Annotated[
+    str | None, typer.Option(metavar="TEXT,...", help="Texts that mean missing, besides the empty one.")
+]
+EncodingOption = Annotated[str, typer.Option(help="Encoding of a CSV file.")]
+SeparatorOption = Annotated[
+    str | None, typer.Option(metavar="CHARACTER", help="Separator between the fields of a CSV file.")
+]
+TypesOption = Annotated[
+    str | None, typer.Option(metavar="COLUMN=TYPE,...", help="Types of columns whose inferred type is wrong.")
 ]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How the source of a command is read."""
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.add_typer(data, name="data", rich_help_panel="Data")
 
-    query: Annotated[str | None, typer.Option(metavar="SQL", help="What to ask a database.")] = None
-    null_values: Annotated[
-        str | None, typer.Option(metavar="TEXT,...", help="Texts that mean missing, beside the empty one.")
-    ] = None
-    encoding: Annotated[str, typer.Option(help="Of a CSV file.")] = "utf-8"
-    separator: Annotated[str | None, typer.Option(metavar="CHARACTER", help="Between the fields of a CSV file.")] = None
-    types: Annotated[
-        str | None, typer.Option(metavar="COLUMN=KIND,...", help="Kinds of columns that are not what they look like.")
-    ] = None
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Options by which the source of a command is read."""
+
+    query: str | None = None
+    null_values: str | None = None
+    encoding: str = "utf-8"
+    separator: str | None = None
+    types: str | None = None
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of `open_table`, those that differ from its own."""
-        given = {"query": self.query, "null_values": _split(self.null_values), "separator": self.separator}
-        given |= {"encoding": self.encoding if self.encoding != "utf-8" else None, "types": _kinds(self.types)}
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `open_table`, those that differ from its defaults."""
+        given = {"query": self.query, "null_values": split_list(self.null_values), "separator": self.separator}
+        given |= {"encoding": self.encoding if self.encoding != "utf-8" else None, "types": _column_types(self.types)}
         return {name: value for name, value in given.items() if value}
 
-    def of(self, source: str, other: str | None) -> "Reading":
-        """How one of two sources is read: what is said of text is not for a file of another kind than the other's."""
+    def for_source(self, source: str, other: str | None) -> "ReadOptions":
+        """Options for one of two sources: those of delimited text do not apply to a source of another format."""
         from mlkit.data.io import is_delimited
 
         if other is None or is_delimited(source) or not is_delimited(other):
             return self
-        return Reading(query=self.query, types=self.types)
+        return ReadOptions(query=self.query, types=self.types)
 
 
-def _split(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _kinds(text: str | None) -> dict[str, str]:
-    pairs = [part.partition("=") for part in _split(text)]
+def _column_types(text: str | None) -> dict[str, str]:
+    pairs = [part.partition("=") for part in split_list(text)]
     for name, sign, kind in pairs:
         if not (name and sign and kind):
-            raise InputError(f"--types takes COLUMN=KIND, for example zip=text,age=number. Received: {text!r}")
+            raise InputError(f"--types takes COLUMN=TYPE, for example zip=text,age=number. Received: {text!r}")
     return {name: kind for name, _, kind in pairs}
 
 
-def with_reading(
-    command: Callable,  # takes `reading` as its last argument
-) -> Callable:  # takes the options of `Reading` instead
-    """Give a command the options by which its sources are read."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "reading"]
-    options = list(inspect.signature(Reading).parameters.values())
-    names = [option.name for option in options]
-
-    @wraps(command)
-    def with_options(**given: Any) -> None:
-        reading = Reading(**{name: given.pop(name) for name in names})
-        command(**given, reading=reading)
-
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *options)]
-    with_options.__signature__ = inspect.Signature(parameters)
-    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
-    return with_options
-
-
 def _name(source: str) -> str:
-    """What a source is called in a report."""
+    """Name of a source in a report, without credentials."""
     from mlkit.data.sql import safe_source
 
     return Path(source).name if Path(source).exists() else safe_source(source)
@@ -108,32 +97,32 @@ def _name(source: str) -> str:
 _LARGE = 2_000_000_000  # bytes
 
 
-def _batches(source: str, reading: Reading, large: int) -> "pl.LazyFrame | None":
-    """The plan to read large files; None where the source is small, or something else."""
+def _batches(source: str, reading: ReadOptions, large: int) -> "pl.LazyFrame | None":
+    """A lazy scan of large files; None for a small source or another kind of source."""
     from mlkit.data.io import find_files, is_splittable, scan_table
 
-    if not is_splittable(source) or "encoding" in reading.options:
+    if not is_splittable(source) or "encoding" in reading.arguments:
         return None
     size = sum(file.stat().st_size for file in find_files(source))
-    return scan_table(source, **reading.options) if size > large else None
+    return scan_table(source, **reading.arguments) if size > large else None
 
 
 def read_statistics(
-    source: str,  # of rows, or a file with the JSON of statistics
-    reading: Reading,
-    by: str | None = None,  # also of slices by this column
+    source: str,  # rows, or a JSON file of statistics
+    reading: ReadOptions,
+    by: str | None = None,  # column for slices
     large: int = _LARGE,  # bytes; larger files are read in batches
 ) -> "Statistics":
-    """What the columns of a source hold; raises `DatasetError`."""
+    """Statistics of a source; raises `DatasetError`."""
     from mlkit.data.builtin import open_table
     from mlkit.data.statistics import Statistics, describe
 
     with errors.status(f"reading {escape(_name(source))} ..."):
         if (text := _saved_statistics(source)) is None:
             table = _batches(source, reading, large)
-            table = open_table(source, **reading.options) if table is None else table
+            table = open_table(source, **reading.arguments) if table is None else table
             return describe(table, by=by, name=_name(source))
-    if by or reading.options:
+    if by or reading.arguments:
         raise InputError(f"'{source}' holds statistics, not rows; the options for reading rows do not apply.")
     return Statistics.from_json(text)
 
@@ -148,7 +137,7 @@ def _saved_statistics(source: str) -> str | None:
 def _write_page(page: Path, text: str, as_json: bool) -> None:
     write_atomic(page, text)
     if not as_json:
-        console.print(f"\nWith pictures, to open in a browser: [bold]{escape(str(page))}[/]", soft_wrap=True)
+        console.print(f"\nWith plots, to open in a browser: [bold]{escape(str(page))}[/]", soft_wrap=True)
 
 
 def _text(value: Any) -> str:
@@ -221,16 +210,19 @@ def _middle(column: "ColumnStatistics") -> str:
 
 
 @data.command(epilog="Example: mlkit data describe 'logs/*.csv' --null-values '?,NA' --by day --html logs.html")
-@with_reading
 def describe(
     source: SourceArgument,
-    by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Also each slice of rows by this column.")] = None,
+    by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Also describe each slice by this column.")] = None,
     page: PageOption = None,
+    query: QueryOption = None,
+    null_values: NullValuesOption = None,
+    encoding: EncodingOption = "utf-8",
+    separator: SeparatorOption = None,
+    types: TypesOption = None,
     as_json: JsonOption = False,
-    *,
-    reading: Reading,
 ) -> None:
-    """Show what the columns hold. Missing values, different values, limits, distributions."""
+    """Describe columns: types, missing values, ranges, distributions."""
+    reading = ReadOptions(query, null_values, encoding, separator, types)
     statistics = read_statistics(source, reading, by)
     if as_json:
         typer.echo(statistics.to_json())
@@ -265,22 +257,27 @@ def schema_table(
 
 
 @data.command(epilog="Example: mlkit data infer train.csv --label income --output schema/schema.pbtxt")
-@with_reading
 def infer(
     source: SourceArgument,
-    output: Annotated[Path | None, typer.Option(metavar="schema.pbtxt", help="Where to write it.")] = None,
-    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="What is not there when a model serves.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="schema.pbtxt", help="File to write.")] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column that is absent when a model serves.")
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace a schema; the old one stays in the history.")
     ] = False,
+    query: QueryOption = None,
+    null_values: NullValuesOption = None,
+    encoding: EncodingOption = "utf-8",
+    separator: SeparatorOption = None,
+    types: TypesOption = None,
     as_json: JsonOption = False,
-    *,
-    reading: Reading,
 ) -> None:
-    """Infer a schema from trusted data. It is to be read and corrected."""
+    """Infer a schema from trusted data, to be corrected by hand."""
+    reading = ReadOptions(query, null_values, encoding, separator, types)
     from mlkit.data.schema import infer_schema, schema_to_proto
 
-    schema = infer_schema(read_statistics(source, reading), label=_split(label))
+    schema = infer_schema(read_statistics(source, reading), label=split_list(label))
     if output:
         _save_schema(schema, output, replace, source)
     if as_json:
@@ -295,22 +292,21 @@ def infer(
         console.print(f"  [bold]mlkit data validate {escape(source)} --schema {escape(str(output))}[/]", soft_wrap=True)
 
 
-def _rows_or_statistics(source: str, reading: Reading) -> "pl.DataFrame | Statistics":
+def _rows_or_statistics(source: str, reading: ReadOptions) -> "pl.DataFrame | Statistics":
     """Rows, which can be shown as examples, unless there are none or too many."""
     path = Path(source)
     if path.suffix == ".json" or (path.is_file() and path.stat().st_size > _LARGE):
         return read_statistics(source, reading)
     from mlkit.data.builtin import open_table
 
-    return open_table(source, **reading.options)
+    return open_table(source, **reading.arguments)
 
 
 def print_anomalies(
     anomalies: "Anomalies",
 ) -> None:
-    """Print errors first, each with what would mend it."""
-    color = "green" if anomalies.passed else "red"
-    console.print(f"[{color}]●[/] {escape(anomalies.title)}", soft_wrap=True)
+    """Print errors first, each with its suggested fix."""
+    print_line(f"{DONE if anomalies.passed else FAILED} {escape(anomalies.title)}")
     for anomaly in anomalies:
         color = {"error": "red", "warning": "yellow"}.get(anomaly.severity, "default")
         place = f"[bold]{escape(anomaly.column)}[/]: " if anomaly.column else ""
@@ -320,17 +316,22 @@ def print_anomalies(
 
 
 @data.command(epilog="Example: mlkit data validate today.csv --schema schema.pbtxt --environment SERVING")
-@with_reading
 def validate(
     source: SourceArgument,
-    schema: Annotated[Path, typer.Option(metavar="schema.pbtxt", help="What the data should look like.")],
-    environment: Annotated[str | None, typer.Option(help="TRAINING or SERVING: which columns are expected.")] = None,
+    schema: Annotated[Path, typer.Option(metavar="schema.pbtxt", help="Expected schema.")],
+    environment: Annotated[
+        str | None, typer.Option(help="TRAINING or SERVING, which decides the expected columns.")
+    ] = None,
     page: PageOption = None,
+    query: QueryOption = None,
+    null_values: NullValuesOption = None,
+    encoding: EncodingOption = "utf-8",
+    separator: SeparatorOption = None,
+    types: TypesOption = None,
     as_json: JsonOption = False,
-    *,
-    reading: Reading,
 ) -> None:
-    """Check data against a schema. The exit code is 1 where a rule is broken."""
+    """Validate data against a schema; exit code 1 for errors."""
+    reading = ReadOptions(query, null_values, encoding, separator, types)
     from mlkit.data.schema import load_schema
     from mlkit.data.validation import validate as find_anomalies
 
@@ -382,48 +383,49 @@ def _compare(
     against: str,
     schema: Path | None,
     ignore: Sequence[str],
-    reading: Reading,
+    reading: ReadOptions,
 ) -> "Drift | DriftOverTime":
     from mlkit.data.drift import drift_over_time, measure_drift
 
     if (current is None) == (by is None):
         raise InputError("Give two sources, or one and --by COLUMN to compare its slices.")
-    first = read_statistics(reference, reading.of(reference, current), by)
+    first = read_statistics(reference, reading.for_source(reference, current), by)
     if current is None:
         return drift_over_time(first, against=against, thresholds=_limits(schema, first.columns), ignore=ignore)
-    second = read_statistics(current, reading.of(current, reference))
+    second = read_statistics(current, reading.for_source(current, reference))
     limits = _limits(schema, {**first.columns, **second.columns})
     return measure_drift(first, second, thresholds=limits, ignore=ignore)
 
 
 @data.command(epilog="Example: mlkit data drift last_week.parquet today.csv --schema schema.pbtxt --html drift.html")
-@with_reading
 def drift(
     reference: SourceArgument,
-    current: Annotated[str | None, typer.Argument(help="What is compared with it; or use --by.")] = None,
+    current: Annotated[str | None, typer.Argument(help="Table to compare with it; or use --by.")] = None,
     by: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Compare the slices of one source, as by day.")
+        str | None, typer.Option(metavar="COLUMN", help="Compare the slices of one source, for example days.")
     ] = None,
-    against: Annotated[
-        str, typer.Option(metavar="first|previous", help="The slice that others are compared with.")
-    ] = "first",
-    schema: Annotated[Path | None, typer.Option(metavar="schema.pbtxt", help="Holds limits of columns.")] = None,
-    ignore: Annotated[str | None, typer.Option(metavar="COLUMN,...", help="Columns that are left out.")] = None,
+    against: Annotated[str, typer.Option(metavar="first|previous", help="Slice to compare the others with.")] = "first",
+    schema: Annotated[Path | None, typer.Option(metavar="schema.pbtxt", help="Schema with drift thresholds.")] = None,
+    ignore: Annotated[str | None, typer.Option(metavar="COLUMN,...", help="Columns to leave out.")] = None,
     page: PageOption = None,
+    query: QueryOption = None,
+    null_values: NullValuesOption = None,
+    encoding: EncodingOption = "utf-8",
+    separator: SeparatorOption = None,
+    types: TypesOption = None,
     as_json: JsonOption = False,
-    *,
-    reading: Reading,
 ) -> None:
-    """Compare two tables, or one over time. The exit code is 1 where a column has drifted."""
-    found = _compare(reference, current, by, against, schema, _split(ignore), reading)
+    """Measure drift between tables or over time; exit code 1 for drift."""
+    reading = ReadOptions(query, null_values, encoding, separator, types)
+    result = _compare(reference, current, by, against, schema, split_list(ignore), reading)
     if as_json:
-        typer.echo(found.to_json())
+        typer.echo(result.to_json())
     else:
-        console.print(f"[{'green' if found.passed else 'red'}]●[/] {escape(found.summary)}\n", soft_wrap=True)
-        console.print(_steps_table(found) if by else drift_table(found))
+        print_line(f"{DONE if result.passed else FAILED} {escape(result.summary)}\n")
+        console.print(_steps_table(result) if by else drift_table(result))
     if page:
-        _write_page(page, found.to_html(), as_json)
-    if not found.passed:
+        _write_page(page, result.to_html(), as_json)
+    if not result.passed:
         raise typer.Exit(1)
 
 
@@ -441,31 +443,33 @@ def _refuse_existing(target: str, shards: int) -> None:
     packed = path.suffix in (".gz", ".zst")
     ending = "".join(path.suffixes[-2:]) if packed else path.suffix
     number = "" if shards == 1 else r"-\d{5}-of-\d{5}"
-    wanted = re.compile(re.escape(path.name.removesuffix(ending)) + number + re.escape(ending))
-    there = [file for file in path.parent.glob("*") if wanted.fullmatch(file.name)]
-    if there:
-        raise InputError(f"{there[0]} exists; --replace overwrites it.")
+    pattern = re.compile(re.escape(path.name.removesuffix(ending)) + number + re.escape(ending))
+    if existing := [file for file in path.parent.glob("*") if pattern.fullmatch(file.name)]:
+        raise InputError(f"{existing[0]} exists; --replace overwrites it.")
 
 
 @data.command(epilog="Example: mlkit data convert train.csv train.tfrecord.gz --shards 8")
-@with_reading
 def convert(
     source: SourceArgument,
     target: Annotated[str, typer.Argument(help="A name that ends in .csv, .parquet, .jsonl, .arrow or .tfrecord.")],
-    shards: Annotated[int, typer.Option(min=1, help="Files that the rows are spread over.")] = 1,
-    replace: Annotated[bool, typer.Option("--replace", help="Overwrite what is there.")] = False,
+    shards: Annotated[int, typer.Option(min=1, help="Number of files.")] = 1,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing files.")] = False,
+    query: QueryOption = None,
+    null_values: NullValuesOption = None,
+    encoding: EncodingOption = "utf-8",
+    separator: SeparatorOption = None,
+    types: TypesOption = None,
     as_json: JsonOption = False,
-    *,
-    reading: Reading,
 ) -> None:
-    """Write a table in another format."""
+    """Convert a table to another format."""
+    reading = ReadOptions(query, null_values, encoding, separator, types)
     from mlkit.data.builtin import open_table
     from mlkit.data.io import write_table
 
     if not replace:
         _refuse_existing(target, shards)
     with errors.status(f"reading {escape(_name(source))} ..."):
-        table = open_table(source, **reading.options)
+        table = open_table(source, **reading.arguments)
     with errors.status(f"writing {escape(target)} ..."):
         files = write_table(table, target, shards=shards)
     size = sum(file.stat().st_size for file in files if file.exists())

@@ -1,16 +1,15 @@
-"""`mlkit register`, `promote`, `rollback`, `models`: put a run to use, move what is in service, see who did it and why."""
+"""`mlkit register`, `promote`, `rollback`, `models`: publish runs as model versions, move aliases, read the audit log."""
 
 import re
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.markup import escape
-from typer.core import TyperGroup
 
-from mlkit.cli.console import JsonOption, console, print_json, text_grid
+from mlkit.cli.console import DONE, FAILED, JsonOption, console, print_json, print_line, text_grid
+from mlkit.cli.group import SummaryGroup
+from mlkit.cli.signing import AuthoritiesOption
 from mlkit.errors import InputError, MlkitError
 from mlkit.runs.run import RunStore
 
@@ -18,185 +17,197 @@ if TYPE_CHECKING:
     from mlkit.registry.audit_log import Event
     from mlkit.registry.store import ModelVersion, Registry
 
-registry = typer.Typer(rich_markup_mode=None)
+models = typer.Typer(
+    cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="List, check, split traffic, delete, mirror."
+)
 ModelArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a model.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION|RUN", help="Its number, or the run it was made from.")]
-AliasOption = Annotated[str, typer.Option(help="The alias that moves.")]
-WhyOption = Annotated[str, typer.Option(metavar="TEXT", help="The reason, for the ledger.")]
+AliasOption = Annotated[str, typer.Option(help="Alias to move.")]
+ReasonOption = Annotated[str, typer.Option(metavar="TEXT", help="Reason, for the audit log.")]
+UriOption = Annotated[str, typer.Option(metavar="URI", help="MLflow's URI; by default MLFLOW_TRACKING_URI.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    panel = {"rich_help_panel": "Publish"}
+    example = "Example: mlkit register k3f9 --name churn --reason 'retrained on October'"
+    app.command("register", epilog=example, **panel)(register_run)
+    app.command(epilog="Example: mlkit promote churn 3 --reason 'better on new users'", **panel)(promote)
+    example = "Example: mlkit rollback churn --reason complaints; mlkit rollback churn --at '2026-11-20 18:00'"
+    app.command(epilog=example, **panel)(rollback)
+    app.add_typer(models, name="models", **panel)
 
 
 def _registry() -> "Registry":
-    from mlkit.registry.store import Registry  # not before a command needs it
+    from mlkit.registry.store import Registry  # imported by the commands that need it
 
     return Registry()
 
 
 def _version_record(version: "ModelVersion") -> dict[str, Any]:
-    """A version as JSON can hold it."""
-    told = {name: value for name, value in vars(version).items() if name not in ("files", "cells")}
-    told |= {"reference": version.reference, "registered": version.registered.isoformat(), "path": str(version.path)}
+    """A version as JSON can represent it."""
+    record = {name: value for name, value in vars(version).items() if name not in ("files", "cells")}
+    record |= {"reference": version.reference, "registered": version.registered.isoformat(), "path": str(version.path)}
     try:
-        return told | {"metrics": version.metrics, "lineage": version.lineage()}
-    except MlkitError:  # its folder has been damaged, which does not hide the others
-        return told | {"metrics": {}, "lineage": {}}
+        return record | {"metrics": version.metrics, "lineage": version.lineage()}
+    except MlkitError:  # a damaged folder does not hide the other versions
+        return record | {"metrics": {}, "lineage": {}}
 
 
-def _print_done(done: str, following: str) -> None:
-    """What was done, the head of the ledger for whoever notes it, and what one may want next."""
+def _print_done(sentence: str, next_command: str) -> None:
+    """A sentence, the newest event of the audit log, and the command that usually follows."""
     last = _registry().events()[-1]
-    console.print(f"[green]●[/] {escape(done)}", soft_wrap=True)
-    console.print(f"[dim]event {last.number} of the ledger, {last.digest[:16]}[/]\n", soft_wrap=True)
-    console.print(f"Next: [bold]{escape(following)}[/]", soft_wrap=True)
+    print_line(f"{DONE} {escape(sentence)}")
+    print_line(f"[dim]event {last.number} of the audit log, {last.digest[:16]}[/]\n")
+    print_line(f"Next: [bold]{escape(next_command)}[/]")
 
 
-@registry.command(epilog="Example: mlkit register k3f9 --name churn --why 'retrained on October'")
-def register(
+def register_run(
     reference: Annotated[str, typer.Argument(metavar="RUN", help="Id, unique part of one, or 'latest'.")] = "latest",
-    name: Annotated[str, typer.Option(help="Name of the model it becomes a version of.")] = "",
-    why: WhyOption = "",
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "",
+    reason: ReasonOption = "",
     force: Annotated[
-        bool, typer.Option("--force", help="Also when it has not passed its gate or is not signed.")
+        bool, typer.Option("--force", help="Override a failed or missing gate or signature; it is recorded.")
     ] = False,
-    authorities: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Certificates of authorities (PEM), for a signature by certificate."),
-    ] = None,
+    authorities: AuthoritiesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a run a version of a model: copied, verified, numbered. Exit code 1 when gate or signature are missing."""
+    """Register a gated, signed run as a version of a model."""
     from mlkit.registry.signing import TrustedAuthorities
 
     if not name:
-        raise InputError("Say which model it becomes a version of: --name NAME")
+        raise InputError("Name the model of which it becomes a version: --name NAME")
     run = RunStore().get(reference, having="saved_model")
-    trust = TrustedAuthorities(authorities) if authorities else None
-    version = _registry().register(run, name, why, force, trust)
+    policy = TrustedAuthorities(authorities) if authorities else None
+    version = _registry().register(run, name, reason, force, policy)
     if as_json:
         print_json(_version_record(version))
         return
-    vouched = f"signed by {version.signer}" if version.signer else "signed by nobody who is trusted"
-    _print_done(f"{run.id} is {version.reference}, {vouched}", f"mlkit promote {name} {version.version}")
+    signer = f"signed by {version.signer}" if version.signer else "without a trusted signature"
+    _print_done(f"{run.id} is {version.reference}, {signer}", f"mlkit promote {name} {version.version}")
     for objection in version.forced:
-        console.print(f"\n[yellow]It was forced, and the ledger says so:[/] {escape(objection)}", soft_wrap=True)
+        print_line(f"\n[yellow]Overridden, and recorded in the audit log:[/] {escape(objection)}")
 
 
-@registry.command(epilog="Example: mlkit promote churn 3 --why 'better on new users'")
 def promote(
     name: ModelArgument,
     version: VersionArgument,
     alias: AliasOption = "champion",
-    why: WhyOption = "",
+    reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Point an alias at a version; by default champion, which is what is served."""
-    found = _registry().promote(name, version, alias, why)
+    """Point an alias at a version; the champion is served."""
+    promoted = _registry().promote(name, version, alias, reason)
     if as_json:
-        print_json(_version_record(found))
+        print_json(_version_record(promoted))
         return
-    _print_done(f"{name}@{alias} is version {found.version}", f"mlkit models {name}")
+    _print_done(f"{name}@{alias} is version {promoted.version}", f"mlkit models list {name}")
 
 
-@registry.command(
-    epilog="Example: mlkit rollback churn --why 'complaints'; mlkit rollback churn --at '2026-11-20 18:00'"
-)
 def rollback(
     name: ModelArgument,
-    to: Annotated[str | None, typer.Option(metavar="VERSION|RUN", help="Where to; by default one step back.")] = None,
-    at: Annotated[str | None, typer.Option(metavar="TIME", help="To where it was at that time (UTC).")] = None,
+    to: Annotated[str | None, typer.Option(metavar="VERSION|RUN", help="Version; by default the previous one.")] = None,
+    at: Annotated[str | None, typer.Option(metavar="TIME", help="The version at that time (UTC).")] = None,
     alias: AliasOption = "champion",
-    why: WhyOption = "",
+    reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Point an alias back: one step, to a version, or to where it was at a time."""
-    found = _registry().rollback(name, to, _time(at) if at else None, alias, why)
+    """Point an alias back to an earlier version."""
+    version = _registry().rollback(name, to, _parse_time(at) if at else None, alias, reason)
     if as_json:
-        print_json(_version_record(found))
+        print_json(_version_record(version))
         return
-    _print_done(f"{name}@{alias} is version {found.version} again", f"mlkit models log {name}")
+    _print_done(f"{name}@{alias} is version {version.version} again", f"mlkit models log {name}")
 
 
-def _time(text: str) -> datetime:
+def _parse_time(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        raise InputError(f"A time is given as 2026-11-20 or '2026-11-20 18:00' (UTC). Received: {text!r}") from None
+        raise InputError(f"--at takes a time as 2026-11-20 or '2026-11-20 18:00' (UTC). Received: {text!r}") from None
 
 
-@registry.command(epilog="Example: mlkit demote churn challenger")
-def demote(
+@models.command("remove-alias", epilog="Example: mlkit models remove-alias churn challenger")
+def remove_alias(
     name: ModelArgument,
-    alias: Annotated[str, typer.Argument(help="The alias that goes.")],
-    why: WhyOption = "",
+    alias: Annotated[str, typer.Argument(help="Alias to remove.")],
+    reason: ReasonOption = "",
 ) -> None:
-    """Take an alias away; the version stays."""
-    _registry().demote(name, alias, why)
-    _print_done(f"{name} has no {alias} any more", f"mlkit models {name}")
+    """Remove an alias; the version stays."""
+    _registry().demote(name, alias, reason)
+    _print_done(f"{name} has no alias {alias} any more", f"mlkit models list {name}")
 
 
-@registry.command(epilog="Example: mlkit retire churn 1")
-def retire(name: ModelArgument, version: VersionArgument, why: WhyOption = "") -> None:
-    """Delete a version that has no alias, no traffic, and that nobody serves; its number is not given out again."""
-    number = _registry().retire(name, version, why)
-    _print_done(f"{name}/{number} was retired", f"mlkit models {name}")
+@models.command(epilog="Example: mlkit models delete churn 1")
+def delete(name: ModelArgument, version: VersionArgument, reason: ReasonOption = "") -> None:
+    """Delete a version that has no alias, traffic or server."""
+    number = _registry().retire(name, version, reason)
+    _print_done(f"{name}/{number} was deleted", f"mlkit models list {name}")
 
 
-@registry.command(epilog="Example: mlkit traffic churn 3=90 4=10; mlkit traffic churn")
+@models.command(epilog="Example: mlkit models traffic churn; mlkit models traffic churn 3=90 4=10")
 def traffic(
     name: ModelArgument,
-    weights: Annotated[list[str] | None, typer.Argument(metavar="VERSION=WEIGHT...")] = None,
-    why: WhyOption = "",
+    weights: Annotated[
+        list[str] | None, typer.Argument(metavar="[VERSION=WEIGHT]...", help="New split; without it, it is shown.")
+    ] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="Send all traffic to the champion.")] = False,
+    reason: ReasonOption = "",
+    as_json: JsonOption = False,
 ) -> None:
-    """Divide traffic between versions; without weights it goes to the champion alone again."""
-    pairs = [text.partition("=") for text in weights or []]
+    """Show or set the traffic split between versions."""
+    if weights and reset:
+        raise InputError("Give weights or --reset, not both.")
+    registry = _registry()
+    if not weights and not reset:
+        split = registry.state(name).traffic
+        if as_json:
+            print_json({"model": name, "traffic": split})
+            return
+        print_line(f"{name}: {_traffic_text(split)}")
+        return
+    split = registry.divide_traffic(name, _parse_weights(weights or []), reason)
+    if as_json:
+        print_json({"model": name, "traffic": split})
+        return
+    _print_done(f"{name}: {_traffic_text(split)}", f"mlkit models list {name}")
+
+
+def _parse_weights(texts: list[str]) -> dict[str, float]:
+    pairs = [text.partition("=") for text in texts]
     try:
-        given = {version: float(weight) for version, _, weight in pairs}
+        return {version: float(weight) for version, _, weight in pairs}
     except ValueError:
-        raise InputError(f"Traffic is divided as in: 3=90 4=10. Received: {' '.join(weights or [])}") from None
-    shares = _registry().divide_traffic(name, given, why)
-    told = ", ".join(f"version {version} {share:.1%}" for version, share in shares.items()) or "the champion alone"
-    _print_done(f"{name} is answered by {told}", f"mlkit models {name}")
+        raise InputError(f"A traffic split is given as 3=90 4=10. Received: {' '.join(texts)}") from None
 
 
-class _TableByDefault(TyperGroup):
-    """`mlkit models churn` means `mlkit models show churn`."""
-
-    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        first = next(iter(arguments), "")
-        if first not in self.commands and first not in ("-h", "--help"):
-            arguments = ["show", *arguments]
-        return super().parse_args(context, arguments)
+def _traffic_text(split: dict[int, float]) -> str:
+    return ", ".join(f"version {version} {share:.1%}" for version, share in split.items()) or "100 % to the champion"
 
 
-models = typer.Typer(
-    cls=_TableByDefault,
-    rich_markup_mode=None,
-    help="Show model versions; their history (log), whether all is as it was registered (check).",
-    epilog="Example: mlkit models; mlkit models churn; mlkit models log churn",
-)
-registry.add_typer(models, name="models")
-
-
-@models.command(epilog="Example: mlkit models churn/3; mlkit models churn@champion; mlkit models churn --json")
-def show(
+@models.command("list", epilog="Example: mlkit models list churn; mlkit models list churn@champion --json")
+def list_versions(
     name: Annotated[
         str | None,
         typer.Argument(metavar="[NAME|NAME/VERSION|NAME@ALIAS]", help="A model or a version; all by default."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show versions with their aliases, traffic, metrics, and where they come from: run, notebook cell, data."""
+    """List versions with aliases, traffic, metrics and lineage."""
     from mlkit.registry.store import version_row
 
-    kept = _registry()
+    registry = _registry()
     if name and re.search("[/@]", name):
-        versions = [kept.find(name)]
+        versions = [registry.find(name)]
     else:
-        versions = [version for each in ([name] if name else kept.states()) for version in kept.versions(each)]
+        versions = [
+            version for model in ([name] if name else registry.states()) for version in registry.versions(model)
+        ]
     if as_json:
         print_json([_version_record(version) for version in versions])
         return
     if not versions:
-        console.print(f"No versions in {kept.root}. Register one: mlkit register RUN --name NAME", soft_wrap=True)
+        print_line(f"No versions in {registry.root}. Register one: mlkit register RUN --name NAME")
         return
     titles = ("version", "aliases", "traffic", "registered", "signed by", "run", "metrics")
     rows = [(version.reference, *version_row(version)) for version in versions]
@@ -206,25 +217,25 @@ def show(
 
 
 def _print_lineage(version: "ModelVersion") -> None:
-    """Where a version comes from."""
-    told = _version_record(version)["lineage"]
-    console.print(f"\n{version.reference} comes from the run {version.run}", soft_wrap=True)
-    rows = [("notebook", told.get("notebook", ""))]
-    rows += [(what, _cell_told(cell)) for what, cell in told.get("cells", {}).items()]
-    rows += [("commit", told.get("commit", ""))]
+    """The run, notebook cells, commit and data of a version."""
+    lineage = _version_record(version)["lineage"]
+    print_line(f"\n{version.reference} comes from the run {version.run}")
+    rows = [("notebook", lineage.get("notebook", ""))]
+    rows += [(role, _cell_text(cell)) for role, cell in lineage.get("cells", {}).items()]
+    rows += [("commit", lineage.get("commit", ""))]
     rows += [
-        ("data", f"{each['name']}  {each['source']}  {str(each['fingerprint'])[:16]}") for each in told.get("data", [])
+        ("data", f"{data['name']}  {data['source']}  {str(data['fingerprint'])[:16]}")
+        for data in lineage.get("data", [])
     ]
-    for word, text in rows:
+    rows += [("gate", version.gate.get("reason", "") if version.gate else "")]
+    for title, text in rows:
         if text:
-            console.print(f"  {word:9} {escape(text)}", soft_wrap=True)
-    if version.gate:
-        console.print(f"  gate      {escape(version.gate.get('reason', ''))}", soft_wrap=True)
+            print_line(f"  {title:9} {escape(text)}")
     for objection in version.forced:
-        console.print(f"  [yellow]forced[/]    {escape(objection)}", soft_wrap=True)
+        print_line(f"  [yellow]override[/]  {escape(objection)}")
 
 
-def _cell_told(cell: dict[str, Any]) -> str:
+def _cell_text(cell: dict[str, Any]) -> str:
     """A cell of the notebook in a line."""
     return f"by cell {cell['index']}, {cell['heading']}:  {cell['line']}"
 
@@ -234,31 +245,32 @@ def log(
     name: Annotated[str | None, typer.Argument(help="Name of a model; all by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what was done, by whom and why; the exit code is 1 where the ledger was tampered with."""
+    """Show the audit log; exit code 1 if it was tampered with."""
     events = _registry().events(name)
     if as_json:
         print_json([event.record() for event in events])
         return
     rows = [
-        (str(event.number), f"{event.time:%Y-%m-%d %H:%M:%S}", event.who, _told(event), event.why, event.digest[:12])
+        (str(event.number), f"{event.time:%Y-%m-%d %H:%M:%S}", event.who, _event_text(event), event.why)
+        + (event.digest[:12],)
         for event in events
     ]
-    console.print(text_grid(("event", "time (UTC)", "who", "what", "why", "digest"), rows, whole=("time (UTC)",)))
+    console.print(text_grid(("event", "time (UTC)", "user", "event", "reason", "digest"), rows, whole=("time (UTC)",)))
 
 
-def _told(event: "Event") -> str:
+def _event_text(event: "Event") -> str:
     """An event in a few words."""
-    facts = event.facts
-    name, version, alias = facts["model"], facts.get("version"), facts.get("alias")
-    before = f", was {facts['before']}" if facts.get("before") else ""
+    payload = event.facts
+    name, version, alias = payload["model"], payload.get("version"), payload.get("alias")
+    before = f", was {payload['before']}" if payload.get("before") else ""
     match event.what:
         case "registered":
-            forced = f", forced: {'; '.join(facts['forced'])}" if facts["forced"] else ""
-            return f"{name}/{version} registered from {facts['run']}{forced}"
+            forced = f", override: {'; '.join(payload['forced'])}" if payload["forced"] else ""
+            return f"{name}/{version} registered from {payload['run']}{forced}"
         case "promoted" | "rolled back" | "demoted":
             return f"{name}@{alias} {event.what}" + (f": {version}" if version else "") + before
         case "divided":
-            shares = ", ".join(f"{number} {share:.0%}" for number, share in facts["traffic"].items())
+            shares = ", ".join(f"{number} {share:.0%}" for number, share in payload["traffic"].items())
             return f"{name}: traffic to {shares or 'the champion alone'}"
     return f"{name}/{version} {event.what}"
 
@@ -266,21 +278,21 @@ def _told(event: "Event") -> str:
 @models.command(epilog="Example: mlkit models check --head 8c1f0e9a2b3d4f56")
 def check(
     head: Annotated[
-        str, typer.Option(metavar="DIGEST", help="Of an event that was noted earlier: is the ledger still that one?")
+        str, typer.Option(metavar="DIGEST", help="Digest noted earlier; the audit log must still contain it.")
     ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Prove the ledger and every file of every version. The exit code is 1 where something is not as it was."""
-    kept = _registry()
-    findings = kept.check(head)
+    """Verify audit log and files; exit code 1 for a difference."""
+    registry = _registry()
+    findings = registry.check(head)
     if as_json:
         print_json({"whole": not findings, "findings": findings})
     else:
         for finding in findings:
-            console.print(f"[red]●[/] {escape(finding)}", soft_wrap=True)
+            print_line(f"{FAILED} {escape(finding)}")
         if not findings:
-            versions = sum(len(state.versions) for state in kept.states().values())
-            console.print(f"[green]●[/] {len(kept.events())} events and {versions} versions are as they were written")
+            versions = sum(len(state.versions) for state in registry.states().values())
+            console.print(f"{DONE} {len(registry.events())} events and {versions} versions are as they were written")
     raise typer.Exit(1 if findings else 0)
 
 
@@ -290,55 +302,50 @@ def config(
         str, typer.Option(metavar="DIR", help="Print it for a server that sees the registry under this path.")
     ] = "",
 ) -> None:
-    """Write models.config for tensorflow_model_server from the ledger, or print it for another place."""
+    """Write or print models.config for tensorflow_model_server."""
     from mlkit.registry.tf_serving_config import models_config
 
-    kept = _registry()
+    registry = _registry()
     if base:
-        typer.echo(models_config(kept.states().values(), base.rstrip("/")), nl=False)
+        typer.echo(models_config(registry.states().values(), base.rstrip("/")), nl=False)
         return
-    path = kept.write_config()
-    console.print(f"[green]●[/] {escape(str(path))} is what the ledger says", soft_wrap=True)
+    path = registry.write_config()
+    print_line(f"{DONE} {escape(str(path))} follows from the audit log")
 
 
-mirror = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Mirror runs and models into MLflow, and back.")
-registry.add_typer(mirror, name="mlflow")
-UriOption = Annotated[
-    str, typer.Option(metavar="URI", help="Where MLflow is; by default the variable MLFLOW_TRACKING_URI.")
-]
-
-
-@mirror.command(epilog="Example: mlkit mlflow push churn --uri sqlite:///mlflow.db")
+@models.command(epilog="Example: mlkit models push churn --uri sqlite:///mlflow.db")
 def push(
     reference: Annotated[str | None, typer.Argument(metavar="[NAME|RUN]", help="By default all models.")] = None,
     uri: UriOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Mirror models with their versions, aliases and runs, or one run."""
+    """Mirror models or a run to MLflow."""
     from mlkit.registry.mlflow import ModelPull
 
-    kept, there = _registry(), ModelPull(uri)
-    names = list(kept.states())
+    registry, mirror = _registry(), ModelPull(uri)
+    names = list(registry.states())
     if reference and reference not in names:
         run = RunStore().get(reference)
-        made = there.push_run(run)
-        print_json({"run": run.id, "mlflow": made}) if as_json else console.print(f"{run.id} is {made} in MLflow")
+        number = mirror.push_run(run)
+        print_json({"run": run.id, "mlflow": number}) if as_json else console.print(f"{run.id} is {number} in MLflow")
         return
-    done = [each for name in ([reference] if reference else names) for each in there.push_model(kept, name)]
+    pushed = [
+        version for name in ([reference] if reference else names) for version in mirror.push_model(registry, name)
+    ]
     if as_json:
-        print_json([vars(each) for each in done])
+        print_json([vars(version) for version in pushed])
         return
-    rows = [(each.reference, str(each.number), ", ".join(each.aliases), "new" if each.new else "") for each in done]
+    rows = [(v.reference, str(v.number), ", ".join(v.aliases), "new" if v.new else "") for v in pushed]
     console.print(text_grid(("version", "in MLflow", "aliases", ""), rows, right=("in MLflow",)))
 
 
-@mirror.command(epilog="Example: mlkit mlflow pull churn@champion")
+@models.command(epilog="Example: mlkit models pull churn@champion")
 def pull(
     reference: Annotated[str, typer.Argument(metavar="NAME@ALIAS|NAME/VERSION", help="As MLflow has it.")],
     uri: UriOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Bring a model that is registered in MLflow into the archive, as a run."""
+    """Download a model registered in MLflow as a run."""
     from mlkit.registry.mlflow import ModelPull
 
     run = ModelPull(uri).pull_model(reference, RunStore())
@@ -346,5 +353,5 @@ def pull(
         print_json({"run": run.id, "path": str(run.folder)})
         return
     name = re.split("[@/]", reference)[0]
-    console.print(f"[green]●[/] {reference} is the run {run.id}\n", soft_wrap=True)
-    console.print(f"Next: [bold]mlkit register {run.id} --name {name}[/]", soft_wrap=True)
+    print_line(f"{DONE} {reference} is the run {run.id}\n")
+    print_line(f"Next: [bold]mlkit register {run.id} --name {name}[/]")

@@ -12,8 +12,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from mlkit.cli.data import ReadOptions, _format_size, read_statistics
 from mlkit.data import Statistics, describe, measure_drift, read_table
 from mlkit.data.synthetic import retail
+from mlkit.errors import InputError
 from tests.conftest import ADULT, run_cli
 
 Command = Callable[..., subprocess.CompletedProcess]
@@ -333,3 +335,50 @@ def test_real_data(data: Command) -> None:
     assert "32,561 rows, 15 columns" in result.stdout
     assert re.search(r"workclass +text +5\.6% +8  Private 7\d%", result.stdout)
     assert describe(read_table(ADULT, null_values=["?"])).rows == 32_561
+
+
+def test_options_for_reading() -> None:
+    options = ReadOptions(null_values="?, NA", types="zip=text")
+    assert options.arguments == {"null_values": ["?", "NA"], "types": {"zip": "text"}}
+    assert ReadOptions().arguments == {}
+    assert ReadOptions(null_values="?").for_source("days.parquet", "a.csv.gz").arguments == {}
+    assert ReadOptions(null_values="?").for_source("a.csv", "days.parquet").arguments == {"null_values": ["?"]}
+    with pytest.raises(InputError, match="--types takes COLUMN=TYPE"):
+        _ = ReadOptions(types="zip").arguments
+
+
+def test_sizes_for_people() -> None:
+    sizes = [_format_size(size) for size in (12, 1_234, 56_789_000, 7_000_000_000)]
+    assert sizes == ["12 bytes", "1.23 kB", "56.8 MB", "7 GB"]
+
+
+def test_large_files_are_described_in_batches(tmp_path: Path) -> None:
+    visits = retail(rows=4_000)
+    visits.write_csv(tmp_path / "visits.csv")
+    batches = read_statistics(str(tmp_path / "visits.csv"), ReadOptions(), large=0)
+    assert (batches.rows, batches.columns["device"].counts) == (4_000, describe(visits).columns["device"].counts)
+
+
+def test_the_five_commands_in_a_window_of_80_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlkit: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    visits, later = retail(rows=8_000), retail(rows=4_000, drift=2, dirty=0.01)
+    for name, table in {"monday": visits[::2], "tuesday": visits[1::2], "friday": later}.items():
+        table.write_csv(f"{name}.csv")
+    for line, code in {
+        "describe monday.csv --html monday.html": 0,
+        "infer monday.csv --label purchased --output schema.pbtxt": 0,
+        "validate friday.csv --schema schema.pbtxt --html friday.html": 1,
+        "drift monday.csv tuesday.csv": 0,
+        "drift monday.csv friday.csv --html drift.html": 1,
+        "convert monday.csv monday.parquet": 0,
+        "convert wine wine.jsonl.gz --json": 0,
+        "describe monda.csv": 2,
+        "describe winee": 2,
+        "infer monday.csv --output schema.pbtxt": 2,
+        "drift monday.csv": 2,
+        "validate monday.csv --schema schem.pbtxt": 2,
+    }.items():
+        assert mlkit("data", *line.split())[0] == code, line
+    assert mlkit("data", "convert", "monday.csv", "monday.parquet")[0] == 2  # it exists now

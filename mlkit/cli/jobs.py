@@ -1,0 +1,110 @@
+"""`mlkit jobs list|show` and `mlkit kernels start|status|stop`."""
+
+import os
+import time
+from typing import Annotated
+
+import typer
+
+from mlkit._display import format_seconds
+from mlkit.cli.console import JsonOption, console, print_json, print_rows, working
+from mlkit.cli.group import SummaryGroup
+from mlkit.cli.run import print_parameters
+from mlkit.config import load_settings
+from mlkit.errors import InputError
+
+jobs = typer.Typer(
+    cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="List job notebooks and their parameters."
+)
+kernels = typer.Typer(
+    cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="Start and stop the pool of warm kernels."
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.add_typer(jobs, name="jobs", rich_help_panel="Runs")
+    app.add_typer(kernels, name="kernels", rich_help_panel="Runs")
+
+
+@jobs.command("list", epilog="Example: mlkit jobs list")
+def list_jobs(as_json: JsonOption = False) -> None:
+    """List jobs with their purpose."""
+    from mlkit.jobs.notebook import job_summary, list_jobs, read_notebook
+
+    rows = [(name, job_summary(read_notebook(path))) for name, path in list_jobs().items()]
+    print_rows(("name", "summary"), rows, as_json)
+
+
+@jobs.command(epilog="Example: mlkit jobs show train --json")
+def show(
+    job: Annotated[str, typer.Argument(help="Name of a job, or path of a notebook.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show the parameters of a job; with --json their JSON Schema."""
+    from mlkit.jobs.notebook import find_job, read_notebook
+    from mlkit.jobs.parameters import ParameterSchema
+
+    schema = ParameterSchema.of(read_notebook(find_job(job)))
+    if as_json:
+        print_json(schema.model.model_json_schema())
+    else:
+        print_parameters(schema)
+
+
+@kernels.command(epilog="Example: mlkit kernels start --idle-timeout 600")
+def start(
+    idle_timeout: Annotated[int | None, typer.Option(min=1, help="Seconds it stays after its last use.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Import TensorFlow once and fork kernels from then on."""
+    from mlkit.jobs.kernels import CAN_FORK, WarmServer
+
+    if not CAN_FORK:
+        raise InputError("Warm kernels need Linux; jobs run in ordinary kernels here.")
+    seconds = idle_timeout or load_settings().kernels.idle_timeout
+    server = WarmServer.fitting(os.environ)
+    with working("importing TensorFlow"):
+        server.hold(seconds).close()
+    if as_json:
+        print_json(server.ask("status"))
+        return
+    console.print(f"ready; ends {format_seconds(seconds)} after its last use, or by [bold]mlkit kernels stop[/]")
+
+
+@kernels.command(epilog="Example: mlkit kernels status --json")
+def status(as_json: JsonOption = False) -> None:
+    """List the pools of warm kernels."""
+    from mlkit.jobs.kernels import running_servers
+
+    servers = running_servers()
+    if as_json:
+        print_json(servers)
+        return
+    if not servers:
+        console.print("No kernels are warm. Start a pool: mlkit kernels start")
+        return
+    rows = [
+        (
+            server["key"],
+            str(server["pid"]),
+            format_seconds(time.time() - server["started"]),
+            str(len(server["kernels"])),
+            f"{server['memory'] / 1e6:.0f} MB",
+            format_seconds(server["keep"]) if server["keep"] else "with its owner",
+        )
+        for server in servers
+    ]
+    print_rows(("environment", "process", "age", "kernels", "memory", "idle timeout"), rows)
+
+
+@kernels.command(epilog="Example: mlkit kernels stop")
+def stop(as_json: JsonOption = False) -> None:
+    """Stop all pools; kernels that execute a job finish it."""
+    from mlkit.jobs.kernels import WarmServer, running_servers
+
+    stopped = [WarmServer(server["key"]).ask("stop") for server in running_servers()]
+    if as_json:
+        print_json(stopped)
+        return
+    console.print(f"Stopped {len(stopped)} pool{'' if len(stopped) == 1 else 's'} of warm kernels.")

@@ -1,0 +1,310 @@
+"""`mlkit runs list|show|open|diff|compare|delete` and `mlkit tensorboard`: look at archived runs."""
+
+import re
+import subprocess
+import sys
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from mlkit._display import format_number, format_seconds
+from mlkit.cli.console import (
+    JsonOption,
+    RunArgument,
+    colored_status,
+    console,
+    print_json,
+    print_section,
+    run_record,
+    working,
+)
+from mlkit.cli.group import SummaryGroup
+from mlkit.errors import InputError, MlkitError, NotFoundError
+from mlkit.runs.query import RunSummary
+from mlkit.runs.record import Record
+from mlkit.runs.run import Run, RunStore
+
+runs = typer.Typer(
+    cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="List, show, compare and delete runs."
+)
+JobOption = Annotated[str | None, typer.Option(help="Only runs of this job.")]
+WhereOption = Annotated[str | None, typer.Option(help="Filter expression over metrics and parameters.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.add_typer(runs, name="runs", rich_help_panel="Runs")
+    example = "Example: mlkit tensorboard k3f9 x7p2  (without a run: all runs)"
+    app.command(epilog=example, rich_help_panel="Runs")(tensorboard)
+
+
+@runs.command("list", epilog="Example: mlkit runs list --where 'val_accuracy > 0.97' --sort val_accuracy --limit 5")
+def list_runs(
+    job: JobOption = None,
+    status: Annotated[str | None, typer.Option(help="Only runs with this status.")] = None,
+    where: WhereOption = None,
+    sort: Annotated[str | None, typer.Option(help="Metric or parameter to sort by, largest first.")] = None,
+    ascending: Annotated[bool, typer.Option("--ascending", help="Smallest (or oldest) first.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of runs.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List runs, the newest first."""
+    store = RunStore()
+    table = store.list(job, status, where, sort, ascending, limit)
+    if as_json:
+        print_json([vars(run) | {"folder": str(store.root / run.id)} for run in table])
+        return
+    if not len(table):
+        filtered = " match" if where or job or status else ""
+        console.print(f"No runs{filtered} in {store.root}. Make one: mlkit run train")
+        return
+    names = list(dict.fromkeys([*([sort] if sort else []), *table.metric_names(most=2 if console.width < 110 else 4)]))
+    console.print(_runs_table(table.runs, [name for name in names if any(name in run.metrics for run in table)]))
+    if table.matching > len(table):
+        console.print(f"[dim]{len(table)} of {table.matching}; --limit shows more[/]")
+
+
+def _metrics_table(metric_names: list[str], last_column: str) -> Table:
+    """An empty table of runs: id, status, time, metrics, and a last column that folds."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("run", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    for name in ("time", *metric_names):
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    table.add_column(last_column, overflow="fold")
+    return table
+
+
+def _runs_table(runs: list[RunSummary], metric_names: list[str]) -> Table:
+    table = _metrics_table(metric_names, "given")
+    for run in runs:
+        metrics = [format_number(run.metrics.get(name)) for name in metric_names]
+        given = " ".join(f"{name}={value}" for name, value in run.parameters.items())
+        note = f"  [red]{escape(run.error[:80])}[/]" if run.status in ("failed", "damaged") else ""
+        table.add_row(run.id, colored_status(run.status), format_seconds(run.seconds), *metrics, escape(given) + note)
+    return table
+
+
+@runs.command(epilog="Example: mlkit runs show latest")
+def show(
+    reference: RunArgument = "latest",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the whole record of a run."""
+    run = RunStore().get(reference)
+    if as_json:
+        print_json(run_record(run))
+        return
+    record = run.record
+    console.print(f"[bold]{run.id}[/]  {colored_status(run.status)}  {format_seconds(record.seconds)}")
+    for title, rows in _record_sections(record):
+        if rows:
+            table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+            for row in rows:
+                table.add_row(*(escape(str(cell)) for cell in row))
+            console.print(f"\n[dim]{title}[/]")
+            console.print(table)
+
+
+def _record_sections(record: Record) -> list[tuple[str, list[tuple]]]:
+    """Titles with their rows."""
+    failure, code, machine = record.failure, record.code, record.environment
+    size = sum(artifact.size for artifact in record.artifacts)
+    data = [(d.get("name", ""), f"{d.get('rows', '?')} rows", str(d.get("fingerprint", ""))[:16]) for d in record.data]
+    cells = [(cell.heading, cell.status, format_seconds(cell.seconds)) for cell in record.cells if cell.seconds >= 0.1]
+    uncommitted = "with uncommitted changes" if code and code.uncommitted else ""
+    return [
+        ("failure", [("error", f"{failure.error}: {failure.message}"), ("in", failure.heading)] if failure else []),
+        ("metrics", [(name, format_number(value)) for name, value in record.metrics.items()]),
+        ("parameters", [(n, v, "given" if n in record.parameters else "") for n, v in record.values.items()]),
+        ("data", data),
+        ("parents", [(parent,) for parent in record.parents]),
+        ("cells", cells),
+        ("code", [(code.branch, code.commit[:12], uncommitted)] if code else []),
+        ("machine", [(machine.platform, f"Python {machine.python}", f"{machine.processors} CPUs")] if machine else []),
+        ("files", [(f"{len(record.artifacts)} files", f"{size / 1e6:.1f} MB")] if record.artifacts else []),
+    ]
+
+
+@runs.command(epilog="Example: mlkit runs diff t3ny w8hk")
+def diff(
+    first: RunArgument,
+    second: RunArgument = "latest",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the differences between two runs."""
+    from mlkit.runs.diff import diff_runs
+
+    store = RunStore()
+    difference = diff_runs(store.get(first), store.get(second))
+    if as_json:
+        print_json(difference.record())
+        return
+    for title, rows in difference.sections():
+        print_section(title, rows)
+    if difference.same:
+        console.print("\n[bold]No differences[/] but those that every execution has (times, ids, folders).")
+
+
+@runs.command(epilog="Example: mlkit runs compare --job train --where 'val_accuracy > 0.9' --html sweep.html")
+def compare(
+    references: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs to compare; or use the options below.")
+    ] = None,
+    job: JobOption = None,
+    where: WhereOption = None,
+    limit: Annotated[int, typer.Option(min=2, help="Maximum number of runs, the newest.")] = 20,
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the parameters, metrics and curves of runs."""
+    from mlkit.runs.compare import compare_runs
+
+    comparison = compare_runs(_selected_runs(references or [], job, where, limit))
+    saved = comparison.save_html(page) if page else None
+    if as_json:
+        print_json(comparison.record() | ({"html": str(saved.absolute())} if saved else {}))
+        return
+    console.print(_comparison_table(comparison))
+    for title, rows in comparison.sections()[1:]:
+        print_section(title, rows)
+    if saved:
+        console.print(f"\nWith plots, to open in a browser: [bold]{escape(str(saved))}[/]")
+
+
+def _selected_runs(references: list[str], job: str | None, where: str | None, limit: int) -> list[Run]:
+    """Runs by reference, or those that match the filters; damaged ones cannot be compared and are left out."""
+    store = RunStore()
+    if references and (job or where):
+        raise InputError("Give runs, or --job and --where, not both.")
+    if references:
+        return [run for reference in references for run in _with_children(store.get(reference))]
+    matching = [summary for summary in store.list(job=job, where=where) if summary.status != "damaged"]
+    return [store.get(summary.id) for summary in matching[:limit]]
+
+
+def _comparison_table(comparison: Any, most: int = 6) -> Table:
+    """Runs with the parameters that differ and the metrics, the best values in green."""
+    metrics = comparison.metrics[: most if console.width > 110 else 2]
+    table = _metrics_table(metrics, "parameters")
+    best = {name: comparison.best(name) for name in metrics}
+    for run, label in zip(comparison.runs, comparison.labels, strict=True):
+        numbers = [(format_number(run.metrics.get(name)), run.id in best[name]) for name in metrics]
+        cells = [f"[bold green]{text}[/]" if is_best else text for text, is_best in numbers]
+        table.add_row(run.id, colored_status(run.status), format_seconds(run.seconds), *cells, escape(label))
+    return table
+
+
+@runs.command("open", epilog="Example: mlkit runs open latest")
+def open_run(
+    reference: RunArgument = "latest",
+    as_json: JsonOption = False,
+) -> None:
+    """Open the executed notebook of a run in the browser."""
+    run = RunStore().get(reference)
+    page = run.folder / "notebook.html"
+    if not page.exists():
+        raise NotFoundError(f"{run.id} has no notebook.html: it is {run.status} and was not executed as a job.")
+    if as_json:
+        print_json({"id": run.id, "notebook": str(page)})
+        return
+    opened = webbrowser.open(page.as_uri())
+    console.print(str(page) if opened else f"No browser was found; the notebook is at {page}")
+
+
+@runs.command(epilog="Example: mlkit runs delete k3f9 --yes")
+def delete(
+    references: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs to delete.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete runs with all their files."""
+    store = RunStore()
+    chosen = [store.get(reference) for reference in dict.fromkeys(references)]
+    for run in chosen:
+        if _is_running(run):
+            raise InputError(f"{run.id} is running; stop it first.")
+    if not yes:
+        if as_json or not sys.stdin.isatty():
+            raise InputError("There is no terminal to confirm on; add --yes to delete.")
+        typer.confirm(f"Delete {', '.join(run.id for run in chosen)}?", abort=True)
+    for run in chosen:
+        store.delete(run)
+    if as_json:
+        print_json({"deleted": [run.id for run in chosen]})
+    else:
+        console.print(f"Deleted {', '.join(run.id for run in chosen)}")
+
+
+def _is_running(run: Run) -> bool:
+    try:
+        return run.status in ("created", "running")
+    except MlkitError:
+        return False  # a damaged record does not prevent its deletion
+
+
+def tensorboard(
+    references: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs to show; all by default.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free port.")] = 6006,
+    as_json: JsonOption = False,
+) -> None:
+    """Show runs in TensorBoard until Ctrl-C."""
+    store = RunStore()
+    chosen = [run for reference in references or [] for run in _with_children(store.get(reference))]
+    if references and not any((run.folder / "tensorboard").is_dir() for run in chosen):
+        raise NotFoundError(f"None of {', '.join(references)} has TensorBoard logs.")
+    if not chosen and not any(store.root.glob("*/tensorboard")):
+        raise NotFoundError(f"No run in {store.root} has TensorBoard logs. Make one: mlkit run train")
+    with tempfile.TemporaryDirectory() as links:
+        for run in chosen:
+            if (run.folder / "tensorboard").is_dir():
+                Path(links, run.id).symlink_to(run.tensorboard)
+        logs = links if chosen else str(store.root)
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs, "--port", str(port)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            _serve_until_ended(process, as_json)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _with_children(run: Run) -> list[Run]:
+    """A run, or in place of a sweep its runs."""
+    points = run.record.points
+    store = RunStore(run.folder.parent)
+    return [store.get(point.run) for point in points if point.run] if points else [run]
+
+
+def _serve_until_ended(process: subprocess.Popen, as_json: bool) -> None:
+    """Print TensorBoard's address as soon as it is ready, then wait for its end."""
+    lines: list[str] = []
+    with working("starting TensorBoard"):
+        address = _wait_for_address(process, lines)
+    if address and as_json:
+        print_json({"url": address, "pid": process.pid})
+    elif address:
+        console.print(f"TensorBoard is at [bold]{address}[/]   (Ctrl-C ends it)")
+    sys.stdout.flush()
+    for _ in process.stderr:
+        pass  # keep its pipe from filling up
+    if process.wait() > 0:
+        raise InputError(f"TensorBoard could not start: {''.join(lines[-3:]).strip()}")
+
+
+def _wait_for_address(process: subprocess.Popen, lines: list[str]) -> str:  # "" when it ended
+    """The address in TensorBoard's messages, which are collected in `lines`."""
+    for line in process.stderr:
+        lines.append(line)
+        if match := re.search(r"http://\S+", line):
+            return match[0]
+    return ""
