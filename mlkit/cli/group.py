@@ -14,21 +14,23 @@ PANELS = ("Project", "Data", "Runs", "Evaluate and export", "Publish", "Serve") 
 class SummaryGroup(TyperGroup):
     """A command group whose help page shows the whole summary of each command."""
 
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """A command by its name; its summary is the first sentence of its help, which is never cut."""
+        command = super().get_command(context, name)
+        if command is not None:
+            command.short_help = summary(command)
+        return command
+
+
+class PanelGroup(SummaryGroup):
+    """The top-level command group: commands in panels, and suggestions for commands that do not exist."""
+
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands with their whole summaries."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary(command)) for name, command in self.commands.items()])
-
-
-class PanelGroup(TyperGroup):
-    """The top-level command group: commands in panels, whole summaries, and suggestions."""
-
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands of each panel with their whole summaries."""
+        """Write the commands of each panel."""
         panels = defaultdict(list)
         for name in self.list_commands(context):
             command = self.get_command(context, name)
-            panels[getattr(command, "rich_help_panel", None) or PANELS[0]].append((name, summary(command)))
+            panels[getattr(command, "rich_help_panel", None) or PANELS[0]].append((name, command.short_help))
         for panel in sorted(panels, key=PANELS.index):
             with formatter.section(panel):
                 formatter.write_dl(panels[panel])

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from mlkit.cli.group import PANELS, command_paths, summary
 from mlkit.cli.main import app
-from tests.conftest import run_cli
+from tests.conftest import REPOSITORY, run_cli
 
 ROOT = typer.main.get_command(app)
 
@@ -92,3 +92,20 @@ def test_a_command_that_does_not_exist_is_answered_with_the_one_that_is_meant(
     code, _, message = mlkit(typed)
     assert code == 2
     assert suggestion in message
+
+
+def test_the_reference_page_lists_every_command_as_it_is(tmp_path: Path) -> None:
+    page = tmp_path / "commands.md"
+    command = [
+        Path(sys.executable).parent / "typer",
+        "mlkit.cli.main",
+        "utils",
+        "docs",
+        "--name",
+        "mlkit",
+        "--output",
+        page,
+    ]
+    subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
+    assert page.read_text() == (REPOSITORY / "docs" / "commands.md").read_text(), "run `make docs`"
+    assert all(f"`mlkit {path}`" in page.read_text() for path in COMMANDS)

@@ -181,7 +181,7 @@ def test_an_error_in_the_saved_model(copied: Run, planted: tuple[keras.Model, Pa
 def test_an_error_in_one_signature(
     signature: str, copied: Run, digits: Dataset, model: keras.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Planted(export.Servable):
+    class Planted(export.ServingModule):
         def __init__(self, *given: Any):
             super().__init__(*given)
             held = self.answers if signature == "classify" else vars(self)
@@ -195,7 +195,7 @@ def test_an_error_in_one_signature(
     def moved(answers: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return {name: each + 0.01 if name in ("probabilities", "scores") else each for name, each in answers.items()}
 
-    monkeypatch.setattr(export, "Servable", Planted)
+    monkeypatch.setattr(export, "ServingModule", Planted)
     shutil.rmtree(copied.folder / "saved_model" / "1")
     export_saved_model(model, digits, copied)
     found = check_parity(copied, ["savedmodel"])
