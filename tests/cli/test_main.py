@@ -122,7 +122,7 @@ def test_jobs_are_listed_with_their_parameters(cli: Callable) -> None:
     schema = json.loads(cli("jobs", "show", "train", "--json").stdout)["properties"]
     assert (schema["epochs"]["default"], schema["epochs"]["exclusiveMinimum"]) == (20, 0)
     assert schema["split"]["enum"] == ["random", "hash", "time"]
-    assert "most passes over the training data" in cli("jobs", "show", "train").stdout
+    assert "maximum passes over the training data" in cli("jobs", "show", "train").stdout
 
 
 def test_settings_come_from_file_environment_and_command_line(cli: Callable, project: Path) -> None:
