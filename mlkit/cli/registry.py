@@ -85,7 +85,7 @@ def register_run(
         return
     signer = f"signed by {version.signer}" if version.signer else "without a trusted signature"
     _print_done(f"{run.id} is {version.reference}, {signer}", f"mlkit promote {name} {version.version}")
-    for objection in version.forced:
+    for objection in version.overrides:
         print_line(f"\n[yellow]Overridden, and recorded in the audit log:[/] {escape(objection)}")
 
 
@@ -134,14 +134,14 @@ def remove_alias(
     reason: ReasonOption = "",
 ) -> None:
     """Remove an alias; the version stays."""
-    _registry().demote(name, alias, reason)
+    _registry().remove_alias(name, alias, reason)
     _print_done(f"{name} has no alias {alias} any more", f"mlkit models list {name}")
 
 
 @models.command(epilog="Example: mlkit models delete churn 1")
 def delete(name: ModelArgument, version: VersionArgument, reason: ReasonOption = "") -> None:
     """Delete a version that has no alias, traffic or server."""
-    number = _registry().retire(name, version, reason)
+    number = _registry().delete(name, version, reason)
     _print_done(f"{name}/{number} was deleted", f"mlkit models list {name}")
 
 
@@ -166,7 +166,7 @@ def traffic(
             return
         print_line(f"{name}: {_traffic_text(split)}")
         return
-    split = registry.divide_traffic(name, _parse_weights(weights or []), reason)
+    split = registry.split_traffic(name, _parse_weights(weights or []), reason)
     if as_json:
         print_json({"model": name, "traffic": split})
         return
@@ -231,7 +231,7 @@ def _print_lineage(version: "ModelVersion") -> None:
     for title, text in rows:
         if text:
             print_line(f"  {title:9} {escape(text)}")
-    for objection in version.forced:
+    for objection in version.overrides:
         print_line(f"  [yellow]override[/]  {escape(objection)}")
 
 
@@ -251,7 +251,7 @@ def log(
         print_json([event.record() for event in events])
         return
     rows = [
-        (str(event.number), f"{event.time:%Y-%m-%d %H:%M:%S}", event.who, _event_text(event), event.why)
+        (str(event.number), f"{event.time:%Y-%m-%d %H:%M:%S}", event.user, _event_text(event), event.reason)
         + (event.digest[:12],)
         for event in events
     ]
@@ -260,19 +260,19 @@ def log(
 
 def _event_text(event: "Event") -> str:
     """An event in a few words."""
-    payload = event.facts
+    payload = event.payload
     name, version, alias = payload["model"], payload.get("version"), payload.get("alias")
     before = f", was {payload['before']}" if payload.get("before") else ""
-    match event.what:
+    match event.kind:
         case "registered":
-            forced = f", override: {'; '.join(payload['forced'])}" if payload["forced"] else ""
+            forced = f", override: {'; '.join(payload['forced'])}" if payload["overrides"] else ""
             return f"{name}/{version} registered from {payload['run']}{forced}"
-        case "promoted" | "rolled back" | "demoted":
-            return f"{name}@{alias} {event.what}" + (f": {version}" if version else "") + before
-        case "divided":
+        case "promoted" | "rolled back" | "alias removed":
+            return f"{name}@{alias} {event.kind}" + (f": {version}" if version else "") + before
+        case "traffic split":
             shares = ", ".join(f"{number} {share:.0%}" for number, share in payload["traffic"].items())
             return f"{name}: traffic to {shares or 'the champion alone'}"
-    return f"{name}/{version} {event.what}"
+    return f"{name}/{version} {event.kind}"
 
 
 @models.command(epilog="Example: mlkit models check --head 8c1f0e9a2b3d4f56")
@@ -320,9 +320,9 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """Mirror models or a run to MLflow."""
-    from mlkit.registry.mlflow import ModelPull
+    from mlkit.registry.mlflow import ModelMirror
 
-    registry, mirror = _registry(), ModelPull(uri)
+    registry, mirror = _registry(), ModelMirror(uri)
     names = list(registry.states())
     if reference and reference not in names:
         run = RunStore().get(reference)
@@ -346,9 +346,9 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Download a model registered in MLflow as a run."""
-    from mlkit.registry.mlflow import ModelPull
+    from mlkit.registry.mlflow import ModelMirror
 
-    run = ModelPull(uri).pull_model(reference, RunStore())
+    run = ModelMirror(uri).pull_model(reference, RunStore())
     if as_json:
         print_json({"run": run.id, "path": str(run.folder)})
         return

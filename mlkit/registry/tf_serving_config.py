@@ -17,11 +17,11 @@ from .state import ModelState, reduce_events
 # %% ../../nbs/library/registry/08_tf_serving_config.ipynb #6137c224
 def models_config(
     states: Iterable[ModelState],
-    root: Path | str,  # of the registry, as the server sees it
+    root: Path | str,  # registry folder, as the server sees it
 ) -> str:  # a ModelServerConfig as text
-    """What tensorflow_model_server is to serve: each model's versions in service, with its aliases as labels."""
+    """The deployed versions of each model, with aliases as version labels, for tensorflow_model_server."""
     lines = [
-        "# Written from ledger.jsonl; a change by hand is lost. To serve it:",
+        "# Derived from audit_log.jsonl; a change by hand is lost. To serve it:",
         f"# tensorflow_model_server --rest_api_port=8501 --model_config_file={root}/models.config \\",
         "#   --model_config_file_poll_wait_seconds=10 --allow_version_labels_for_unavailable_models \\",
         f"#   --enable_batching --batching_parameters_file={root}/batching.config",
@@ -45,17 +45,17 @@ def models_config(
 
 # %% ../../nbs/library/registry/08_tf_serving_config.ipynb #d5ef9e01
 def batching_config() -> str:
-    """How tensorflow_model_server gathers requests: whatever waits is answered together, and nobody waits for more."""
+    """Batching parameters for tensorflow_model_server: queued requests form a batch, and none waits for more."""
     values = {"max_batch_size": 128, "batch_timeout_micros": 0, "max_enqueued_batches": 1000}
     values |= {"num_batch_threads": cpu_count()}
     return "".join(f"{name} {{ value: {value} }}\n" for name, value in values.items())
 
 
 def serving_files(
-    root: Path,  # of the registry
+    root: Path,  # registry folder
     events: Sequence[Event],
 ) -> dict[Path, bytes]:
-    """Files for TF Serving that follow from the events; the one about batching only where there is none."""
+    """Configuration files derived from the events; the batching parameters only where there are none."""
     batching = root / "batching.config"
     files = {root / "models.config": models_config(reduce_events(events).values(), root)}
     files |= {} if batching.exists() else {batching: batching_config()}

@@ -74,7 +74,7 @@ def test_versions_aliases_traffic_and_the_audit_log(sample_run: Callable, tmp_pa
 
     assert mlkit("register", unsigned.id, "--name", "churn", "--force", "--reason", "for a trial")[0] == 0
     assert mlkit("models", "check")[0] == 0
-    log = tmp_path / "models" / "ledger.jsonl"
+    log = tmp_path / "models" / "audit_log.jsonl"
     log.write_text(log.read_text().replace("complaints", "fireworks!"))
     assert mlkit("models", "check")[0] == 1
 
@@ -86,12 +86,12 @@ def test_showing_traffic_changes_nothing(sample_run: Callable, tmp_path: Path, m
     assert mlkit("promote", "churn", "1")[0] == 0
     assert "100 % to the champion" in mlkit("models", "traffic", "churn")[1]
     assert mlkit("models", "traffic", "churn", "1=90", "2=10")[0] == 0
-    before = (tmp_path / "models" / "ledger.jsonl").read_bytes()
+    before = (tmp_path / "models" / "audit_log.jsonl").read_bytes()
     code, output, _ = mlkit("models", "traffic", "churn")
     assert (code, output.strip()) == (0, "churn: version 1 90.0%, version 2 10.0%")
     assert json.loads(mlkit("models", "traffic", "churn", "--json")[1])["traffic"] == {"1": 0.9, "2": 0.1}
     assert mlkit("models", "list", "churn")[0] == 0
-    assert (tmp_path / "models" / "ledger.jsonl").read_bytes() == before
+    assert (tmp_path / "models" / "audit_log.jsonl").read_bytes() == before
     assert mlkit("models", "traffic", "churn", "1=90", "--reset")[0] == 2
     assert mlkit("models", "traffic", "churn", "--reset")[0] == 0
     assert "100 % to the champion" in mlkit("models", "traffic", "churn")[1]

@@ -64,7 +64,7 @@ def registry(place: Path) -> Registry:
     for number in (1, 2, 3):
         kept.register(make_run(place, f"graph {number}"), "churn", force=True)
     kept.promote("churn", 1)
-    kept.promote("churn", 2, why="better")
+    kept.promote("churn", 2, reason="better")
     return kept
 
 
@@ -97,10 +97,10 @@ def test_a_signed_and_gated_run_becomes_a_version_that_verifies(
     place: Path, signing: Callable, mlkit: Callable
 ) -> None:
     run = signing(make_run(place))
-    code, said, complaint = mlkit("register", run.id, "--name", "churn", "--why", "nightly", "--json")
+    code, said, complaint = mlkit("register", run.id, "--name", "churn", "--reason", "nightly", "--json")
     assert code == 0, complaint
     told = json.loads(said)
-    assert (told["reference"], told["signer"], told["forced"], told["run"]) == ("churn/1", "alice", [], run.id)
+    assert (told["reference"], told["signer"], told["overrides"], told["run"]) == ("churn/1", "alice", [], run.id)
     assert told["lineage"]["data"] == [{"name": "retail", "source": "retail.parquet", "fingerprint": "5d41402a"}]
     version = place / "models" / "churn" / "1"
     shutil.rmtree(place / "runs")  # it stands on its own
@@ -116,20 +116,24 @@ def test_a_signed_and_gated_run_becomes_a_version_that_verifies(
 
 
 def test_the_command_line_shows_and_moves_versions(registry: Registry, mlkit: Callable) -> None:
-    assert mlkit("promote", "churn", 3, "--alias", "challenger", "--why", "to see")[0] == 0
-    assert mlkit("traffic", "churn", "2=3", "3=1")[0] == 0
-    told = {each["version"]: each for each in json.loads(mlkit("models", "churn", "--json")[1])}
+    assert mlkit("promote", "churn", 3, "--alias", "challenger", "--reason", "to see")[0] == 0
+    assert mlkit("models", "traffic", "churn", "2=3", "3=1")[0] == 0
+    told = {each["version"]: each for each in json.loads(mlkit("models", "list", "churn", "--json")[1])}
     assert [told[number]["aliases"] for number in (1, 2, 3)] == [[], ["champion"], ["challenger"]]
     assert [told[number]["traffic"] for number in (1, 2, 3)] == [None, 0.75, 0.25]
     assert told[1]["metrics"] == {"test_accuracy": 0.9}
     assert told[1]["lineage"]["notebook"] == "nbs/jobs/train.ipynb"
-    assert "churn/3" in mlkit("models")[1]
-    assert mlkit("rollback", "churn", "--why", "complaints")[0] == 0
+    assert "churn/3" in mlkit("models", "list")[1]
+    assert mlkit("rollback", "churn", "--reason", "complaints")[0] == 0
     events = json.loads(mlkit("models", "log", "churn", "--json")[1])
-    assert [event["what"] for event in events[-3:]] == ["promoted", "divided", "rolled back"]
-    assert (events[-1]["why"], events[-1]["facts"]["before"], events[-1]["facts"]["version"]) == ("complaints", 2, 1)
-    assert mlkit("demote", "churn", "challenger")[0] == 0
-    assert mlkit("retire", "churn", 3)[0] == 0
+    assert [event["kind"] for event in events[-3:]] == ["promoted", "traffic split", "rolled back"]
+    assert (events[-1]["reason"], events[-1]["payload"]["before"], events[-1]["payload"]["version"]) == (
+        "complaints",
+        2,
+        1,
+    )
+    assert mlkit("models", "remove-alias", "churn", "challenger")[0] == 0
+    assert mlkit("models", "delete", "churn", 3)[0] == 0
     assert not (registry.root / "churn" / "3").exists()
     code, said, _ = mlkit("models", "check", "--head", events[-1]["digest"][:16])
     assert (code, "versions are as they were written" in said) == (0, True), said
@@ -160,16 +164,16 @@ def test_a_version_leads_back_to_run_data_and_notebook_cell(place: Path, signing
     Registry().promote("churn", 1)
     shutil.rmtree(place / "runs")
     for reference in ("churn/1", "churn@champion"):
-        code, said, complaint = mlkit("models", reference)
+        code, said, complaint = mlkit("models", "list", reference)
         assert code == 0, complaint
         for told in (run.id, "nbs/jobs/train.ipynb", "retail.parquet  5d41402a", "churn/1 comes from the run"):
             assert told in said, said
         assert "by cell 2, Training:  # long" in said, said
         assert "by cell 3, Training:  export_saved_model(network, data, run)" in said, said
-    (told,) = json.loads(mlkit("models", "churn/1", "--json")[1])
+    (told,) = json.loads(mlkit("models", "list", "churn/1", "--json")[1])
     assert told["lineage"]["cells"]["trained"] == {"index": 2, "heading": "Training", "line": "# long"}
     assert told["lineage"]["cells"]["saved"]["index"] == 3
-    code, said, _ = mlkit("models", "churn/2")
+    code, said, _ = mlkit("models", "list", "churn/2")
     assert (code, "by cell" in said) == (0, False)
     assert mlkit("verify", "churn/1")[0] == 0
 
@@ -177,25 +181,25 @@ def test_a_version_leads_back_to_run_data_and_notebook_cell(place: Path, signing
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ("models churn/9", 2, "There is no version 9 of churn"),
-        ("models churn@chalenger", 2, "has no alias 'chalenger'"),
+        ("models list churn/9", 2, "There is no version 9 of churn"),
+        ("models list churn@chalenger", 2, "has no alias 'chalenger'"),
         ("register latest", 2, "--name NAME"),
         ("register nothing --name churn", 2, "There is no run"),
         ("register latest --name a/b", 2, "A model's name has letters"),
-        ("register latest --name churn", 1, "nobody has signed it"),
+        ("register latest --name churn", 1, "it is not signed"),
         ("promote churn 9", 2, "There is no version 9 of churn. Versions: 1, 2, 3"),
         ("promote churm 1", 2, "Did you mean 'churn'?"),
         ("promote churn 1 --alias v3", 2, "An alias has letters"),
-        ("rollback churn --to 1 --at 2026-01-01", 2, "and not both"),
-        ("rollback churn --at soon", 2, "A time is given as"),
+        ("rollback churn --to 1 --at 2026-01-01", 2, "not both"),
+        ("rollback churn --at soon", 2, "--at takes a time as"),
         ("rollback churn --at 2020-01-01", 2, "had no champion at 2020-01-01"),
         ("rollback churn --alias champin", 2, "Did you mean 'champion'?"),
-        ("demote churn challenger", 2, "has no alias 'challenger'"),
-        ("retire churn 2", 2, "it is champion"),
-        ("traffic churn 1=x", 2, "3=90 4=10"),
-        ("traffic churn 1=-1", 2, "more than 0"),
-        ("traffic churn 9=1", 2, "There is no version 9"),
-        ("models churm", 2, "Did you mean 'churn'?"),
+        ("models remove-alias churn challenger", 2, "has no alias 'challenger'"),
+        ("models delete churn 2", 2, "it is champion"),
+        ("models traffic churn 1=x", 2, "3=90 4=10"),
+        ("models traffic churn 1=-1", 2, "greater than 0"),
+        ("models traffic churn 9=1", 2, "There is no version 9"),
+        ("models list churm", 2, "Did you mean 'churn'?"),
         ("models log churm", 2, "Did you mean 'churn'?"),
         ("models check --head ffffffffffff", 1, ""),
     ],
@@ -203,16 +207,16 @@ def test_a_version_leads_back_to_run_data_and_notebook_cell(place: Path, signing
 def test_what_cannot_be_done_changes_nothing(
     registry: Registry, mlkit: Callable, arguments: str, code: int, message: str
 ) -> None:
-    before = registry.ledger.path.read_bytes(), folder_digests(registry.root)
+    before = registry.log.path.read_bytes(), folder_digests(registry.root)
     found, _, complaint = mlkit(*arguments.split())
     assert (found, message in complaint) == (code, True), complaint
-    assert (registry.ledger.path.read_bytes(), folder_digests(registry.root)) == before
+    assert (registry.log.path.read_bytes(), folder_digests(registry.root)) == before
 
 
 def test_where_nothing_is_registered_nothing_is_made(place: Path, mlkit: Callable) -> None:
-    assert "Register one: mlkit register" in mlkit("models")[1]
+    assert "Register one: mlkit register" in mlkit("models", "list")[1]
     assert (mlkit("models", "check")[0], mlkit("models", "log")[0]) == (0, 0)
-    for command in ("promote churn 1", "rollback churn", "retire churn 1", "models churn", "models config"):
+    for command in ("promote churn 1", "rollback churn", "models delete churn 1", "models list churn", "models config"):
         code, _, complaint = mlkit(*command.split())
         assert (code, "mlkit register RUN --name NAME" in complaint) == (2, True), complaint
     assert not (place / "models").exists()
@@ -235,7 +239,7 @@ def test_references_mean_what_they_say(registry: Registry) -> None:
     ):
         with pytest.raises(NotFoundError):
             registry.find(reference)
-    registry.demote("churn", "champion")
+    registry.remove_alias("churn", "champion")
     assert registry.find("churn").version == 3
 
 
@@ -271,26 +275,26 @@ def test_names_and_aliases_are_those_of_mlflow_and_tensorflow_serving() -> None:
 def test_the_door_is_closed_to_runs_that_nobody_answers_for(place: Path, signing: Callable) -> None:
     registry = Registry(place / "models")
     refused = {
-        "has not stood at the gate": signing(make_run(place, passed=None)),
+        "it has no gate result": signing(make_run(place, passed=None)),
         "has not passed the gate. Refused: auc": signing(make_run(place, passed=False)),
-        "nobody has signed it": make_run(place),
+        "it is not signed": make_run(place),
     }
     tampered = refused["model_card.md has changed"] = signing(make_run(place))
     (tampered.folder / "model_card.md").write_text("# For everything")
-    other = refused["its gate.json is about another run"] = make_run(place)
+    other = refused["its gate.json belongs to another run"] = make_run(place)
     (other.folder / "gate.json").write_text(json.dumps({"passed": True, "run": "somebody"}))
     for reason, run in refused.items():
         with pytest.raises(RegistrationError, match=reason):
             registry.register(run, "churn")
-    assert not registry.ledger.path.exists()
+    assert not registry.log.path.exists()
     assert not list(registry.root.glob("churn/*"))
     for number, (reason, run) in enumerate(refused.items(), 1):
-        version = registry.register(run, "churn", force=True, why="it must be")
+        version = registry.register(run, "churn", force=True, reason="it must be")
         assert version.version == number
-        assert any(reason in each for each in version.forced)
-    assert registry.events()[0].facts["forced"][0].startswith("it has not stood at the gate")
+        assert any(reason in each for each in version.overrides)
+    assert registry.events()[0].payload["overrides"][0].startswith("it has no gate result")
     (place / "keys" / "alice.pub").unlink()
-    with pytest.raises(RegistrationError, match="no signature counts yet"):
+    with pytest.raises(RegistrationError, match="no key is trusted yet"):
         registry.register(signing_of_another(place, make_run(place)), "churn")
 
 
@@ -334,7 +338,7 @@ def test_what_cannot_become_a_version_cannot_be_forced(place: Path, spoil: Calla
 def test_a_run_that_is_not_over_is_refused(place: Path) -> None:
     run = RunStore(place / "runs").create("train")
     run.start()
-    with pytest.raises(InputError, match="is running; only a run that has completed"):
+    with pytest.raises(InputError, match="is running; only a completed run"):
         Registry(place / "models").register(run, "churn", force=True)
 
 
@@ -354,7 +358,7 @@ def test_a_run_is_registered_once_and_a_better_one_gets_the_next_number(place: P
 def test_going_back_goes_back_further_each_time(registry: Registry) -> None:
     registry.promote("churn", 3)
     assert [registry.rollback("churn").version, registry.rollback("churn").version] == [2, 1]
-    with pytest.raises(NotFoundError, match="has been nowhere else"):
+    with pytest.raises(NotFoundError, match="has no former version"):
         registry.rollback("churn")
     registry.promote("churn", 3)
     assert registry.rollback("churn").version == 1
@@ -362,14 +366,14 @@ def test_going_back_goes_back_further_each_time(registry: Registry) -> None:
 
 def test_going_back_passes_over_what_was_retired(registry: Registry) -> None:
     registry.promote("churn", 3)
-    registry.retire("churn", 2)
-    with pytest.raises(NotFoundError, match="churn/2 was retired"):
+    registry.delete("churn", 2)
+    with pytest.raises(NotFoundError, match="churn/2 was deleted"):
         registry.rollback("churn", to=2)
     assert registry.rollback("churn").version == 1
 
 
 def test_an_alias_is_put_back_to_where_it_was_at_a_time(registry: Registry) -> None:
-    moments = {event.facts["version"]: event.time for event in registry.events() if event.what == "promoted"}
+    moments = {event.payload["version"]: event.time for event in registry.events() if event.kind == "promoted"}
     registry.promote("churn", 3)
     assert registry.rollback("churn", at=moments[2]).version == 2
     assert registry.rollback("churn", at=moments[1]).version == 1
@@ -378,14 +382,14 @@ def test_an_alias_is_put_back_to_where_it_was_at_a_time(registry: Registry) -> N
 
 
 def test_time_does_not_go_back_with_the_clock(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlkit.registry import audit_log as ledger
+    from mlkit.registry import audit_log as log_module
 
     class Earlier(datetime):
         @classmethod
         def now(cls, zone: object = None) -> datetime:
             return datetime(2020, 1, 1, tzinfo=UTC)
 
-    monkeypatch.setattr(ledger, "datetime", Earlier)
+    monkeypatch.setattr(log_module, "datetime", Earlier)
     last = registry.events()[-1].time
     registry.promote("churn", 3)
     assert registry.events()[-1].time == last
@@ -393,10 +397,10 @@ def test_time_does_not_go_back_with_the_clock(registry: Registry, monkeypatch: p
 
 def test_moving_the_champion_ends_a_divided_traffic(registry: Registry) -> None:
     for move in (lambda: registry.promote("churn", 3), lambda: registry.rollback("churn")):
-        registry.divide_traffic("churn", {1: 1, 2: 3})
+        registry.split_traffic("churn", {1: 1, 2: 3})
         assert registry.state("churn").traffic == {1: 0.25, 2: 0.75}
         registry.promote("churn", 1, alias="challenger")
-        registry.demote("churn", "challenger")
+        registry.remove_alias("churn", "challenger")
         assert registry.state("churn").traffic
         move()
         assert registry.state("churn").traffic == {}
@@ -417,14 +421,14 @@ with hold_version(registry.find("churn/1")):
         with hold_version(registry.find("churn/1")):  # two may
             pass
         with pytest.raises(InputError, match="a process is serving it"):
-            registry.retire("churn", 1)
-        assert registry.apply_retention("churn", most=1) == []
+            registry.delete("churn", 1)
+        assert registry.apply_retention("churn", 1) == []
     finally:
         server.kill()
         server.communicate()
-    assert registry.apply_retention("churn", most=1) == [1]
+    assert registry.apply_retention("churn", 1) == [1]
     with (
-        pytest.raises(NotFoundError, match="has gone"),
+        pytest.raises(NotFoundError, match="was deleted"),
         hold_version(
             registry.versions("churn")[0].__class__(
                 "churn", 1, registry.root / "churn" / "1", "", datetime.now(UTC), ""
@@ -444,7 +448,7 @@ def test_the_oldest_go_when_there_are_too_many(
     registry.register(make_run(place, "graph 5"), "churn", force=True)
     assert registry.state("churn").versions == [2, 4, 5]  # 2 is the champion
     assert registry.check() == []
-    registry.retire("churn", 5)
+    registry.delete("churn", 5)
     assert registry.register(make_run(place, "graph 6"), "churn", force=True).version == 6  # never the same number
 
 
@@ -498,8 +502,8 @@ def test_the_files_for_tensorflow_serving_are_read_by_its_own_rules(registry: Re
     assert read() == {"churn": (base, [2], {"champion": 2})}
     registry.promote("churn", 3, alias="challenger")
     assert read() == {"churn": (base, [2, 3], {"champion": 2, "challenger": 3})}
-    registry.demote("churn", "challenger")
-    registry.demote("churn", "champion")
+    registry.remove_alias("churn", "challenger")
+    registry.remove_alias("churn", "champion")
     assert read() == {"churn": (base, [3], {})}
     for folder in (registry.root / "churn").iterdir():
         assert folder.name.isdigit()
@@ -514,14 +518,14 @@ def test_the_files_for_tensorflow_serving_are_read_by_its_own_rules(registry: Re
 
 
 def test_every_byte_of_the_ledger_counts(registry: Registry) -> None:
-    for path, stride in ((registry.ledger.path, 7), (registry.ledger.head_path, 1)):
+    for path, stride in ((registry.log.path, 7), (registry.log.head_path, 1)):
         whole = path.read_bytes()
         for place in range(len(whole) - 1, -1, -stride):
-            if path == registry.ledger.head_path and place == len(whole) - 1:
+            if path == registry.log.head_path and place == len(whole) - 1:
                 continue  # the end of its line
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            with pytest.raises(StorageError, match="changed by other hands"):
-                AuditLog(registry.ledger.path).events()
+            with pytest.raises(StorageError, match="tampered with"):
+                AuditLog(registry.log.path).events()
         path.write_bytes(whole)
     assert len(Registry(registry.root).events()) == 5
 
@@ -544,13 +548,13 @@ def test_every_byte_of_the_ledger_counts(registry: Registry) -> None:
 def test_lines_taken_out_moved_or_put_in_are_noticed_and_nothing_is_written(
     registry: Registry, mlkit: Callable, change: Callable
 ) -> None:
-    path = registry.ledger.path
+    path = registry.log.path
     path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
     spoiled = path.read_bytes()
     assert mlkit("models", "check")[0] == 1
-    for arguments in ("promote churn 3", "models churn", "models log"):
+    for arguments in ("promote churn 3", "models list churn", "models log"):
         code, _, complaint = mlkit(*arguments.split())
-        assert (code, "changed by other hands" in complaint) == (1, True), complaint
+        assert (code, "tampered with" in complaint) == (1, True), complaint
     assert path.read_bytes() == spoiled
 
 
@@ -558,19 +562,19 @@ def test_a_chain_written_anew_is_noticed_by_a_head_that_was_noted(registry: Regi
     noted = registry.events()[-1].digest
     lines, previous, events = b"", "", registry.events()
     for event in events:
-        told = vars(event) | {"why": "it was like this", "previous": previous, "digest": ""}
+        told = vars(event) | {"reason": "it was like this", "previous": previous, "digest": ""}
         line, previous = encode_event(Event(**told))
         lines += line
-    registry.ledger.path.write_bytes(lines)
-    registry.ledger.head_path.write_text(json.dumps({"number": len(events), "digest": previous}))
+    registry.log.path.write_bytes(lines)
+    registry.log.head_path.write_text(json.dumps({"number": len(events), "digest": previous}))
     assert mlkit("models", "check")[0] == 0  # nobody can see it here
     code, said, _ = mlkit("models", "check", "--head", noted)
-    assert (code, "written anew since that was noted" in " ".join(said.split())) == (1, True)
+    assert (code, "rewritten since that was noted" in " ".join(said.split())) == (1, True)
 
 
 def test_without_its_head_a_ledger_is_not_written(registry: Registry) -> None:
-    registry.ledger.head_path.unlink()
-    with pytest.raises(StorageError, match="knows nothing of its last events"):
+    registry.log.head_path.unlink()
+    with pytest.raises(StorageError, match="does not contain its last events"):
         registry.promote("churn", 3)
 
 
@@ -613,7 +617,7 @@ def test_a_version_that_was_changed_is_noticed_by_signature_and_by_ledger(
     assert (code, any(finding in each for each in json.loads(said)["findings"])) == (1, True), said
     code, said, _ = mlkit("models", "check", "--json")
     assert (code, any(finding in each for each in json.loads(said)["findings"])) == (1, True), said
-    with pytest.raises(StorageError, match="It is not put into service"):
+    with pytest.raises(StorageError, match="It is not deployed"):
         registry.promote("churn", 1)
     assert registry.state("churn").aliases == {}
 
@@ -626,14 +630,17 @@ def test_folders_that_nobody_registered_are_named_and_not_lost(
     (stray / "saved_model.pb").write_text("by hand")
     shutil.rmtree(registry.root / "churn" / "1")
     assert sorted(finding.partition(":")[0] for finding in registry.check()) == ["churn/1", "churn/4"]
-    assert [each["metrics"] for each in json.loads(mlkit("models", "--json")[1])][:2] == [{}, {"test_accuracy": 0.9}]
-    assert mlkit("models", "churn")[0] == 0
+    assert [each["metrics"] for each in json.loads(mlkit("models", "list", "--json")[1])][:2] == [
+        {},
+        {"test_accuracy": 0.9},
+    ]
+    assert mlkit("models", "list", "churn")[0] == 0
     with pytest.raises(StorageError, match=r"churn/1: its folder .* is missing"):
         registry.promote("churn", 1, alias="other")
     assert registry.register(make_run(place, "graph 4"), "churn", force=True).version == 4
     kept = next((registry.root / "churn").glob(".unregistered-4-*"))
     assert (kept / "saved_model.pb").read_text() == "by hand"
-    assert any("nobody has registered" in finding for finding in registry.check())
+    assert any("is not registered" in finding for finding in registry.check())
 
 
 def test_a_version_that_was_copied_by_half_does_not_go_into_service(
@@ -653,9 +660,9 @@ def test_a_version_that_was_copied_by_half_does_not_go_into_service(
     for write in (
         lambda: registry.promote("churn", 3),
         lambda: registry.promote("churn", 3, alias="challenger"),
-        lambda: registry.divide_traffic("churn", {2: 1, 3: 1}),
+        lambda: registry.split_traffic("churn", {2: 1, 3: 1}),
     ):
-        with pytest.raises(StorageError, match="It is not put into service"):
+        with pytest.raises(StorageError, match="It is not deployed"):
             write()
     assert registry.state("churn").aliases == {"champion": 2}  # the others are not concerned
     assert registry.rollback("churn").version == 1
@@ -707,9 +714,9 @@ ACTIONS = {  # what is done, and what is then so
     "register": (lambda kept: kept.register(Run(first), "other", force=True), lambda kept: kept.find("other/1")),
     "promote": (lambda kept: kept.promote("churn", 3), lambda kept: kept.find("churn").version == 3),
     "rollback": (lambda kept: kept.rollback("churn"), lambda kept: kept.find("churn").version == 1),
-    "demote": (lambda kept: kept.demote("churn", "champion"), lambda kept: not kept.state("churn").aliases),
-    "retire": (lambda kept: kept.retire("churn", 1), lambda kept: 1 not in kept.state("churn").versions),
-    "divide": (lambda kept: kept.divide_traffic("churn", {2: 1, 3: 1}), lambda kept: kept.state("churn").traffic),
+    "demote": (lambda kept: kept.remove_alias("churn", "champion"), lambda kept: not kept.state("churn").aliases),
+    "retire": (lambda kept: kept.delete("churn", 1), lambda kept: 1 not in kept.state("churn").versions),
+    "divide": (lambda kept: kept.split_traffic("churn", {2: 1, 3: 1}), lambda kept: kept.state("churn").traffic),
 }
 told = {}
 for name, (action, is_so) in ACTIONS.items():
@@ -795,7 +802,7 @@ for round in range(90):  # nothing is repaired in between but by the next one, w
 kept.promote("churn", 3)
 for model in kept.states():
     kept.promote(model, kept.state(model).versions[-1], alias="last")
-findings = [finding for finding in kept.check() if "nobody has registered" not in finding]
+findings = [finding for finding in kept.check() if "is not registered" not in finding]
 left = [str(path) for path in root.rglob(".*") if path.name != ".lock" and ".unregistered" not in str(path)]
 known = kept.states()
 left = [path for path in left if Path(path).parent.name in known or Path(path).parent == root]
@@ -835,7 +842,7 @@ for turn in range(20):
         for writer in writers:
             writer.kill()
             writer.communicate()
-    promoted = [event.facts["alias"] for event in registry.events() if event.what == "promoted"]
+    promoted = [event.payload["alias"] for event in registry.events() if event.kind == "promoted"]
     assert [promoted.count(name) for name in names[:2]] == [20, 20]
     assert promoted.count("dying") >= 1
     assert registry.check() == []
@@ -866,7 +873,7 @@ for folder in sys.argv[2:]:
     assert {f"by_{number}": number for number in range(1, 9)} == {
         alias: number for alias, number in state.aliases.items() if alias != "champion"
     }
-    promoted = [event.facts["version"] for event in registry.events() if event.facts.get("alias") == "champion"]
+    promoted = [event.payload["version"] for event in registry.events() if event.payload.get("alias") == "champion"]
     assert state.aliases["champion"] == promoted[-1]
     assert len(registry.events()) == 24
     assert registry.check() == []
@@ -885,7 +892,7 @@ for _ in range(20):
     seen, tokens, watching = set(), set(), Registry(registry.root)
     try:
         while writer.poll() is None:
-            tokens.add(watching.token())
+            tokens.add(watching.revision())
             seen.add(watching.find("churn").version)
     finally:
         writer.kill()
@@ -909,7 +916,7 @@ def test_a_full_disk_registers_nothing(small_disk: Path, tmp_path: Path) -> None
         lambda: registry.register(second, "churn", force=True),
         lambda: registry.register(second, "other", force=True),
         lambda: registry.promote("churn", 1, alias="challenger"),
-        lambda: registry.demote("churn", "champion"),
+        lambda: registry.remove_alias("churn", "champion"),
     ):
         with pytest.raises(StorageError, match=r"disk is full.*nothing has been changed"):
             write()
@@ -939,7 +946,7 @@ def test_a_line_for_which_there_was_no_room_is_taken_back(registry: Registry, mo
 
 
 def test_files_that_follow_from_the_ledger_can_be_made_again(registry: Registry, mlkit: Callable) -> None:
-    behind = {name: (registry.root / name).read_bytes() for name in ("models.config", "ledger.head")}
+    behind = {name: (registry.root / name).read_bytes() for name in ("models.config", "audit_log.head")}
     registry.promote("churn", 3, alias="challenger")
     after = {name: (registry.root / name).read_bytes() for name in behind}
     for name, data in behind.items():  # as a kill after the line leaves them
@@ -962,8 +969,8 @@ def test_a_registry_that_cannot_be_written_can_be_read(small_disk: Path, tmp_pat
 
 
 def test_a_ledger_of_a_later_mlkit_is_not_guessed_at() -> None:
-    with pytest.raises(StorageError, match="'sold', which this mlkit does not know"):
-        reduce_events([Event(1, datetime.now(UTC), "me", "sold", facts={"model": "churn"})])
+    with pytest.raises(StorageError, match="'sold', which this version of mlkit does not know"):
+        reduce_events([Event(1, datetime.now(UTC), "me", "sold", payload={"model": "churn"})])
 
 
 def test_the_command_line_answers_without_slow_imports() -> None:
@@ -993,7 +1000,7 @@ def test_a_model_is_mirrored_into_mlflow_and_comes_back_with_its_signature(
         run.log_metrics({"loss": loss}, step=step)
     Registry().register(run, "churn")
     Registry().promote("churn", 1)
-    code, said, complaint = mlkit("mlflow", "push", "--uri", mlflow, "--json")
+    code, said, complaint = mlkit("models", "push", "--uri", mlflow, "--json")
     assert code == 0, complaint
     assert json.loads(said) == [{"reference": "churn/1", "number": 1, "aliases": ["champion"], "new": True}]
     client = MlflowClient(tracking_uri=mlflow, registry_uri=mlflow)
@@ -1001,17 +1008,17 @@ def test_a_model_is_mirrored_into_mlflow_and_comes_back_with_its_signature(
     assert (version.tags["mlkit.version"], version.tags["mlkit.signer"]) == ("churn/1", "alice")
     points = client.get_metric_history(version.run_id, "loss")
     assert [(point.step, point.value) for point in points] == [(1, 0.7), (2, 0.4)]
-    assert mlkit("mlflow", "push", run.id, "--uri", mlflow)[0] == 0
+    assert mlkit("models", "push", run.id, "--uri", mlflow)[0] == 0
     assert "gate.json" in [file.path for file in client.list_artifacts(version.run_id)]
-    assert mlkit("mlflow", "pull", "churn@champion", "--uri", mlflow)[0] == 2  # it is here
+    assert mlkit("models", "pull", "churn@champion", "--uri", mlflow)[0] == 2  # it is here
     shutil.rmtree(run.folder)
-    code, said, complaint = mlkit("mlflow", "pull", "churn@champion", "--uri", mlflow, "--json")
+    code, said, complaint = mlkit("models", "pull", "churn@champion", "--uri", mlflow, "--json")
     assert (code, json.loads(said)["run"]) == (0, run.id), complaint
     assert mlkit("verify", run.id)[0] == 0
     assert (run.folder / "saved_model" / "1" / "saved_model.pb").read_text() == "the graph"
     Registry().register(make_run(place, "another"), "churn", force=True)
     Registry().promote("churn", 2)
-    assert [each["new"] for each in json.loads(mlkit("mlflow", "push", "--uri", mlflow, "--json")[1])] == [False, True]
+    assert [each["new"] for each in json.loads(mlkit("models", "push", "--uri", mlflow, "--json")[1])] == [False, True]
     assert int(client.get_model_version_by_alias("churn", "champion").version) == 2
 
 
@@ -1038,7 +1045,7 @@ def test_a_mirrored_version_is_a_model_that_mlflow_knows(
 
     run = make_run(place, askable())
     Registry().register(signing(run), "churn")
-    assert mlkit("mlflow", "push", "--uri", mlflow)[0] == 0
+    assert mlkit("models", "push", "--uri", mlflow)[0] == 0
     client = MlflowClient(tracking_uri=mlflow, registry_uri=mlflow)
     version = client.get_model_version("churn", "1")
     described = yaml.safe_load(Path(client.download_artifacts(version.run_id, "versions/churn/1/MLmodel")).read_text())
@@ -1048,7 +1055,7 @@ def test_a_mirrored_version_is_a_model_that_mlflow_knows(
     spec = {"name": "amount", "type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1]}}
     assert json.loads(described["signature"]["inputs"]) == [spec]
     shutil.rmtree(run.folder)
-    assert mlkit("mlflow", "pull", "churn/1", "--uri", mlflow)[0] == 0
+    assert mlkit("models", "pull", "churn/1", "--uri", mlflow)[0] == 0
     assert not list(run.folder.rglob("MLmodel"))
     assert mlkit("verify", run.id)[0] == 0
 
@@ -1073,12 +1080,12 @@ def test_mlflow_itself_reads_what_a_mirrored_version_takes(
 def test_mirroring_that_was_killed_is_done_again_once(
     registry: Registry, mlflow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlkit.registry.mlflow import ModelPull
+    from mlkit.registry.mlflow import ModelMirror
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    there = ModelPull(mlflow)
+    there = ModelMirror(mlflow)
     for method in ("set_terminated", "log_batch", "create_model_version", "log_artifact"):
         with monkeypatch.context() as patch:
             patch.setattr(there.client, method, stop)
@@ -1092,16 +1099,16 @@ def test_mirroring_that_was_killed_is_done_again_once(
 def test_mlflow_that_is_not_there_is_said(
     place: Path, mlflow: str, mlkit: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, _, complaint = mlkit("mlflow", "push")
+    code, _, complaint = mlkit("models", "push")
     assert (code, "--uri sqlite:///mlflow.db" in complaint) == (2, True), complaint
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     make_run(place)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens there
-        code, _, complaint = mlkit("mlflow", "push", "latest", "--uri", f"http://127.0.0.1:{taken.getsockname()[1]}")
-    assert (code, "it does not answer" in complaint) == (1, True), complaint
+        code, _, complaint = mlkit("models", "push", "latest", "--uri", f"http://127.0.0.1:{taken.getsockname()[1]}")
+    assert (code, "it does not respond" in complaint) == (1, True), complaint
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    code, _, complaint = mlkit("mlflow", "push", "--uri", "sqlite:///mlflow.db")
+    code, _, complaint = mlkit("models", "push", "--uri", "sqlite:///mlflow.db")
     assert (code, "pip install 'mlkit[mlflow]'" in complaint) == (2, True), complaint
 
 
@@ -1152,7 +1159,7 @@ def test_models_that_others_have_registered_in_mlflow_are_served(place: Path, ml
             client.create_model_version(folder.name, f"{made.artifact_uri}/{folder.name}", made.run_id)
         answers = {}
         for name in ("network", "module"):
-            code, said, complaint = mlkit("mlflow", "pull", f"{name}/1", "--uri", mlflow, "--json")
+            code, said, complaint = mlkit("models", "pull", f"{name}/1", "--uri", mlflow, "--json")
             assert code == 0, complaint
             asked.stdin.write(f"{json.loads(said)['path']}/saved_model/1\n")
             asked.stdin.flush()
@@ -1160,7 +1167,7 @@ def test_models_that_others_have_registered_in_mlflow_are_served(place: Path, ml
     assert answers == {"network": "[[3.0]]\n", "module": "[[6.0]]\n"}
     before = len(RunStore().list())
     for name, reason in {"lambdas": "Lambda", "nothing": "has no signatures"}.items():
-        code, _, complaint = mlkit("mlflow", "pull", f"{name}/1", "--uri", mlflow)
+        code, _, complaint = mlkit("models", "pull", f"{name}/1", "--uri", mlflow)
         assert (code, reason in complaint) == (2, True), complaint
     assert len(RunStore().list()) == before
 
@@ -1185,19 +1192,19 @@ def test_a_trained_model_goes_all_the_way(place: Path, mlkit: Callable, monkeypa
         result = run_cli(*command, folder=place)
         assert result.returncode == 0, result.stderr
     run = RunStore(place / "runs").get("latest", having="gate.json")
-    assert mlkit("keys", "new", "alice")[0] == 0
+    assert mlkit("keys", "generate", "alice")[0] == 0
     assert mlkit("sign", run.id)[0] == 0
     code, _, complaint = mlkit("register", run.id, "--name", "retail")
     assert code == 0, complaint
     assert mlkit("promote", "retail", run.id)[0] == 0
     assert mlkit("verify", "models/retail/1")[0] == 0
     version = Registry().find("retail@champion")
-    assert (version.run, version.signer, version.forced, version.gate["passed"]) == (run.id, "alice", (), True)
+    assert (version.run, version.signer, version.overrides, version.gate["passed"]) == (run.id, "alice", (), True)
     assert version.metrics == run.record.metrics
     assert version.lineage()["data"][0]["fingerprint"]
     cells = version.lineage()["cells"]
     assert {what: cell["heading"] for what, cell in cells.items()} == {"trained": "Training", "saved": "Export"}
     assert (cells["trained"]["line"], cells["saved"]["line"][:19]) == ("history = fit(", "export_saved_model(")
-    assert cells["trained"]["line"] in mlkit("models", "retail@champion")[1]
+    assert cells["trained"]["line"] in mlkit("models", "list", "retail@champion")[1]
     result = subprocess.run([sys.executable, "-c", LOADED, version.path], capture_output=True, text=True)
     assert "serving_default" in result.stdout, result.stderr
