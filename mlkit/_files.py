@@ -177,7 +177,7 @@ def append_line(
     line: bytes,  # one line with its newline
 ) -> None:
     """Append a line to a journal durably, completely or not at all; raises OSError, ValueError for several lines."""
-    if line.find(b"\n") != len(line) - 1:
+    if not line.endswith(b"\n") or line.count(b"\n") > 1:
         raise ValueError(f"A journal takes one line that ends in a newline. Received: {line[:80]!r}")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
