@@ -160,11 +160,11 @@ def compare_runs(
         runs = [Run(runs.root / summary.id) for summary in runs]
     runs = list(runs)
     if len(runs) < 2:
-        received = f"only {runs[0].id} came" if runs else "none came"
-        raise InputError(f"A comparison takes two or more runs; {received}.")
+        received = f"only {runs[0].id}" if runs else "none"
+        raise InputError(f"A comparison takes two or more runs. Received: {received}.")
     repeated = [folder.name for folder, count in Counter(run.folder for run in runs).items() if count > 1]
     if repeated:
-        raise InputError(f"{', '.join(repeated)} came more than once; give each run one time.")
+        raise InputError(f"A comparison takes each run once. Received more than once: {', '.join(repeated)}.")
     return RunComparison([ComparedRun.of(run) for run in runs])
 
 # %% ../../nbs/library/runs/06_compare.ipynb #f5bcc7d7
@@ -242,7 +242,7 @@ def _plot_curves(comparison: RunComparison) -> "Figure":
 
     panels = _panels(comparison)
     if not panels:
-        raise NotFoundError("None of these runs has a history to plot: log_metrics(..., step=epoch) makes one.")
+        raise NotFoundError("None of these runs has a history to plot: record one with log_metrics(..., step=epoch).")
     order = _ranking(comparison)
     few = len(order) <= MAX_COLORS
     highlighted = range(len(order)) if few else order[:5]

@@ -52,7 +52,7 @@ def upload_run(
             system.makedirs(target.rpartition("/")[0], exist_ok=True)
             system.put_file(str(path), target)
     except Exception as error:
-        raise StorageError(f"{name} could not be copied to {mirror}: {error}") from error
+        raise StorageError(f"{name} could not be uploaded to {mirror}: {error}") from error
 
 # %% ../../nbs/library/runs/07_remote.ipynb #a75aa142
 def download_run(
@@ -72,10 +72,10 @@ def download_run(
             target.parent.mkdir(parents=True, exist_ok=True)
             system.get_file(source, str(target))
         if list_artifacts(temporary) != Run(temporary).record.artifacts:
-            raise StorageError("its files are not what its record says")
+            raise StorageError("its files differ from its record")
         temporary.chmod(0o755)
         return Run(temporary.rename(store.root / name))
     except Exception as error:
-        raise StorageError(f"{name} could not be fetched from {mirror}: {error}") from error
+        raise StorageError(f"{name} could not be downloaded from {mirror}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -230,7 +230,7 @@ class Run:
         """Add a file to the run; raises NotFoundError when there is no such file."""
         path = Path(path).absolute()
         if not path.is_file():
-            raise NotFoundError(f"There is no file {path} to keep with {self.id}.")
+            raise NotFoundError(f"There is no file {path} to add to {self.id}.")
         if not path.is_relative_to(self.folder):
             path = Path(shutil.copy2(path, self._subfolder("artifacts") / path.name))
         self._record_artifacts(path)
@@ -388,7 +388,7 @@ def check_unsigned(
     if (folder / SIGNATURE_FILE).exists():
         raise InputError(
             f"{folder.name} is signed: what is added now would break the signature. Remove {SIGNATURE_FILE} and "
-            f"{FACTS_FILE}, and sign it anew afterwards."
+            f"{FACTS_FILE}, and sign it again afterwards."
         )
 
 # %% ../../nbs/library/runs/01_run.ipynb #fe441257

@@ -17,6 +17,8 @@ from mlkit.runs import Run, compare_runs, diff_runs
 from mlkit.runs.notebook_diff import align_cells, read_cells
 from mlkit.runs.store import RunStore
 
+from ..chromium import CHROMIUM, Page, as_address
+
 
 def code(source: str, *outputs: dict[str, Any], tags: Sequence[str] = (), seconds: float = 1.0) -> dict[str, Any]:
     """An executed code cell."""
@@ -138,7 +140,7 @@ def test_invalid_selections_of_runs_are_rejected(make: Callable[..., Run]) -> No
         diff_runs(run, Run(run.folder))
     with pytest.raises(InputError, match="two or more"):
         compare_runs([run])
-    with pytest.raises(InputError, match="none came"):
+    with pytest.raises(InputError, match="Received: none"):
         compare_runs(iter(()))
     with pytest.raises(InputError, match="more than once"):
         compare_runs([run, make(), Run(run.folder)])
@@ -241,3 +243,18 @@ def test_hostile_texts_are_escaped_in_a_diff_report(make: Callable[..., Run]) ->
 def test_metrics_by_name() -> None:
     assert all(map(lower_is_better, ("loss", "val_mae", "MSE", "root_mean_squared_error", "test_brier")))
     assert not any(map(lower_is_better, ("accuracy", "auc", "neg_mean_squared_error", "primae", "")))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+def test_a_click_on_a_title_sorts_the_page(make: Callable[..., Run], tmp_path: Path) -> None:
+    runs = [make({"rate": rate}, loss=[loss]) for rate, loss in ((0.1, 9.0), (0.02, math.nan), (0.003, 10.0))]
+    path = compare_runs(runs).save_html(tmp_path / "page.html")
+    rates = "[...document.querySelectorAll('tbody tr')].map(row => row.cells[3].textContent)"
+    click = "[...document.querySelectorAll('th button')].find(button => button.textContent === '{}').click()"
+    with Page(as_address(path)) as page:
+        page.ask(click.format("loss"))
+        assert page.ask(rates) == ["0.1", "0.003", "0.02"]  # 9, 10, NaN
+        page.ask(click.format("loss"))
+        assert page.ask(rates) == ["0.003", "0.1", "0.02"]
+        page.ask(click.format("rate"))
+        assert page.ask(rates) == ["0.003", "0.02", "0.1"]
