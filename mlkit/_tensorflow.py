@@ -1,4 +1,10 @@
-"""None"""
+"""Import of TensorFlow on demand, without its start-up messages and only as the backend of Keras.
+
+TensorFlow writes to file descriptor 2 while it is imported, before any log level takes effect; in a job notebook these
+messages would be the first output of every run. So the descriptor is redirected during the import. Exceptions are not
+affected. Keras has other backends, but only TensorFlow can export a SavedModel: another backend is rejected here rather
+than at the end of a training run.
+"""
 
 import importlib
 import os
@@ -9,7 +15,7 @@ from mlkit.errors import MissingDependencyError
 
 
 def import_tensorflow() -> ModuleType:
-    """TensorFlow, imported without its greeting; raises MissingDependencyError for another Keras backend."""
+    """Import TensorFlow without its messages; raises MissingDependencyError without it, or for another Keras backend."""
     if "tensorflow" in sys.modules:
         return sys.modules["tensorflow"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -19,15 +25,15 @@ def import_tensorflow() -> ModuleType:
             f"mlkit trains and exports with Keras on TensorFlow, but KERAS_BACKEND is '{backend}'. "
             "Unset KERAS_BACKEND and start Python again."
         )
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
     try:
         tensorflow = importlib.import_module("tensorflow")
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"{error}. It comes with: pip install 'tensorflow>=2.21,<2.22'") from error
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
     tensorflow.get_logger().setLevel("WARNING")
     return tensorflow

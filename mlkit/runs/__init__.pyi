@@ -1,3 +1,4 @@
 from .compare import compare_runs as compare_runs
 from .diff import diff_runs as diff_runs
-from .run import Run as Run, RunStore as RunStore
+from .run import Run as Run
+from .store import RunStore as RunStore
