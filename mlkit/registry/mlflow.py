@@ -208,7 +208,9 @@ def _import_model(folder: Path, store: RunStore, origin: str) -> Run:
     networks = sorted(folder.rglob("*.keras")) if not models else []
     if len(models) + len(networks) != 1:
         content = f"{len(models)} SavedModels" if models else f"{len(networks) or 'no'} Keras models and no SavedModel"
-        raise InputError(f"{origin} holds {content}, and exactly one model can be served. Files: {_file_names(folder)}.")
+        raise InputError(
+            f"{origin} holds {content}, and exactly one model can be served. Files: {_file_names(folder)}."
+        )
     model = models[0] if models else _export_keras(networks[0], folder / "exported", origin)
     try:
         read_signatures(model)
