@@ -61,7 +61,7 @@ def test_a_value_set_aside_is_kept_with_its_row():
         "_row": 2, "_step": "1 match", "_column": "mail", "_value": "nothing", "_reason": "does not match .+@.+",
         "_taken": "value", "id": 2, "mail": "nothing",
     }  # fmt: skip
-    assert cleaned.counts["values_set_aside"].to_list() == [1]
+    assert cleaned.counts["values_quarantined"].to_list() == [1]
 
 
 def test_the_record_and_the_quarantine_can_be_written(tmp_path):

@@ -119,7 +119,7 @@ def test_a_plan_complains_as_reading_does(tmp_path):
     refused(tmp_path / "a.csv", "Did you mean 'x'?", reader=scan_table, types={"X": "text"})
     refused("https://host/t.csv", "is an address", reader=scan_table)
     write_tfrecord(retail(rows=10), tmp_path / "t.tfrecord")
-    refused(tmp_path / "t.tfrecord", "cannot be planned", reader=scan_table)
+    refused(tmp_path / "t.tfrecord", "cannot be scanned", reader=scan_table)
 
 
 def test_types_told_hold_for_every_source(tmp_path):
@@ -209,7 +209,7 @@ def test_large_fields_and_many_columns(tmp_path):
 
 
 def test_json_parts_agree_as_a_whole_file_would(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlkit.data.io._JSON_PART", 40)
+    monkeypatch.setattr("mlkit.data.io._JSON_CHUNK_BYTES", 40)
     late = '{"x": 1}\n' * 20 + '{"x": 1.5, "late": "a"}\n'
     for content, schema in (
         (late, {"x": pl.Float64, "late": pl.String}),
@@ -461,21 +461,21 @@ def test_tables_over_http(site):
 
 def test_an_answer_that_is_not_the_file(site):
     refused(f"{site}/none.csv", "nothing at that address", f"{site}/none.csv")
-    refused(f"{site}/cut/t.csv", "could not be fetched", "/cut/t.csv")
+    refused(f"{site}/cut/t.csv", "could not be downloaded", "/cut/t.csv")
     refused(f"{site}/locked/t.csv?token=abc123", "401", "token=***")
-    assert "abc123" not in refused(f"{site}/locked/t.csv?token=abc123", "could not be fetched")
+    assert "abc123" not in refused(f"{site}/locked/t.csv?token=abc123", "could not be downloaded")
     refused(f"{site}/bad.csv", f"Line 2 of '{site}/bad.csv' has 3 fields")
     refused(f"{site}/t.exe", "ends in '.exe'")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    refused(f"http://127.0.0.1:{port}/t.csv", "could not be fetched")
+    refused(f"http://127.0.0.1:{port}/t.csv", "could not be downloaded")
     refused("nowhere://host/t.csv", "nowhere")
 
 
 def test_nothing_fetched_stays_behind(site, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     read_table(f"{site}/t.csv")
-    refused(f"{site}/cut/t.csv", "could not be fetched")
+    refused(f"{site}/cut/t.csv", "could not be downloaded")
     refused(f"{site}/bad.csv", "Line 2")
     assert list(tmp_path.iterdir()) == []
 
@@ -622,9 +622,9 @@ def test_batches_join_to_the_whole(shop, monkeypatch):
     query = "select g as n, case when g > 4000 then g / 2.0 end as late from generate_series(1, 5000) g"
     whole = read_query(shop, query)
     batches = []
-    column = databases._column
+    column = databases._batch_column
     monkeypatch.setattr(databases, "_BATCH_ROWS", 300)
-    monkeypatch.setattr(databases, "_column", lambda *given: batches.append(len(given[1])) or column(*given))
+    monkeypatch.setattr(databases, "_batch_column", lambda *given: batches.append(len(given[1])) or column(*given))
     assert read_query(shop, query).equals(whole)
     assert max(batches) == 300
     assert whole["n"].to_list() == list(range(1, 5001))
