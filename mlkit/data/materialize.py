@@ -42,7 +42,7 @@ from ..errors import DatasetError, StorageError, did_you_mean, join_names
 
 # %% ../../nbs/library/data/18_materialize.ipynb #143f9e7f
 def cannot_write(
-    path: Path,
+    path: Path,  # file that was to be written
     error: Exception,  # exception of the system or of Polars
 ) -> StorageError:
     """Error for a file that could not be written."""
@@ -374,7 +374,7 @@ class Prepared:
 
 def prepare_rows(
     chunks: Sequence[Mapping[str, Any]],  # chunks of `plan_chunks`
-    preparation: DataPreparation,
+    preparation: DataPreparation,  # preparation of the training rows
     features: Sequence[str],  # columns that are validated against the schema
     columns: Sequence[str],  # columns to write
     folder: Path,  # folder of the Parquet files

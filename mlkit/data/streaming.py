@@ -368,14 +368,21 @@ class StreamedDataset(DatasetSummaryMixin):
             return weights
         return weights * np.where(splits == 0, np.array(self.class_weights, np.float32)[labels], np.float32(1))
 
-    def batches(self, split: str = "train", batch_size: int = 1024) -> Iterator[dict[str, np.ndarray]]:
+    def batches(
+        self,
+        split: str = "train",  # train, validation, test or all
+        batch_size: int = 1024,  # rows per batch, at most
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Features of a split as arrays, in batches, in the order of its rows."""
         number, _ = self._split(split)
         for chunk in range(len(self.counts)):
             for batch in self.read(chunk, number).select(list(self.features)).iter_slices(batch_size):
                 yield {column.name: column.to_numpy() for column in batch}
 
-    def labels_of(self, split: str) -> np.ndarray:
+    def labels_of(
+        self,
+        split: str,  # train, validation, test or all
+    ) -> np.ndarray:  # [rows], int32 class numbers or float32 targets
         """Labels of a split, in the order of its rows."""
         number, _ = self._split(split)
         chunks = map(self.source_rows.read_labels, range(len(self.counts)))
@@ -383,7 +390,10 @@ class StreamedDataset(DatasetSummaryMixin):
             [number_labels(y.filter(_in_split(splits, number)), self.classes) for y, splits in chunks]
         )
 
-    def rows(self, split: str) -> np.ndarray:
+    def rows(
+        self,
+        split: str,  # train, validation, test or all
+    ) -> np.ndarray:  # [rows], int64
         """Row numbers of a split, in ascending order."""
         number, _ = self._split(split)
         splits = [self.source_rows.read_labels(chunk)[1] for chunk in range(len(self.counts))]
