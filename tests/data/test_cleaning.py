@@ -1,4 +1,4 @@
-"""What `mlkit.data.cleaning` promises: nothing disappears, the sums are right, and it keeps its pace on odd tables."""
+"""Tests of `mlkit.data.cleaning`: every row is accounted for, whatever the steps, also in unusual tables."""
 
 import json
 from datetime import date
@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from mlkit.data import clean, read_table, write_table
-from mlkit.data.cleaning import load_steps
+from mlkit.data.cleaning import Cleaned, load_steps
 from mlkit.data.synthetic import retail
 from mlkit.errors import DatasetError
 from tests.conftest import ADULT
@@ -16,24 +16,23 @@ from tests.conftest import ADULT
 CATEGORIES = "books|electronics|fashion|garden|grocery|home|sports|toys"
 
 
-def accounts_for_every_row(table: pl.DataFrame, cleaned) -> bool:
-    """Rows in = rows out + rows in quarantine, and the latter are as they came, under their numbers."""
-    gone = cleaned.quarantine.filter(_taken="row")
-    assert gone["_row"].is_unique().all()
-    assert cleaned.table.height + gone.height == table.height
-    came = table.with_row_index("_row", offset=1).filter(
+def check_accounting(table: pl.DataFrame, cleaned: Cleaned) -> None:
+    """Rows in = rows out + rows in quarantine, and the quarantine holds the original rows with their numbers."""
+    removed = cleaned.quarantine.filter(_taken="row")
+    assert removed["_row"].is_unique().all()
+    assert cleaned.table.height + removed.height == table.height
+    original = table.with_row_index("_row", offset=1).filter(
         pl.col("_row").is_in(cleaned.quarantine["_row"].unique().implode())
     )
-    noted = cleaned.quarantine.select("_row", *table.columns).unique("_row").sort("_row")
-    assert noted.equals(came.cast({"_row": pl.Int64}))
+    quarantined = cleaned.quarantine.select("_row", *table.columns).unique("_row").sort("_row")
+    assert quarantined.equals(original.cast({"_row": pl.Int64}))
     assert cleaned.quarantine["_reason"].null_count() == 0
-    return True
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_row_disappears_whatever_the_steps(seed):
     table = retail(rows=4000, dirty=0.3, seed=seed).with_columns(pl.col("price").cast(pl.String))
-    possible = [
+    all_steps = [
         {"step": "trim"},
         {"step": "match", "column": "category", "pattern": CATEGORIES},
         {"step": "match", "column": "device", "pattern": "desktop|mobile", "otherwise": "value"},
@@ -45,23 +44,23 @@ def test_no_row_disappears_whatever_the_steps(seed):
         {"step": "deduplicate", "columns": ["user_id"], "keep": "last"},
         {"step": "missing", "rule": "drop"},
     ]
-    order = np.random.default_rng(seed).permutation(len(possible))[:6]
-    cleaned = clean(table, [possible[number] for number in order])
-    assert accounts_for_every_row(table, cleaned)
+    order = np.random.default_rng(seed).permutation(len(all_steps))[:6]
+    cleaned = clean(table, [all_steps[number] for number in order])
+    check_accounting(table, cleaned)
     assert cleaned.counts["rows_out"][-1] == cleaned.table.height
     assert cleaned.counts["rows_in"].to_list() == [table.height, *cleaned.counts["rows_out"].to_list()[:-1]]
 
 
-def test_a_value_set_aside_is_kept_with_its_row():
+def test_a_quarantined_value_is_stored_with_its_row():
     table = pl.DataFrame({"id": [1, 2, 3], "mail": ["a@b.c", "nothing", None]})
     cleaned = clean(table, [{"step": "match", "column": "mail", "pattern": ".+@.+", "otherwise": "value"}])
     assert cleaned.table.rows() == [(1, "a@b.c"), (2, None), (3, None)]
-    [note] = cleaned.quarantine.to_dicts()
-    assert note == {
+    [entry] = cleaned.quarantine.to_dicts()
+    assert entry == {
         "_row": 2, "_step": "1 match", "_column": "mail", "_value": "nothing", "_reason": "does not match .+@.+",
         "_taken": "value", "id": 2, "mail": "nothing",
     }  # fmt: skip
-    assert cleaned.counts["values_set_aside"].to_list() == [1]
+    assert cleaned.counts["values_quarantined"].to_list() == [1]
 
 
 def test_the_record_and_the_quarantine_can_be_written(tmp_path):
@@ -83,21 +82,21 @@ def test_the_record_and_the_quarantine_can_be_written(tmp_path):
         (["NaN", "inf", "--1", "1-"], {"decimal": ","}, [None, None, None, None]),
     ],
 )
-def test_numbers_as_people_write_them(values, options, expected):
+def test_numbers_with_separators(values, options, expected):
     step = {"step": "convert", "column": "x", "kind": "number", **options}
     cleaned = clean(pl.DataFrame({"x": values}), [step])
     assert cleaned.table["x"].to_list() == expected
     assert cleaned.quarantine["_value"].to_list() == [v for v, e in zip(values, expected, strict=True) if e is None]
 
 
-def test_dates_in_a_format_of_their_own():
+def test_dates_in_a_declared_format():
     step = {"step": "convert", "column": "x", "kind": "date", "format": "%d.%m.%Y"}
     cleaned = clean(pl.DataFrame({"x": ["31.01.2026", "30.02.2026", " 1.2.2026", ""]}), [step])
     assert cleaned.table["x"].cast(pl.String).to_list() == ["2026-01-31", None, "2026-02-01", None]
     assert cleaned.quarantine["_value"].to_list() == ["30.02.2026"]
 
 
-def test_odd_tables():
+def test_unusual_tables():
     empty = pl.DataFrame({"x": pl.Series([], dtype=pl.String)})
     steps = [{"step": "trim"}, {"step": "match", "column": "x", "pattern": "a"}, {"step": "deduplicate"}]
     steps += [{"step": "missing", "rule": "drop"}, {"step": "convert", "column": "x", "kind": "number"}]
@@ -113,7 +112,7 @@ def test_odd_tables():
 
 
 @pytest.mark.parametrize(
-    ("steps", "told"),
+    ("steps", "expected"),
     [
         ([{"step": "dedup"}], "Did you mean 'deduplicate'?"),
         ([{"step": "trim"}, {"step": "match", "column": "x"}], "Step 2: 'match' needs the option 'pattern'"),
@@ -127,16 +126,16 @@ def test_odd_tables():
         (["trim"], "needs 'step'"),
     ],
 )
-def test_steps_that_cannot_be(steps, told):
+def test_invalid_steps(steps, expected):
     table = pl.DataFrame({"x": ["a", None], "n": [1, 2]})
     with pytest.raises(DatasetError) as caught:
         clean(table, steps)
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert "Step " in str(caught.value)
     assert table.rows() == [("a", 1), (None, 2)]
 
 
-def test_a_table_with_the_names_of_the_quarantine():
+def test_a_table_with_column_names_of_the_quarantine():
     with pytest.raises(DatasetError, match="_row"):
         clean(pl.DataFrame({"_row": [1]}), [])
 
@@ -145,13 +144,13 @@ def test_a_file_of_steps(tmp_path):
     path = tmp_path / "steps.yaml"
     path.write_text("- {step: trim}\n- {step: missing, values: ['?', -1], rule: keep}\n")
     assert load_steps(path) == [{"step": "trim"}, {"step": "missing", "values": ["?", -1], "rule": "keep"}]
-    for content, told in {
+    for content, expected in {
         "- {step: trim}\n- {step: mach}": "Step 2.*'match'",
         "a: [": "is not YAML",
         "3": "a list",
     }.items():
         path.write_text(content)
-        with pytest.raises(DatasetError, match=told):
+        with pytest.raises(DatasetError, match=expected):
             load_steps(path)
 
 
@@ -160,12 +159,12 @@ def test_adult():
     table = read_table(ADULT)
     steps = [{"step": "trim"}, {"step": "missing", "values": ["?"], "rule": "drop"}, {"step": "deduplicate"}]
     cleaned = clean(table, steps)
-    assert accounts_for_every_row(table, cleaned)
+    check_accounting(table, cleaned)
     complete = table.filter(~pl.any_horizontal(pl.col(pl.String).str.strip_chars() == "?"))
     assert cleaned.counts["rows_out"].to_list() == [32561, complete.height, complete.unique().height]
 
 
-def test_a_range_survives_the_record_of_a_run() -> None:
+def test_a_range_can_be_repeated_from_the_record_of_a_run() -> None:
     table = pl.DataFrame({"day": [date(2026, 1, 1), date(1900, 1, 1)], "x": [1.0, 2.0]})
     steps = [{"step": "range", "column": "day", "minimum": date(2000, 1, 1)}]
     cleaned = clean(table, steps)

@@ -1,4 +1,4 @@
-"""What `mlkit.data.io` promises and a notebook cannot show well: servers, kills, full disks, damaged and odd files."""
+"""Tests of `mlkit.data.io`, `sql` and `tfrecord` beyond their notebooks: servers, kills, full disks, damaged files."""
 
 import contextlib
 import datetime
@@ -34,10 +34,11 @@ FORMATS = ("csv", "tsv", "csv.gz", "csv.zst", "jsonl", "jsonl.gz", "jsonl.zst", 
 FORMATS += ("tfrecord", "tfrecord.gz")
 
 
-def refused(source, *told, reader=read_table, **options) -> str:
+def read_error(source, *expected, reader=read_table, **options) -> str:
+    """Message of the DatasetError that reading a source raises; it contains the expected texts."""
     with pytest.raises(DatasetError) as caught:
         reader(source, **options)
-    for text in told:
+    for text in expected:
         assert text in str(caught.value)
     return str(caught.value)
 
@@ -46,7 +47,7 @@ def refused(source, *told, reader=read_table, **options) -> str:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_every_format_comes_back(tmp_path, ending):
+def test_every_format_survives_a_round_trip(tmp_path, ending):
     table = retail(rows=3000, dirty=0.05)
     if "tfrecord" in ending:  # tf.Example has 32-bit floats, no dates and no true/false
         table = table.with_columns(pl.col(pl.Float64).cast(pl.Float32), pl.col("day").cast(pl.String))
@@ -62,7 +63,7 @@ def test_every_format_comes_back(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "parquet", "arrow"])
-def test_a_plan_reads_the_same(tmp_path, ending):
+def test_scan_table_reads_the_same_as_read_table(tmp_path, ending):
     table = retail(rows=30_000, dirty=0.05)
     write_table(table, tmp_path / f"part.{ending}", shards=3)
     types = {"day": "text", "hour": "number"}
@@ -72,7 +73,7 @@ def test_a_plan_reads_the_same(tmp_path, ending):
     assert fingerprint(plan.collect(engine="streaming")) == fingerprint(read)
 
 
-def test_a_plan_sees_types_in_rows_far_away(tmp_path):
+def test_scan_table_infers_types_over_all_rows(tmp_path):
     rows = 60_000
     table = pl.DataFrame(
         {"late": ["1"] * (rows - 1) + ["2.5"], "code": ["7"] * (rows - 1) + ["x"], "void": [""] * rows}
@@ -83,17 +84,17 @@ def test_a_plan_sees_types_in_rows_far_away(tmp_path):
     assert read_table(tmp_path / "t.csv").schema == expected
 
 
-def test_the_memory_of_a_plan_does_not_grow_with_the_data(tmp_path):
+def test_the_memory_of_scan_table_does_not_grow_with_the_data(tmp_path):
     code = """
 import pathlib, sys, threading, time
 import polars as pl
 from mlkit.data import scan_table
 peak, done = [0], threading.Event()
-def watch():
+def record_peak():
     while not done.wait(0.002):
         status = pathlib.Path("/proc/self/status").read_text()
         peak[0] = max(peak[0], int(status.split("RssAnon:")[1].split()[0]))
-threading.Thread(target=watch).start()
+threading.Thread(target=record_peak).start()
 rows = scan_table([sys.argv[1]] * int(sys.argv[2])).group_by("clicked").agg(pl.len()).collect(engine="streaming")
 done.set()
 print(peak[0] // 1000, rows["len"].sum())
@@ -101,28 +102,28 @@ print(peak[0] // 1000, rows["len"].sum())
     [file] = write_table(retail(rows=300_000), tmp_path / "t.csv")
     peaks = {}
     for copies in (3, 15):
-        run = [sys.executable, "-c", code, file, str(copies)]
-        result = subprocess.run(run, capture_output=True, text=True, check=True, timeout=300)
+        command = [sys.executable, "-c", code, file, str(copies)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         peaks[copies], rows = map(int, result.stdout.split())
         assert rows == copies * 300_000
     assert peaks[15] < peaks[3] + 300, peaks  # 12 copies more are 360 MB as text, and over 1 GB in memory
 
 
-def test_a_plan_complains_as_reading_does(tmp_path):
+def test_scan_table_raises_the_errors_of_read_table(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     (tmp_path / "b.csv").write_text("x,z\n1,2\n")
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     (tmp_path / "d.csv").write_text("")
-    refused(tmp_path / "[ab].csv", "differ in columns: y, z", reader=scan_table)
-    refused(tmp_path / "c.parquet", "c.parquet", "cannot be read", reader=scan_table)
-    refused(tmp_path / "d.csv", "is empty", reader=scan_table)
-    refused(tmp_path / "a.csv", "Did you mean 'x'?", reader=scan_table, types={"X": "text"})
-    refused("https://host/t.csv", "is an address", reader=scan_table)
+    read_error(tmp_path / "[ab].csv", "differ in columns: y, z", reader=scan_table)
+    read_error(tmp_path / "c.parquet", "c.parquet", "cannot be read", reader=scan_table)
+    read_error(tmp_path / "d.csv", "is empty", reader=scan_table)
+    read_error(tmp_path / "a.csv", "Did you mean 'x'?", reader=scan_table, types={"X": "text"})
+    read_error("https://host/t.csv", "is an address", reader=scan_table)
     write_tfrecord(retail(rows=10), tmp_path / "t.tfrecord")
-    refused(tmp_path / "t.tfrecord", "cannot be planned", reader=scan_table)
+    read_error(tmp_path / "t.tfrecord", "cannot be scanned", reader=scan_table)
 
 
-def test_types_told_hold_for_every_source(tmp_path):
+def test_declared_types_apply_to_every_source(tmp_path):
     (tmp_path / "t.csv").write_text("code,price,new,at\n007,1,yes,2026-01-31 10:00\n12,,no,\n")
     types = {"code": "text", "price": "number", "new": "boolean", "at": "datetime"}
     table = read_table(tmp_path / "t.csv", types=types)
@@ -130,30 +131,30 @@ def test_types_told_hold_for_every_source(tmp_path):
     assert table.schema["price"] == pl.Float64
     (tmp_path / "t.jsonl").write_text('{"code": "007", "n": 1}\n{"code": "8", "n": 2.5}\n')
     assert read_table(tmp_path / "t.jsonl", types={"code": "integer"})["code"].to_list() == [7, 8]
-    told = "Column 'n' is not integer throughout: 1 of 2 values do not fit, the first 2.5 in row 2"
-    refused(tmp_path / "t.jsonl", told, types={"n": "integer"})
-    refused(tmp_path / "t.csv", "'007' in row 1", "2 of 2", types={"code": "date"})
-    refused(tmp_path / "t.csv", "Did you mean 'number'?", types={"code": "numbre"})
-    for part, code in enumerate(("007", "x12")):
-        (tmp_path / f"p{part}.csv").write_text(f"code\n{code}\n")
-    refused(tmp_path / "p*.csv", "Column 'code' is text in")
+    misfit = "Column 'n' is not integer throughout: 1 of 2 values do not fit, the first 2.5 in row 2"
+    read_error(tmp_path / "t.jsonl", misfit, types={"n": "integer"})
+    read_error(tmp_path / "t.csv", "'007' in row 1", "2 of 2", types={"code": "date"})
+    read_error(tmp_path / "t.csv", "Did you mean 'number'?", types={"code": "numbre"})
+    for number, code in enumerate(("007", "x12")):
+        (tmp_path / f"p{number}.csv").write_text(f"code\n{code}\n")
+    read_error(tmp_path / "p*.csv", "Column 'code' is text in")
     assert read_table(tmp_path / "p*.csv", types={"code": "text"})["code"].to_list() == ["007", "x12"]
 
 
-# -- odd and damaged files ----------------------------------------------------------------------------------------
+# -- damaged and unusual files -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["csv.gz", "csv.zst", "jsonl.gz", "parquet", "arrow", "tfrecord", "tfrecord.gz"])
 @pytest.mark.parametrize("share", [0.5, 0.999])
-def test_a_file_cut_off_is_named(tmp_path, ending, share):
+def test_a_truncated_file_is_named(tmp_path, ending, share):
     [file] = write_table(retail(rows=20_000), tmp_path / f"t.{ending}")
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * share)])
-    refused(file, str(file))
+    read_error(file, str(file))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "expected"),
     [
         ("parquet.csv", b"PAR1\x15\x04\x15", "is a Parquet file; let its name end in .parquet"),
         ("sheet.csv", b"PK\x03\x04\x14\x00", "spreadsheet"),
@@ -170,9 +171,9 @@ def test_a_file_cut_off_is_named(tmp_path, ending, share):
         ("nameless.csv", b"a,,b\n1,2,3\n", "Column 2"),
     ],
 )
-def test_content_that_is_not_what_the_name_says(tmp_path, name, content, told):
+def test_content_of_another_format_than_the_suffix(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, name, told)
+    read_error(tmp_path / name, name, expected)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_content_that_is_not_what_the_name_says(tmp_path, name, content, told):
         ["1", "2 "],
     ],
 )
-def test_what_fits_no_kind_stays_text_as_it_is(tmp_path, values):
+def test_values_that_fit_no_type_stay_text(tmp_path, values):
     pl.DataFrame({"x": values, "n": [1.5] * len(values)}).write_csv(tmp_path / "t.csv")
     for table in (read_table(tmp_path / "t.csv"), scan_table(tmp_path / "t.csv").collect()):
         assert table["x"].to_list() == values
@@ -208,8 +209,8 @@ def test_large_fields_and_many_columns(tmp_path):
     assert scan_table(tmp_path / "wide.csv").collect().equals(wide)
 
 
-def test_json_parts_agree_as_a_whole_file_would(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlkit.data.io._JSON_PART", 40)
+def test_json_chunks_are_typed_like_the_whole_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlkit.data.io._JSON_CHUNK_BYTES", 40)
     late = '{"x": 1}\n' * 20 + '{"x": 1.5, "late": "a"}\n'
     for content, schema in (
         (late, {"x": pl.Float64, "late": pl.String}),
@@ -222,13 +223,13 @@ def test_json_parts_agree_as_a_whole_file_would(tmp_path, monkeypatch):
         assert table.schema == schema
         assert table.height == 21
     (tmp_path / "t.jsonl").write_text(late + "oops\n" + late)
-    refused(tmp_path / "t.jsonl", "Line 22", "not valid JSON")
+    read_error(tmp_path / "t.jsonl", "Line 22", "not valid JSON")
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_write_leaves_what_was_there(tmp_path):
+def test_a_killed_write_leaves_the_previous_file(tmp_path):
     target = tmp_path / "t.jsonl"
     write_table(pl.DataFrame({"x": [1]}), target)
     code = (
@@ -237,7 +238,7 @@ def test_a_killed_write_leaves_what_was_there(tmp_path):
     )
     writer = subprocess.Popen([sys.executable, "-c", code])
     try:
-        wait_until(lambda: [part for part in tmp_path.glob(".t.jsonl-*") if part.stat().st_size > 1_000_000])
+        wait_until(lambda: [file for file in tmp_path.glob(".t.jsonl-*") if file.stat().st_size > 1_000_000])
     finally:
         writer.send_signal(signal.SIGKILL)
         writer.wait()
@@ -255,20 +256,20 @@ def test_a_full_disk_leaves_nothing_half_written(small_disk, ending):
     assert read_table(target)["x"].to_list() == [1]
 
 
-def test_targets_that_cannot_be(tmp_path):
+def test_invalid_targets(tmp_path):
     table = retail(rows=10)
-    refused(table, "ends in '.xls'", reader=lambda t: write_table(t, tmp_path / "t.xls"))
-    refused(table, "10 rows", reader=lambda t: write_table(t, tmp_path / "t.csv", shards=11))
+    read_error(table, "ends in '.xls'", reader=lambda t: write_table(t, tmp_path / "t.xls"))
+    read_error(table, "10 rows", reader=lambda t: write_table(t, tmp_path / "t.csv", shards=11))
     (tmp_path / "t.csv").mkdir()
-    refused(table, "could not be written", reader=lambda t: write_table(t, tmp_path / "t.csv"))
+    read_error(table, "could not be written", reader=lambda t: write_table(t, tmp_path / "t.csv"))
     nested = pl.DataFrame({"x": [[1, 2]]})
-    refused(nested, "Column 'x' holds List", reader=lambda t: write_table(t, tmp_path / "t.tfrecord"))
+    read_error(nested, "Column 'x' holds List", reader=lambda t: write_table(t, tmp_path / "t.tfrecord"))
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
 
 
 # -- TFRecord -----------------------------------------------------------------------------------------------------
 
-ODD = pl.DataFrame(
+EDGE_CASES = pl.DataFrame(
     {
         "text": ["", None, "nul \0 inside", "Zürich 東京 🎉", "x" * 300],
         "number": [0, -1, 2**63 - 1, -(2**63), None],
@@ -280,19 +281,19 @@ ODD = pl.DataFrame(
 )
 
 
-def in_tensorflow(code: str, *arguments: object) -> str:
-    head = "import sys, tensorflow as tf\n"
-    run = [sys.executable, "-c", head + code, *map(str, arguments)]
+def run_with_tensorflow(code: str, *arguments: object) -> str:
+    imports = "import sys, tensorflow as tf\n"
+    command = [sys.executable, "-c", imports + code, *map(str, arguments)]
     result = subprocess.run(
-        run, capture_output=True, text=True, timeout=300, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def test_tensorflow_reads_what_is_written(tmp_path):
-    write_table(ODD, tmp_path / "t.tfrecord")
-    write_table(ODD, tmp_path / "t.tfrecord.gz")
+def test_tensorflow_reads_written_files(tmp_path):
+    write_table(EDGE_CASES, tmp_path / "t.tfrecord")
+    write_table(EDGE_CASES, tmp_path / "t.tfrecord.gz")
     code = """
 def rows(path, kind):
     for record in tf.data.TFRecordDataset(path, compression_type=kind):
@@ -305,34 +306,34 @@ def rows(path, kind):
                 "text": tf.io.FixedLenFeature([], tf.string, "gone"),
                 "void": tf.io.FixedLenFeature([], tf.string, "none"),
                 "ratio": tf.io.FixedLenFeature([], tf.float32, 9)}
-        one = tf.io.parse_single_example(record, spec)
-        yield row, {name: value.numpy() for name, value in sorted(one.items())}
+        parsed = tf.io.parse_single_example(record, spec)
+        yield row, {name: value.numpy() for name, value in sorted(parsed.items())}
 print([*rows(sys.argv[1], "")])
 print([*rows(sys.argv[2], "GZIP")])
 """
-    plain, packed = in_tensorflow(code, tmp_path / "t.tfrecord", tmp_path / "t.tfrecord.gz").splitlines()
+    plain, packed = run_with_tensorflow(code, tmp_path / "t.tfrecord", tmp_path / "t.tfrecord.gz").splitlines()
     assert plain == packed
-    number = {"array": np.array, "float32": np.float32, "inf": np.inf, "nan": np.nan, "np": np}
-    seen = eval(plain, number)
-    names = sorted(ODD.columns)
-    for position, (row, parsed) in enumerate(seen):
-        expected = [(name, ODD[name][position]) for name in names]
+    names_of_repr = {"array": np.array, "float32": np.float32, "inf": np.inf, "nan": np.nan, "np": np}
+    rows = eval(plain, names_of_repr)
+    names = sorted(EDGE_CASES.columns)
+    for position, (row, parsed) in enumerate(rows):
+        expected = [(name, EDGE_CASES[name][position]) for name in names]
         if position:
             expected = [(name, value) for name, value in expected if value is not None]
         expected = [(n, None if v is None else [v.encode() if isinstance(v, str) else v]) for n, v in expected]
         assert repr(row) == repr(expected)
-        wanted = ODD.select(
+        filled = EDGE_CASES.select(
             pl.col("number").fill_null(-7), pl.col("ratio").fill_null(9.0), pl.col("text").fill_null("gone")
         ).row(position, named=True)
-        assert repr(float(parsed["ratio"])) == repr(wanted["ratio"])
+        assert repr(float(parsed["ratio"])) == repr(filled["ratio"])
         assert (parsed["number"], parsed["text"].decode(), parsed["void"]) == (
-            wanted["number"],
-            wanted["text"],
+            filled["number"],
+            filled["text"],
             b"none",
         )
 
 
-def test_what_tensorflow_writes_is_read(tmp_path):
+def test_files_written_by_tensorflow_are_read(tmp_path):
     code = """
 import random
 random.seed(0)
@@ -344,20 +345,20 @@ def example(number):
              "list": feature(int64_list=tf.train.Int64List(value=list(range(number % 3)))),
              "picture": feature(bytes_list=tf.train.BytesList(value=[b"\\xff\\xd8"])),
              "empty": feature()}
-    kept = random.sample(sorted(names), 6 if number % 2 else 4)
-    return tf.train.Example(features=tf.train.Features(feature={name: names[name] for name in kept})), kept
+    present = random.sample(sorted(names), 6 if number % 2 else 4)
+    return tf.train.Example(features=tf.train.Features(feature={name: names[name] for name in present})), present
 with tf.io.TFRecordWriter(sys.argv[1]) as writer:
     for number in range(300):
-        one, kept = example(number)
-        writer.write(one.SerializeToString())
-        print(sorted(kept))
+        record, present = example(number)
+        writer.write(record.SerializeToString())
+        print(sorted(present))
 """
-    kept = [eval(line) for line in in_tensorflow(code, tmp_path / "t.tfrecord").splitlines()]
-    for blocks in (16_384, 64):
+    present = [eval(line) for line in run_with_tensorflow(code, tmp_path / "t.tfrecord").splitlines()]
+    for block_rows in (16_384, 64):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mlkit.data.tfrecord._BLOCK_ROWS", blocks)
+            patch.setattr("mlkit.data.tfrecord._BLOCK_ROWS", block_rows)
             table = read_tfrecord(tmp_path / "t.tfrecord")
-        for number, names in enumerate(kept):
+        for number, names in enumerate(present):
             values = {"text": f"t{number}", "number": -number, "ratio": number / 4, "picture": b"\xff\xd8"}
             values |= {"list": list(range(number % 3)) or None, "empty": None}
             expected = {name: values[name] if name in names else None for name in table.columns}
@@ -366,11 +367,11 @@ with tf.io.TFRecordWriter(sys.argv[1]) as writer:
 
 
 def test_a_damaged_record_is_named(tmp_path):
-    write_tfrecord(ODD, tmp_path / "t.tfrecord")
+    write_tfrecord(EDGE_CASES, tmp_path / "t.tfrecord")
     whole = (tmp_path / "t.tfrecord").read_bytes()
     size = int.from_bytes(whole[:8], "little")
     second = 12 + size + 4
-    for position, told in (
+    for position, expected in (
         (5, "Record 1"),
         (30, "Record 1 of"),
         (second + 2, "Record 2"),
@@ -379,24 +380,24 @@ def test_a_damaged_record_is_named(tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 8
         (tmp_path / "bad.tfrecord").write_bytes(damaged)
-        refused(tmp_path / "bad.tfrecord", "bad.tfrecord", told)
+        read_error(tmp_path / "bad.tfrecord", "bad.tfrecord", expected)
     (tmp_path / "bad.tfrecord").write_bytes(whole[: second + 6])
-    refused(tmp_path / "bad.tfrecord", "Record 2", "cut off in its length")
+    read_error(tmp_path / "bad.tfrecord", "Record 2", "cut off in its length")
     (tmp_path / "bad.tfrecord").write_bytes(whole[:-9])
-    refused(tmp_path / "bad.tfrecord", "Record 5", "is cut off")
+    read_error(tmp_path / "bad.tfrecord", "Record 5", "is cut off")
 
 
-def test_shards_that_differ(tmp_path):
+def test_shards_with_different_columns(tmp_path):
     write_tfrecord(pl.DataFrame({"x": [1, 2], "y": [None, "a"]}), tmp_path / "a-0.tfrecord")
     write_tfrecord(pl.DataFrame({"x": [3], "y": pl.Series([None], dtype=pl.String)}), tmp_path / "a-1.tfrecord")
     assert read_table(tmp_path / "a-*.tfrecord").rows() == [(1, None), (2, "a"), (3, None)]
     write_tfrecord(pl.DataFrame({"x": ["3"], "y": ["b"]}), tmp_path / "a-2.tfrecord")
-    refused(tmp_path / "a-*.tfrecord", "a-2.tfrecord", "a-0.tfrecord", "Column 'x' is text")
+    read_error(tmp_path / "a-*.tfrecord", "a-2.tfrecord", "a-0.tfrecord", "Column 'x' is text")
     write_tfrecord(pl.DataFrame({"x": [3], "Y": ["b"]}), tmp_path / "a-2.tfrecord")
-    refused(tmp_path / "a-*.tfrecord", "a-2.tfrecord", "a-0.tfrecord", "differ in columns: Y, y")
+    read_error(tmp_path / "a-*.tfrecord", "a-2.tfrecord", "a-0.tfrecord", "differ in columns: Y, y")
 
 
-def test_records_that_are_no_examples(tmp_path):
+def test_records_that_are_not_examples(tmp_path):
     import google_crc32c
 
     def masked(data: bytes) -> bytes:
@@ -408,18 +409,18 @@ def test_records_that_are_no_examples(tmp_path):
         return size + masked(size) + data + masked(data)
 
     (tmp_path / "t.tfrecord").write_bytes(record(b"") + record(b"\xff\xff\xff no example"))
-    refused(tmp_path / "t.tfrecord", "record 2", "is not a tf.Example")
+    read_error(tmp_path / "t.tfrecord", "record 2", "is not a tf.Example")
     (tmp_path / "t.tfrecord").write_bytes(record(b""))
-    refused(tmp_path / "t.tfrecord", "t.tfrecord", "no rows")
+    read_error(tmp_path / "t.tfrecord", "t.tfrecord", "no rows")
     (tmp_path / "t.tfrecord").write_bytes(b"")
-    refused(tmp_path / "t.tfrecord", "is empty")
+    read_error(tmp_path / "t.tfrecord", "is empty")
 
 
-# -- by address ---------------------------------------------------------------------------------------------------
+# -- URLs --------------------------------------------------------------------------------------------------------
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """/t.csv and so on; /cut/... announces more than it sends; /locked/... wants a password."""
+    """Serves /t.csv and others; /cut/... announces more bytes than it sends; /locked/... requires a password."""
 
     files: dict[str, bytes] = {}  # noqa: RUF012
 
@@ -459,37 +460,37 @@ def test_tables_over_http(site):
     assert read_table([f"{site}/t.csv", f"{site}/t.csv.gz"]).height == 1000
 
 
-def test_an_answer_that_is_not_the_file(site):
-    refused(f"{site}/none.csv", "nothing at that address", f"{site}/none.csv")
-    refused(f"{site}/cut/t.csv", "could not be fetched", "/cut/t.csv")
-    refused(f"{site}/locked/t.csv?token=abc123", "401", "token=***")
-    assert "abc123" not in refused(f"{site}/locked/t.csv?token=abc123", "could not be fetched")
-    refused(f"{site}/bad.csv", f"Line 2 of '{site}/bad.csv' has 3 fields")
-    refused(f"{site}/t.exe", "ends in '.exe'")
+def test_failed_downloads(site):
+    read_error(f"{site}/none.csv", "nothing at that address", f"{site}/none.csv")
+    read_error(f"{site}/cut/t.csv", "could not be downloaded", "/cut/t.csv")
+    read_error(f"{site}/locked/t.csv?token=abc123", "401", "token=***")
+    assert "abc123" not in read_error(f"{site}/locked/t.csv?token=abc123", "could not be downloaded")
+    read_error(f"{site}/bad.csv", f"Line 2 of '{site}/bad.csv' has 3 fields")
+    read_error(f"{site}/t.exe", "ends in '.exe'")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    refused(f"http://127.0.0.1:{port}/t.csv", "could not be fetched")
-    refused("nowhere://host/t.csv", "nowhere")
+    read_error(f"http://127.0.0.1:{port}/t.csv", "could not be downloaded")
+    read_error("nowhere://host/t.csv", "nowhere")
 
 
-def test_nothing_fetched_stays_behind(site, tmp_path, monkeypatch):
+def test_downloads_are_removed(site, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     read_table(f"{site}/t.csv")
-    refused(f"{site}/cut/t.csv", "could not be fetched")
-    refused(f"{site}/bad.csv", "Line 2")
+    read_error(f"{site}/cut/t.csv", "could not be downloaded")
+    read_error(f"{site}/bad.csv", "Line 2")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store(tmp_path):
+def test_an_object_store(tmp_path):
     table = retail(rows=90)
     assert write_table(table, "memory://shop/day.parquet", shards=3)
     assert fingerprint(read_table("memory://shop/day-*.parquet")) == fingerprint(table)
     write_table(table, f"file://{tmp_path}/t.csv.gz")
     assert fingerprint(read_table(f"file://{tmp_path}/t.csv.gz")) == fingerprint(table)
-    refused("memory://shop/week-*.parquet", "No file matches")
+    read_error("memory://shop/week-*.parquet", "No file matches")
 
 
-def test_a_store_whose_package_is_missing(monkeypatch):
+def test_missing_packages_are_named(monkeypatch):
     for scheme, package in {"s3": "s3fs", "gs": "gcsfs"}.items():
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(MissingDependencyError, match=f"pip install {package}"):
@@ -506,7 +507,7 @@ def test_a_store_whose_package_is_missing(monkeypatch):
 
 
 class FakeDatasets:
-    """As much of tensorflow_datasets as is used."""
+    """Replacement for the used part of tensorflow_datasets."""
 
     features: dict[str, object] = {}  # noqa: RUF012
 
@@ -532,9 +533,9 @@ def test_tensorflow_datasets_by_name(monkeypatch):
     table = read_table("tfds:shop/small:1.0.0", types={"n": "number"})
     assert table.rows() == [(1.0, "ü", True), (2.0, "", False)] * 2
     assert table.columns == ["n", "in/word", "in/yes"]
-    refused("tfds:shpo", "'tfds:shpo' could not be loaded. ValueError: Dataset shpo not found.")
+    read_error("tfds:shpo", "'tfds:shpo' could not be loaded. ValueError: Dataset shpo not found.")
     FakeDatasets.features = {"picture": np.zeros((2, 8, 8))}
-    refused("tfds:shop/small:1.0.0", "feature 'picture' has shape (8, 8)")
+    read_error("tfds:shop/small:1.0.0", "feature 'picture' has shape (8, 8)")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(MissingDependencyError, match="pip install tensorflow-datasets"):
         read_table("tfds:mnist")
@@ -544,13 +545,14 @@ def test_tensorflow_datasets_by_name(monkeypatch):
 
 
 def postgres_programs() -> Path | None:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return found[-1].parent if found else (Path(shutil.which("initdb")).parent if shutil.which("initdb") else None)
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    initdb = versions[-1] if versions else shutil.which("initdb")
+    return Path(initdb).parent if initdb else None
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The address of a PostgreSQL of our own, without the password."""
+    """URL of a temporary PostgreSQL server, without the password."""
     programs = postgres_programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
@@ -614,24 +616,24 @@ def test_types_of_postgres(shop):
     assert first["id"] == "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
     assert table.null_count().row(0) == (1, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2)
     assert table["word"][1] == ""
-    told = read_table(shop, query="select 12.50::numeric(10,2) as money", types={"money": "text"})
-    assert told["money"].to_list() == ["12.5"]
+    declared = read_table(shop, query="select 12.50::numeric(10,2) as money", types={"money": "text"})
+    assert declared["money"].to_list() == ["12.5"]
 
 
-def test_batches_join_to_the_whole(shop, monkeypatch):
+def test_batches_concatenate_to_the_whole_result(shop, monkeypatch):
     query = "select g as n, case when g > 4000 then g / 2.0 end as late from generate_series(1, 5000) g"
     whole = read_query(shop, query)
     batches = []
-    column = databases._column
+    batch_column = databases._batch_column
     monkeypatch.setattr(databases, "_BATCH_ROWS", 300)
-    monkeypatch.setattr(databases, "_column", lambda *given: batches.append(len(given[1])) or column(*given))
+    monkeypatch.setattr(databases, "_batch_column", lambda *args: batches.append(len(args[1])) or batch_column(*args))
     assert read_query(shop, query).equals(whole)
     assert max(batches) == 300
     assert whole["n"].to_list() == list(range(1, 5001))
     assert whole["late"].null_count() == 4000
 
 
-def test_the_query_is_sent_as_it_is(shop):
+def test_the_query_is_sent_unchanged(shop):
     assert read_query(shop, "select '100%' as a, ':x' as b, '%s' as c").row(0) == ("100%", ":x", "%s")
     assert read_query(shop, "with t as (select 1 as a) select a::text from t").row(0) == ("1",)
     word = "o'hara; drop table x"
@@ -640,7 +642,7 @@ def test_the_query_is_sent_as_it_is(shop):
 
 
 @pytest.mark.parametrize(
-    ("query", "told"),
+    ("query", "expected"),
     [
         (None, "query="),
         ("selec 1", 'syntax error at or near "selec"'),
@@ -655,36 +657,38 @@ def test_the_query_is_sent_as_it_is(shop):
         ("create table made (a int)", "query"),
     ],
 )
-def test_queries_that_fail(shop, query, told):
-    refused(shop, told, reader=lambda source: read_table(source, query=query))
+def test_queries_that_fail(shop, query, expected):
+    read_error(shop, expected, reader=lambda source: read_table(source, query=query))
 
 
-def test_a_connection_lost_midway(shop):
+def test_a_connection_lost_during_a_query(shop):
     query = (
         "select g, case when g = 50000 then pg_terminate_backend(pg_backend_pid()) end as stop "
         "from generate_series(1, 200000) g"
     )
-    message = refused(shop, "was lost after 40,000 rows", "none are kept", reader=lambda s: read_table(s, query=query))
+    message = read_error(
+        shop, "was lost after 40,000 rows", "none are kept", reader=lambda s: read_table(s, query=query)
+    )
     assert PASSWORD not in message
 
 
-def everything_said(error: BaseException) -> str:
-    """All texts of an error and of those it hides, with the locals that hold no source."""
-    said = "".join(traceback.format_exception(error))
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is None or id(one) in seen:
+def exception_texts(error: BaseException) -> str:
+    """All texts of an exception and of its causes and contexts, attributes included."""
+    texts = "".join(traceback.format_exception(error))
+    visited: set[int] = set()
+    pending = [error]
+    while pending:
+        exception = pending.pop()
+        if exception is None or id(exception) in visited:
             continue
-        seen.add(id(one))
-        said += repr(one) + str(one) + repr(vars(one))
-        waiting += [one.__cause__, one.__context__]
-    return said
+        visited.add(id(exception))
+        texts += repr(exception) + str(exception) + repr(vars(exception))
+        pending += [exception.__cause__, exception.__context__]
+    return texts
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda url: url, "password authentication failed"),
         (lambda url: url.replace("127.0.0.1", "no-such-host.invalid"), "no-such-host.invalid"),
@@ -694,25 +698,25 @@ def everything_said(error: BaseException) -> str:
         (lambda url: url.replace("/postgres", "/nowhere"), "cannot be reached"),
     ],
 )
-def test_wrong_ways_in_never_show_the_password(postgres, monkeypatch, change, told):
+def test_connection_errors_never_contain_the_password(postgres, monkeypatch, change, expected):
     monkeypatch.delenv("PGPASSWORD", raising=False)
     secret = "wr0ng-Passw0rd"
-    with pytest.raises(DatasetError, match=told) as caught:
+    with pytest.raises(DatasetError, match=expected) as caught:
         read_table(change(postgres.replace("ann@", f"ann:{secret}@")), query="select 1 as a")
-    assert secret not in everything_said(caught.value)
+    assert secret not in exception_texts(caught.value)
 
 
-def test_a_password_may_come_in_the_address(postgres, monkeypatch):
+def test_a_password_in_the_url(postgres, monkeypatch):
     monkeypatch.delenv("PGPASSWORD", raising=False)
     address = postgres.replace("ann@", f"ann:{PASSWORD}@")
     assert read_table(address, query="select 1 as a").row(0) == (1,)
     with pytest.raises(DatasetError, match="nothing_here") as caught:
         read_table(address, query="select nothing_here")
-    assert PASSWORD not in everything_said(caught.value)
+    assert PASSWORD not in exception_texts(caught.value)
     assert PASSWORD not in safe_source(address)
 
 
-def test_sqlite_is_read_by_its_values(tmp_path):
+def test_sqlite_types_follow_from_the_values(tmp_path):
     import sqlite3
 
     with contextlib.closing(sqlite3.connect(tmp_path / "t.db")) as connection:
@@ -724,6 +728,6 @@ def test_sqlite_is_read_by_its_values(tmp_path):
     table = read_table(f"sqlite:///{tmp_path}/t.db", query="select * from t")
     assert table.schema == {"a": pl.Float64, "b": pl.Int64, "c": pl.String}
     assert table.tail(1).row(0) == (2.5, 7, None)
-    refused(f"sqlite:///{tmp_path}/t.db", "Column 'a' holds Int64, String", query="select * from mixed")
-    refused(f"sqlite:///{tmp_path}/u.db", "Did you mean 't.db'?", query="select 1")
+    read_error(f"sqlite:///{tmp_path}/t.db", "Column 'a' holds Int64, String", query="select * from mixed")
+    read_error(f"sqlite:///{tmp_path}/u.db", "Did you mean 't.db'?", query="select 1")
     assert not (tmp_path / "u.db").exists()

@@ -1,4 +1,4 @@
-"""What `mlkit.data.streaming` promises beyond its notebook: bounded memory, training as usual, odd files."""
+"""Tests of `mlkit.data.streaming` beyond its notebook: constant memory, the usual calls, damaged and missing files."""
 
 import json
 import subprocess
@@ -25,23 +25,23 @@ print(json.dumps({"rows": rows, "expected": data.sizes["train"], "megabytes": pe
 
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     retail(rows=300_000).write_parquet(tmp_path / "visits.parquet")
-    found = []
+    results = []
     for copies in (2, 16):
         command = [sys.executable, "-c", PEAK, tmp_path / "visits.parquet", str(copies)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
-    assert all(one["rows"] == one["expected"] for one in found)
-    assert found[1]["rows"] > 7.9 * found[0]["rows"]
+        results.append(json.loads(done.stdout))
+    assert all(result["rows"] == result["expected"] for result in results)
+    assert results[1]["rows"] > 7.9 * results[0]["rows"]
     # 4.2 million rows more would take more than a gigabyte in memory
-    assert found[1]["megabytes"] < found[0]["megabytes"] + 200, found
+    assert results[1]["megabytes"] < results[0]["megabytes"] + 200, results
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("visits")
-    for number, part in enumerate(retail(rows=40_000).iter_slices(10_000)):
-        part.write_parquet(folder / f"part-{number}.parquet")
+    for number, table in enumerate(retail(rows=40_000).iter_slices(10_000)):
+        table.write_parquet(folder / f"part-{number}.parquet")
     return folder
 
 
@@ -62,17 +62,17 @@ def test_a_model_is_trained_evaluated_and_exported_by_the_same_calls(files: Path
         with RunStore(tmp_path / "runs").create("train") as run:
             run.log_data(data.record())
             fit(model, data, epochs=3, batch_size=256, run=run)
-            found = evaluate(model, data, "test")
-            scores.append(found.metrics["auc"])
+            evaluation = evaluate(model, data, "test")
+            scores.append(evaluation.metrics["auc"])
             if data is opened:
                 export_saved_model(model, data, run)
                 served = evaluate(load_saved_model(run.folder / "saved_model"), data, "test")
-                np.testing.assert_allclose(served.scores, found.scores, atol=1e-5)
-                worst = found.mistakes()[0]
+                np.testing.assert_allclose(served.scores, evaluation.scores, atol=1e-5)
+                worst = evaluation.mistakes()[0]
                 label = pl.concat([pl.read_parquet(file) for file in sorted(files.iterdir())])["purchased"][int(worst)]
-                assert label == bool(found.labels[np.flatnonzero(opened.rows("test") == worst)[0]])
-    later = reload_dataset(json.loads(json.dumps(opened.record())), files / "part-3.parquet")
-    assert (later.classes, list(later.features)) == (opened.classes, list(opened.features))
+                assert label == bool(evaluation.labels[np.flatnonzero(opened.rows("test") == worst)[0]])
+    reloaded = reload_dataset(json.loads(json.dumps(opened.record())), files / "part-3.parquet")
+    assert (reloaded.classes, list(reloaded.features)) == (opened.classes, list(opened.features))
     assert min(scores) > 0.6
     assert abs(scores[0] - scores[1]) < 0.05, scores
 
@@ -89,7 +89,7 @@ def test_rows_without_a_label_belong_to_no_split(tmp_path: Path) -> None:
 
 
 def test_columns_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
-    """Texts that are damaged show it: no ignored column is read, and no feature where only labels are asked for."""
+    """Damaged texts raise an error when read: ignored columns are not read, nor features if only labels are needed."""
 
     def damage(name: str) -> None:
         path = tmp_path / "t.parquet"
@@ -117,7 +117,7 @@ def test_a_regression_knows_the_scale_of_its_label(tmp_path: Path) -> None:
     assert data.label_scale == pytest.approx((labels.mean(), labels.std()), rel=1e-5)
 
 
-def test_files_that_differ_are_refused(tmp_path: Path) -> None:
+def test_files_with_different_columns_are_rejected(tmp_path: Path) -> None:
     pl.DataFrame({"x": [1, 2], "y": ["a", "b"]}).write_parquet(tmp_path / "1.parquet")
     pl.DataFrame({"z": [1, 2], "y": ["a", "b"]}).write_parquet(tmp_path / "2.parquet")
     with pytest.raises(DatasetError, match=r"cannot be read as one table|z"):
