@@ -1,4 +1,4 @@
-"""Sweeps, resuming and reproducing as a user does them: by the command line, interrupted and killed."""
+"""Sweeps, resumed runs and reproductions on the command line, interrupted and killed."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from mlkit.runs.run import RunStore
 from tests.conftest import run_cli, wait_until
 
 pytestmark = pytest.mark.slow
-PARAMETERS = 'rate: float = 0.1  # step size\nsteps: int = 3  # how many\nwait: float = 0.0\nnote: str = ""'
+PARAMETERS = 'rate: float = 0.1  # step size\nsteps: int = 3  # number of steps\nwait: float = 0.0\nnote: str = ""'
 DESCENT = """
 import os, time
 from mlkit.runs import Run
@@ -42,7 +42,7 @@ def _light_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Tem
 
 @pytest.fixture
 def job(project: Path) -> str:
-    """A small job that measures something."""
+    """Small job that logs a loss."""
     cells = [
         new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
         new_markdown_cell("## Descent"),
@@ -58,7 +58,7 @@ def archive(project: Path) -> RunStore:
 
 
 def children(archive: RunStore, sweep: Run) -> list[Run]:
-    """The runs a sweep has made, by point."""
+    """Runs of a sweep, by point."""
     return [archive.get(point.run) for point in sweep.record.points if point.run]
 
 
@@ -122,7 +122,7 @@ def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, archive:
         (["--sweep", "rate=1,2", "--jobs", "0"], "jobs"),
     ],
 )
-def test_a_wrong_sweep_is_refused_before_anything_runs(
+def test_an_invalid_sweep_is_rejected_before_anything_runs(
     flags: list[str], message: str, cli: Callable, job: str, archive: RunStore
 ) -> None:
     result = cli("run", job, *flags)
@@ -137,20 +137,20 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def kernels_at_work(archive: RunStore, count: int) -> list[int]:
-    """Process ids of the kernels, once so many runs are under way."""
+def running_kernels(archive: RunStore, count: int) -> list[int]:
+    """Process ids of the running kernels; [] until there are enough."""
     running = [archive.get(run.id).record for run in archive.list(job="descend", status="running")]
-    found = [record.seeds["kernel"] for record in running if "loss" in record.metrics]
-    return found if len(found) >= count else []
+    kernels = [record.seeds["kernel"] for record in running if "loss" in record.metrics]
+    return kernels if len(kernels) >= count else []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopping_a_sweep_leaves_true_records_and_no_kernel_and_it_can_be_resumed(
+def test_an_interrupted_sweep_has_correct_records_no_kernel_and_can_be_resumed(
     number: signal.Signals, code: int, project: Path, job: str, archive: RunStore, cli: Callable
 ) -> None:
     process = start(project, "run", job, "--sweep", "rate=0.1,0.2,0.3,0.4", "-p", "wait=0.2", "--jobs", "2")
     wait_until(lambda: len(archive.list(status="completed")) >= 1)
-    kernels = wait_until(lambda: kernels_at_work(archive, 2))
+    kernels = wait_until(lambda: running_kernels(archive, 2))
     process.send_signal(number)
     process.wait(timeout=60)
     assert process.returncode == code
@@ -171,7 +171,7 @@ def test_stopping_a_sweep_leaves_true_records_and_no_kernel_and_it_can_be_resume
     assert cli("resume", sweep.id).returncode == 2  # nothing is missing
 
 
-def test_twenty_sweeps_at_once(project: Path, job: str, archive: RunStore) -> None:
+def test_twenty_concurrent_sweeps(project: Path, job: str, archive: RunStore) -> None:
     processes = [start(project, "run", job, "--sweep", "rate=0.1,0.2", "--jobs", "1") for _ in range(20)]
     errors = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 20, errors
@@ -219,13 +219,13 @@ def digest(folder: Path) -> str:
 def test_a_killed_training_is_resumed_to_the_same_weights_and_reproduced(
     project: Path, trained: tuple[Path, dict]
 ) -> None:
-    """`trained` is the same job, never interrupted."""
+    """Fixture `trained` is the same job without an interruption."""
     original = trained[1]
     archive = RunStore(project / "runs")
     epochs = 0
 
     def is_further(attempt: int) -> int:
-        """Epochs that are over, once this attempt has added one."""
+        """Completed epochs, once this attempt has added one."""
         if not len(archive.list()):
             return 0
         record = archive.get("latest").record
@@ -245,10 +245,10 @@ def test_a_killed_training_is_resumed_to_the_same_weights_and_reproduced(
     assert resumed["metrics"] == original["metrics"]
     assert resumed["history"] == original["history"]
     assert digest(Path(resumed["folder"])) == digest(Path(original["folder"]))
-    receipt = run_cli("reproduce", original["id"], "--json", folder=trained[0])
-    assert receipt.returncode == 0, receipt.stderr
-    receipt = json.loads(receipt.stdout)
-    assert (receipt["verdict"], receipt["model"], receipt["first_difference"]) == ("identical", "same weights", "")
+    result = run_cli("reproduce", original["id"], "--json", folder=trained[0])
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["verdict"], report["model"], report["first_difference"]) == ("identical", "same weights", "")
 
 
 def test_a_warm_training_is_the_same_as_a_cold_one(
@@ -262,12 +262,12 @@ def test_a_warm_training_is_the_same_as_a_cold_one(
     assert digest(Path(warm["folder"])) == digest(Path(trained[1]["folder"]))
 
 
-def test_reproducing_tells_a_difference_by_its_exit_code(cli: Callable, job: str, project: Path) -> None:
+def test_the_exit_code_of_reproduce_reports_a_difference(cli: Callable, job: str, project: Path) -> None:
     assert cli("run", job).returncode == 0
-    (project / "runs").rename(project / "kept")
-    flags = ("--set", "runs.root=kept")
+    (project / "runs").rename(project / "stored")
+    flags = ("--set", "runs.root=stored")
     assert cli(*flags, "reproduce").returncode == 0
-    archive = RunStore(project / "kept")
+    archive = RunStore(project / "stored")
     first = min(archive.list(job="descend"), key=lambda run: run.created)
     page = archive.root / first.id / "notebook.ipynb"
     page.write_text(page.read_text().replace("diverged", "went astray"))
@@ -276,7 +276,7 @@ def test_reproducing_tells_a_difference_by_its_exit_code(cli: Callable, job: str
     assert cli("resume", "--json", *()).returncode == 2
 
 
-def test_environment_of_a_point_is_kept_for_its_repetition(cli: Callable, job: str) -> None:
+def test_environment_of_a_point_is_recorded_for_its_repetition(cli: Callable, job: str) -> None:
     sweep = json.loads(cli("run", job, "--sweep", "rate=0.1,0.2", "--jobs", "2", "--json").stdout)
     variables = [run["variables"] for run in sweep["runs"]]
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
