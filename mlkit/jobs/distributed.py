@@ -224,8 +224,8 @@ class Worker:
 def _run_attempt(workers: Sequence[Worker], dead_server: Callable[[], str]) -> None:
     """Execute all workers until they have ended; raises KeyboardInterrupt when the attempt is interrupted.
 
-    When one fails, the others notice it by themselves and record so; those that have not ended after the grace period are
-    cancelled. When worker 0 completes, the others have only to close their runs.
+    When one fails, the others notice it by themselves and record so; those that have not ended after the grace period
+    are cancelled. When worker 0 completes, the others have only to close their runs.
     """
     threads = [threading.Thread(target=worker.execute, daemon=True) for worker in workers]
     for thread in threads:
@@ -392,14 +392,14 @@ class Placement:
 
 
 def describe_node(
-    home: Path,  # folder of the run, on the machine where it was started
+    folder: Path,  # folder of the run, on the machine where it was started
     token: str,  # name of the probe file in it
 ) -> tuple[str, bool]:  # host:port of a free port, and whether the node sees the run store
     """Address of this node for a worker, and whether it shares the run's folder."""
-    return f"{import_ray().util.get_node_ip_address()}:{free_ports(1)[0]}", (home / token).exists()
+    return f"{import_ray().util.get_node_ip_address()}:{free_ports(1)[0]}", (folder / token).exists()
 
 
-def _find_placements(ray: Any, group: Any, resources: Mapping[str, float], home: Path, token: str) -> list[Placement]:
+def _find_placements(ray: Any, group: Any, resources: Mapping[str, float], folder: Path, token: str) -> list[Placement]:
     """Placements of a placement group; raises MlkitError when a node does not respond.
 
     Nodes that see the run store come first, so that the checkpoints of worker 0 outlive its node.
@@ -410,7 +410,7 @@ def _find_placements(ray: Any, group: Any, resources: Mapping[str, float], home:
     options = [{"scheduling_strategy": strategy, "max_retries": 0, **resources} for strategy in strategies]
     addresses: list[str] = []
     while len(set(addresses)) < len(options):  # two workers on one node may be given the same port
-        tasks = [ray.remote(**task_options)(describe_node).remote(home, token) for task_options in options]
+        tasks = [ray.remote(**task_options)(describe_node).remote(folder, token) for task_options in options]
         try:
             nodes = ray.get(tasks, timeout=load_settings().workers.meeting_timeout)
         except ray.exceptions.RayError as error:
@@ -436,12 +436,12 @@ def execute_worker(
     cancellation: CancellationToken,
 ) -> None:
     """Execute the notebook into a worker's run on its node; the run is returned in any case."""
-    name, remote = spec.run, root != spec.home.parent
+    name, remote = spec.run, root != spec.parent_folder.parent
     if remote:
         root.mkdir(parents=True, exist_ok=True)
-    run = download_run(_remote_name(name), RunStore(root), spec.mirror) if remote else Run(root / name)
+    run = download_run(_remote_name(name), RunStore(root), spec.remote_url) if remote else Run(root / name)
     if run is None:
-        raise StorageError(f"{_remote_name(name)} is not at {spec.mirror}.")
+        raise StorageError(f"{_remote_name(name)} is not at {spec.remote_url}.")
     secrets = ParameterSchema.of(read_notebook(notebook)).secrets(run.record.parameters)
     try:
         execute_run(
@@ -460,24 +460,24 @@ def execute_worker(
 def upload_worker_run(
     run: Run,  # run of a worker that is about to begin
     name: str,  # name in the remote run store
-    mirror: str,  # URL of the remote run store
+    remote_url: str,  # URL of the remote run store
 ) -> None:
     """Upload the run of a worker, with the checkpoints from which it resumes; raises StorageError."""
     with run.edit() as record:
         record.artifacts = list_artifacts(run.folder)
-    upload_run(run, mirror, name)
+    upload_run(run, remote_url, name)
 
 
 def download_worker_run(
     run: Run,  # in the state in which it was uploaded
     name: str,  # name in the remote run store
-    mirror: str,  # URL of the remote run store
+    remote_url: str,  # URL of the remote run store
 ) -> None:
     """Replace the content of a run's folder by the downloaded run, its record last; raises StorageError."""
     with tempfile.TemporaryDirectory(dir=run.folder.parent, prefix=".new-") as folder:
-        downloaded = download_run(name, RunStore(Path(folder)), mirror)
+        downloaded = download_run(name, RunStore(Path(folder)), remote_url)
         if downloaded is None:
-            raise StorageError(f"{name} is not at {mirror}.")
+            raise StorageError(f"{name} is not at {remote_url}.")
         for path in run.folder.iterdir():
             if path.is_dir() and path.name != "workers":
                 shutil.rmtree(path)
@@ -494,7 +494,7 @@ class RayWorker(Worker):
     """A worker on a node of a Ray cluster; a thread here follows its updates."""
 
     submit: Callable[[], Any]  # starts the task and returns Ray's handle
-    mirror: str  # URL through which its run is transferred; "" where the node sees the run store
+    remote_url: str  # URL through which its run is transferred; "" where the node sees the run store
     name: str  # name of its run in the remote run store
     handle: Any = None
     process: ProcessInfo | None = None  # process of its kernel
@@ -507,8 +507,8 @@ class RayWorker(Worker):
         problem, lost = self._follow(ray)
         if lost:
             has_ended(self.process)
-        elif self.mirror and not self.error:
-            download_worker_run(self.run, self.name, self.mirror)
+        elif self.remote_url and not self.error:
+            download_worker_run(self.run, self.name, self.remote_url)
         if not self.error:
             self._close(problem, NODE_LOST if lost else "JobFailedError")
 
@@ -533,7 +533,7 @@ class RayWorker(Worker):
             return f"Its node, or its process there, has died ({type(error).__name__}: {reason})", True
 
     def _close(self, problem: str, error: str) -> None:
-        """Close a run that its node has not closed; raises JobFailedError or JobInterruptedError unless it completed."""
+        """Close a run that its node has not closed; raises an exception unless it completed."""
         interrupted = self.cancellation.reason and not self.cancellation.failed
         if self.run.record.status == "running":
             close = self.run.interrupt if interrupted else self.run.fail
@@ -573,11 +573,13 @@ def _ray_workers(
 
 def _ray_worker(run: Run, number: int, task: _GroupTask, placement: Placement, spec: TaskSpec) -> RayWorker:
     """Worker on a node, with its run where the node will find it."""
-    name, mirror = _remote_name(spec.run), "" if placement.shared else spec.mirror
-    if mirror:
-        upload_worker_run(run, name, mirror)
+    name, remote_url = _remote_name(spec.run), "" if placement.shared else spec.remote_url
+    if remote_url:
+        upload_worker_run(run, name, remote_url)
     remote = import_ray().remote(num_returns="streaming", **placement.options)(run_task)
-    return RayWorker(number, run, task, submit=partial(remote.remote, spec, execute_worker), mirror=mirror, name=name)
+    return RayWorker(
+        number, run, task, submit=partial(remote.remote, spec, execute_worker), remote_url=remote_url, name=name
+    )
 
 
 # Attempts until the run completes
@@ -619,7 +621,7 @@ def _interrupt(run: Run, reason: str) -> Exception:
 def _warn_of_lost_checkpoints(run: Run, first: Worker) -> None:
     """Warn when the checkpoints of worker 0 were lost with its node."""
     failure = first.run.record.failure
-    if getattr(first, "mirror", "") and failure and failure.error == NODE_LOST:
+    if getattr(first, "remote_url", "") and failure and failure.error == NODE_LOST:
         warnings.warn(
             f"{run.id} starts from the beginning: its checkpoints were lost with a node that does not see the run "
             "store. Put runs.root on a file system that all nodes share to keep them.",

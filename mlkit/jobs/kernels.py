@@ -1,33 +1,35 @@
 """Warm Jupyter kernels: forked in milliseconds from a server that has imported TensorFlow, and ended with their owner.
 
-Importing TensorFlow takes about ten seconds, and every kernel pays for it. A *fork server* imports the libraries once, runs
-nothing, starts no thread of TensorFlow's runtime, and forks itself for each kernel that is requested. The copy shares the
-server's memory until it changes something. It behaves like a kernel that was started in the ordinary way: it has its own
-session, environment, working folder, random seeds and resource limits.
+Importing TensorFlow takes about ten seconds, and every kernel pays for it. A *fork server* imports the libraries once,
+runs nothing, starts no thread of TensorFlow's runtime, and forks itself for each kernel that is requested. The copy
+shares the server's memory until it changes something. It behaves like a kernel that was started in the ordinary way:
+it has its own session, environment, working folder, random seeds and resource limits.
 
 **Which server.** A copy inherits what was decided at import. Environment variables that Python or the libraries read at
 import, and the installed packages, are therefore part of the server's key: with other values there is another server.
 Variables that TensorFlow reads when its runtime starts, after the fork, are not.
 
-**The protocol.** The server listens on a Unix socket in a folder that only this user can enter. A message is one line of
-JSON. The first message of a connection is a request:
+**The protocol.** The server listens on a Unix socket in a folder that only this user can enter. A message is one line
+of JSON. The first message of a connection is a request:
 
 | request | reply | the connection then stands for |
 |---|---|---|
-| `kernel`, with arguments, environment, folder, limits, and three file descriptors | `{"pid": ...}`, later `{"exit": ...}` | the kernel |
+| `kernel`, with its properties and three file descriptors | `{"pid": ...}`, later `{"exit": ...}` | the kernel |
 | `hold`, with the seconds to stay after the last use | `{"pid": ...}` | a client that needs the server |
 | `status` | the status | - |
 | `stop` | `{"pid": ..., "kernels": ...}` | - |
 
-When the client closes a kernel's connection, the kernel and its child processes are killed; when no kernel and no hold is
-left, the server ends. The operating system closes the connections of a client that was killed, so nothing outlives it.
+When the client closes a kernel's connection, the kernel and its child processes are killed; when no kernel and no hold
+is left, the server ends. The operating system closes the connections of a client that was killed, so nothing outlives
+it.
 
-**Orphan processes.** A cell can start a daemon, which leaves its process group and its parent. Linux hands such orphans to
-the nearest ancestor that asks for them (a child subreaper). Kernels and server do: a child of the server that is not a
-kernel has outlived one, and is killed.
+**Orphan processes.** A cell can start a daemon, which leaves its process group and its parent. Linux hands such
+orphans to the nearest ancestor that asks for them (a child subreaper). Kernels and server do: a child of the server
+that is not a kernel has outlived one, and is killed.
 
-**Changed code.** Modules outside the installed environment are imported anew by each kernel. The kit's own are kept if none
-of their files has changed since the server imported them: comparing fifty files takes milliseconds, importing them 0.1 s.
+**Changed code.** Modules outside the installed environment are imported anew by each kernel. The kit's own are kept if
+none of their files has changed since the server imported them: comparing fifty files takes milliseconds, importing
+them 0.1 s.
 """
 
 import asyncio
@@ -81,7 +83,7 @@ CAN_FORK = sys.platform == "linux"  # on macOS the system's own libraries do not
 def kernel_environment(
     environment: Mapping[str, str],  # environment of the owner
 ) -> dict[str, str]:
-    """Environment of a kernel: the owner's, with TensorFlow's start-up messages off unless the owner sets the variable."""
+    """Environment of a kernel: the owner's, with TensorFlow's start-up messages off unless it sets that variable."""
     return {"TF_CPP_MIN_LOG_LEVEL": "2"} | dict(environment)
 
 
@@ -197,8 +199,8 @@ def _descendants(process: Any) -> list[Any]:
 class ForkServer:
     """Server that forks kernels, tells their owners when they end, and ends itself when it is not needed any more.
 
-    Its loop returns in the forked copies, each with the request it has to fulfil. A kernel therefore ends like any Python
-    program, its exit handlers included.
+    Its loop returns in the forked copies, each with the request it has to fulfil. A kernel therefore ends like any
+    Python program, its exit handlers included.
     """
 
     listener: socket.socket
@@ -436,7 +438,7 @@ def run_kernel(
 
 
 def exit_fast() -> NoReturn:
-    """End this process after its threads and exit handlers; finalizing the imported modules would take half a second."""
+    """End this process after its threads and exit handlers; finalizing modules would take half a second."""
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.__stdout__, sys.__stderr__):
@@ -567,7 +569,7 @@ class WarmServer:
         self,
         idle_timeout: float = 0.0,  # seconds for which the server stays after the last use
     ) -> socket.socket:  # connection; the server is needed until it is closed
-        """Start the server if necessary, wait until it is ready, and hold it; raises MlkitError when it cannot start."""
+        """Start the server if necessary, wait for it, and hold it; raises MlkitError when it cannot start."""
         for _ in range(3):
             self._start()
             if connection := self._connect():
@@ -639,8 +641,8 @@ def running_servers() -> list[dict[str, Any]]:  # status of each
 class ForkedKernel:
     """A forked kernel with the part of the interface of `subprocess.Popen` that Jupyter uses.
 
-    It is not a child process of its owner: its end arrives as a message, or as the end of the connection when the server
-    was killed.
+    It is not a child process of its owner: its end arrives as a message, or as the end of the connection when the
+    server was killed.
     """
 
     stdin = stdout = stderr = None
@@ -726,8 +728,9 @@ def release_servers() -> None:
 class WarmProvisioner(LocalProvisioner):
     """Jupyter kernel provisioner that forks kernels from a warm server.
 
-    The kernelspec `mlkit` names it. Kernels communicate over sockets in a private folder instead of network ports, so that
-    two kernels never get the same port. Where forking is impossible, it logs a warning and starts an ordinary kernel.
+    The kernelspec `mlkit` names it. Kernels communicate over sockets in a private folder instead of network ports, so
+    that two kernels never get the same port. Where forking is impossible, it logs a warning and starts an ordinary
+    kernel.
     """
 
     sockets: str | None = None  # folder of the kernel's sockets

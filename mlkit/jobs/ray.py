@@ -10,10 +10,10 @@ Every machine has the same version of mlkit installed. The machine on which a co
 `--num-cpus=0` if it should not compute). Ray is an extra, `mlkit[ray]`, and imported only when it is used. Whoever can
 reach a cluster can execute anything on it; Ray requires a token where `RAY_AUTH_MODE=token` is set.
 
-A task receives a `TaskSpec` in one message: the notebook, the parameters, the settings in effect, and the variables that
-change what TensorFlow computes. Secrets are not part of it, because Ray may write messages to disk; a task reads them on
-its node: `env:NAME` from the environment in which `ray start` was called, `file:PATH` from the node's disk. A task yields
-`TaskUpdate`s: the run has begun, a cell has begun, the run has ended.
+A task receives a `TaskSpec` in one message: the notebook, the parameters, the settings in effect, and the variables
+that change what TensorFlow computes. Secrets are not part of it, because Ray may write messages to disk; a task reads
+them on its node: `env:NAME` from the environment in which `ray start` was called, `file:PATH` from the node's disk. A
+task yields `TaskUpdate`s: the run has begun, a cell has begun, the run has ended.
 
 A node either sees the run store (a shared file system), or works in a temporary folder and uploads its finished run to
 the remote run store, from which it is downloaded.
@@ -118,14 +118,16 @@ def quiet_ray(
 class TaskSpec:
     """All that a process on another machine needs to execute a run."""
 
-    home: Path  # folder of the parent run (a sweep, or a run of several processes) on the machine that started it
+    parent_folder: (
+        Path  # folder of the parent run (a sweep, or a run of several processes) on the machine that started it
+    )
     token: str  # name of a file in that folder, by which a node detects that it sees the same run store
     working_folder: str  # working folder on the machine that started the parent run
     notebook: Path  # path of the job's notebook on that machine
     content: bytes  # content of the notebook
     environment: dict[str, str]  # environment variables to set
     variables: dict[str, str]  # environment variables of the kernel that allocate resources
-    mirror: str  # URL of the remote run store; "" for none
+    remote_url: str  # URL of the remote run store; "" for none
     timeout: float | None = None  # seconds after which the run fails
     parameters: Mapping[str, Any] | None = None
     run: str = ""  # path in the run store of the run to resume, if the node can reach it
@@ -164,18 +166,18 @@ def task_spec_for(
     notebook: str = "",  # notebook of the job; by default the parent run's
 ) -> TaskSpec:  # without a point
     """Task spec that the tasks of a parent run share; raises SettingsError when runs.mirror cannot be written."""
-    mirror, path = load_settings().runs.mirror, Path(notebook or run.record.notebook)
-    if mirror:
-        open_remote_store(mirror)
+    remote_url, path = load_settings().runs.mirror, Path(notebook or run.record.notebook)
+    if remote_url:
+        open_remote_store(remote_url)
     return TaskSpec(
-        home=run.folder,
+        parent_folder=run.folder,
         token=token,
         working_folder=os.getcwd(),
         notebook=path,
         content=path.read_bytes(),
         environment=travelling_environment(),
         variables={name: str(resources["num_cpus"]) for name in THREAD_VARIABLES if name not in os.environ},
-        mirror=mirror,
+        remote_url=remote_url,
         timeout=timeout,
     )
 
@@ -245,19 +247,20 @@ def _run_in_thread(
 def _task_environment(spec: TaskSpec) -> Iterator[tuple[Path, Path]]:  # root of the run store, notebook
     """Context manager for the folders and variables of a task; raises SettingsError when its run could not be uploaded.
 
-    The folders of the machine that started the task are used where this node sees them, else a temporary folder with the
-    notebook that was sent. A file of the same name with other content is not the job's notebook.
+    The folders of the machine that started the task are used where this node sees them, else a temporary folder with
+    the notebook that was sent. A file of the same name with other content is not the job's notebook.
     """
-    shared = (spec.home / spec.token).exists()
+    shared = (spec.parent_folder / spec.token).exists()
     if not shared:
-        if not spec.mirror:
+        if not spec.remote_url:
             raise SettingsError(
-                f"{socket.gethostname()} does not see the run store {spec.home.parent}, and runs.mirror is not set. "
-                "Put runs.root on a file system that all nodes share, or set runs.mirror to a URL that they can reach."
+                f"{socket.gethostname()} does not see the run store {spec.parent_folder.parent}, "
+                "and runs.mirror is not set. Put runs.root on a file system that all nodes share, "
+                "or set runs.mirror to a URL that they can reach."
             )
-        open_remote_store(spec.mirror)  # fails now rather than after hours
+        open_remote_store(spec.remote_url)  # fails now rather than after hours
     with tempfile.TemporaryDirectory(prefix="mlkit-") as scratch:
-        root = spec.home.parent if shared else Path(scratch, "runs")
+        root = spec.parent_folder.parent if shared else Path(scratch, "runs")
         notebook = spec.notebook
         if not (notebook.is_file() and notebook.read_bytes() == spec.content):
             notebook = Path(scratch, notebook.name)
@@ -271,8 +274,8 @@ def _task_environment(spec: TaskSpec) -> Iterator[tuple[Path, Path]]:  # root of
 def _replaced_environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Context manager that sets environment variables and removes the kit's others.
 
-    Ray sets OMP_NUM_THREADS in its processes. Warm kernels are keyed by such variables, so it is removed as well; a run on
-    a node then uses the same warm server as one that was started by `mlkit` there.
+    Ray sets OMP_NUM_THREADS in its processes. Warm kernels are keyed by such variables, so it is removed as well; a
+    run on a node then uses the same warm server as one that was started by `mlkit` there.
     """
     original = dict(os.environ)
     try:
@@ -309,7 +312,7 @@ def execute_point(
             str(notebook),
             spec.parameters,
             archive=RunStore(root),
-            parents=[spec.home.name],
+            parents=[spec.parent_folder.name],
             variables=spec.variables,
             watch=note_run,
             timeout=spec.timeout,
@@ -346,8 +349,8 @@ def return_run(
     if not Path(spec.working_folder).is_dir():
         with run.edit() as record:
             record.working_folder = spec.working_folder
-    if not run.folder.is_relative_to(spec.home.parent):
-        upload_run(run, spec.mirror, name)
+    if not run.folder.is_relative_to(spec.parent_folder.parent):
+        upload_run(run, spec.remote_url, name)
 
 
 # The backend of sweeps
@@ -356,9 +359,9 @@ def return_run(
 class RayBackend:
     """Executes the trials of a sweep as tasks on a Ray cluster.
 
-    Ray's own retries are off: they would send the same message again, which does not name the run that was begun. Ctrl-C
-    and SIGTERM cancel every task; running ones have a minute to close their runs, then they are killed. When the driver
-    is killed, Ray ends its tasks.
+    Ray's own retries are off: they would send the same message again, which does not name the run that was begun.
+    Ctrl-C and SIGTERM cancel every task; running ones have a minute to close their runs, then they are killed. When
+    the driver is killed, Ray ends its tasks.
     """
 
     def __init__(
@@ -371,7 +374,7 @@ class RayBackend:
     ):
         self.sweep, self.timeout, self.retries, self.on_change = sweep, timeout, retries, on_change
         self.notebook = notebook or sweep.record.notebook
-        self.mirror = load_settings().runs.mirror
+        self.remote_url = load_settings().runs.mirror
         self.tasks: dict[Any, TrialState] = {}  # Ray's handle of the task -> trial
 
     def execute(
@@ -399,7 +402,7 @@ class RayBackend:
 
     def _download(self, run_id: str) -> Run | None:
         """Run from the remote run store; None when it is not there, or there is none."""
-        return download_run(run_id, self.tracker.store, self.mirror) if self.mirror else None
+        return download_run(run_id, self.tracker.store, self.remote_url) if self.remote_url else None
 
     def _submitter(self, token: str, max_parallel: int | None) -> Callable[[TrialState], None]:
         """Function that submits a trial to Ray."""

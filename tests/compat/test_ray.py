@@ -20,8 +20,15 @@ def test_node_output_is_redirected_and_restored() -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[None]:
-    """A Ray cluster in this process."""
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    """A Ray cluster in this process; Ray gives a node half a minute to start, which a busy machine may exceed."""
+    for attempts_left in reversed(range(3)):
+        try:
+            ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            break
+        except Exception:
+            ray.shutdown()
+            if not attempts_left:
+                raise
     yield
     ray.shutdown()
 

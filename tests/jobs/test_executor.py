@@ -144,17 +144,17 @@ def test_jobs_run_under_plain_papermill(job: str, trained: tuple[Path, dict], tm
 def test_sigkill_in_the_middle_of_training_leaves_a_readable_run_and_no_kernel(project: Path) -> None:
     command = [sys.executable, "-m", "mlkit", "run", "train", "-p", "epochs=2000", "-p", "patience=2000"]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, env=os.environ)
-    archive = RunStore(project / "runs")
-    wait_until(lambda: [run for run in archive.list() if "val_loss" in run.metrics])
+    store = RunStore(project / "runs")
+    wait_until(lambda: [run for run in store.list() if "val_loss" in run.metrics])
     kernels = psutil.Process(process.pid).children(recursive=True)
     assert kernels
     process.send_signal(signal.SIGKILL)
     process.wait()
-    run = archive.get("latest")
+    run = store.get("latest")
     assert (run.record.status, run.status) == ("running", "interrupted")
     assert len(run.record.history["val_loss"]) >= 1
     assert nbformat.read(run.folder / "notebook.ipynb", 4).cells
-    assert [summary.status for summary in archive.list()] == ["interrupted"]
+    assert [summary.status for summary in store.list()] == ["interrupted"]
     wait_until(
         lambda: not [kernel for kernel in kernels if kernel.is_running() and kernel.status() != "zombie"], seconds=15
     )

@@ -173,17 +173,15 @@ def test_the_notebook_is_readable_at_any_time(project: Path) -> None:
     loop = "import time\nfor n in range(20):\n    print(n, 'x' * 10_000)\n    time.sleep(0.05)"
     command = [sys.executable, "-m", "mlkit", "run", write_job(project, *[loop] * 3)]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL)
-    archive = RunStore(project / "runs")
+    store = RunStore(project / "runs")
     wait_until(
-        lambda: (
-            archive.root.is_dir() and len(archive.list()) and (archive.get("latest").folder / "notebook.ipynb").exists()
-        )
+        lambda: store.root.is_dir() and len(store.list()) and (store.get("latest").folder / "notebook.ipynb").exists()
     )
-    path, output_counts = archive.get("latest").folder / "notebook.ipynb", set()
+    path, output_counts = store.get("latest").folder / "notebook.ipynb", set()
     while process.poll() is None:
         notebook = nbformat.reads(path.read_text(), 4)
         nbformat.validate(notebook)
-        assert archive.get("latest").record.status in ("created", "running", "completed")
+        assert store.get("latest").record.status in ("created", "running", "completed")
         output_counts.add(sum(len(cell.get("outputs", [])) for cell in notebook.cells))
     assert process.returncode == 0
     assert len(output_counts) >= 3

@@ -174,7 +174,7 @@ class Sweeps:
     drivers: list[subprocess.Popen] = field(default_factory=list)
 
     @property
-    def archive(self) -> RunStore:
+    def store(self) -> RunStore:
         return RunStore(self.folder / "runs")
 
     def start(self, **options: Any) -> subprocess.Popen:
@@ -209,16 +209,16 @@ class Sweeps:
 
     def runs(self) -> list[Run]:
         """Runs of the job that have logged their nodes, by number."""
-        runs = [self.archive.get(run.id) for run in self.archive.list(job="where") if "node" in run.metrics]
+        runs = [self.store.get(run.id) for run in self.store.list(job="where") if "node" in run.metrics]
         return sorted(runs, key=lambda run: run.record.parameters["number"])
 
     @property
     def sweep(self) -> Run:
-        return self.archive.get(next(iter(self.archive.list(job="where-sweep"))).id)
+        return self.store.get(next(iter(self.store.list(job="where-sweep"))).id)
 
     def points_runs(self) -> list[Run]:
         """The run of each point."""
-        return [self.archive.get(point.run) for point in self.sweep.record.points]
+        return [self.store.get(point.run) for point in self.sweep.record.points]
 
 
 @pytest.fixture
@@ -393,14 +393,12 @@ def test_a_search_over_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -> None:
     ):
         cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(source)]
         nbformat.write(new_notebook(cells=cells), sweeps.folder / f"{name}.ipynb")
-    archive, go, doomed = sweeps.archive, sweeps.meeting / "go", two_nodes.sessions[1]
+    store, go, doomed = sweeps.store, sweeps.meeting / "go", two_nodes.sessions[1]
     raylet = two_nodes.raylet(doomed)
 
     def trials() -> list[Run]:
         return [
-            run
-            for run in (archive.get(summary.id) for summary in archive.list(job="try"))
-            if "node" in run.record.metrics
+            run for run in (store.get(summary.id) for summary in store.list(job="try")) if "node" in run.record.metrics
         ]
 
     driver = sweeps.command("run", "seek.ipynb", "--engine", "ray", "-p", f"held={go}", "--json")
@@ -412,14 +410,14 @@ def test_a_search_over_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -> None:
     wait_until(lambda: lost.record.attempts == 2 and "node" in lost.record.metrics)
     driver.kill()
     driver.communicate()
-    (search,) = (archive.get(summary.id) for summary in archive.list(job="seek"))
+    (search,) = (store.get(summary.id) for summary in store.list(job="seek"))
     wait_until(lambda: [run.status for run in (*begun, search)] == ["interrupted"] * 3)
 
     go.touch()
     finish_json(sweeps.command("resume", search.id, "--json"))
-    runs = [archive.get(point.run) for point in search.record.points]
+    runs = [store.get(point.run) for point in search.record.points]
     assert [run.status for run in runs] == ["completed"] * 4
-    assert {run.id for run in runs} == {summary.id for summary in archive.list(job="try")}
+    assert {run.id for run in runs} == {summary.id for summary in store.list(job="try")}
     assert sorted(run.record.attempts for run in runs) == [1, 1, 2, 3]
     events = [json.loads(line) for line in (search.folder / "search.jsonl").read_text().splitlines()]
     for kind in ("ask", "end"):
@@ -450,7 +448,7 @@ def test_distributed_training_on_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -
     driver.communicate(timeout=60)
     assert driver.returncode == 143
     wait_until(lambda: not any(map(psutil.pid_exists, kernels)))
-    run = sweeps.archive.get("latest")
+    run = sweeps.store.get("latest")
     assert [run.record.status, Run(run.folder / "workers" / "1").record.status] == ["interrupted"] * 2
     assert nodes_of(run) == {str(two_nodes.raylet(session)) for session in two_nodes.sessions}
 
@@ -561,20 +559,20 @@ def test_a_task_without_the_run_store_uploads_its_run(remote_spec: TaskSpec, pro
     assert (update.ended, update.error) == (True, "")
     assert not (project / "runs" / update.run).exists()
     store = RunStore(project / "runs")
-    run = download_run(update.run, store, remote_spec.mirror)
-    assert (run.status, run.record.parents) == ("completed", [remote_spec.home.name])
+    run = download_run(update.run, store, remote_spec.remote_url)
+    assert (run.status, run.record.parents) == ("completed", [remote_spec.parent_folder.name])
     assert run.record.working_folder == os.getcwd()
-    assert download_run("nothing", store, remote_spec.mirror) is None
+    assert download_run("nothing", store, remote_spec.remote_url) is None
 
     store.delete(run)
     report = project / "mirror" / run.id / "notebook.html"
     report.write_text(report.read_text() + "<!-- altered -->")
     with pytest.raises(StorageError, match="not what its record says"):
-        download_run(run.id, store, remote_spec.mirror)
+        download_run(run.id, store, remote_spec.remote_url)
     with pytest.raises(SettingsError, match=re.escape("runs.mirror = 's4://bucket'")):
         open_remote_store("s4://bucket")
 
 
 def test_a_task_whose_run_could_not_be_uploaded_is_rejected(remote_spec: TaskSpec) -> None:
-    *_, update = run_task(replace(remote_spec, mirror=""))
+    *_, update = run_task(replace(remote_spec, remote_url=""))
     assert (update.ended, update.run, "set runs.mirror" in update.error) == (True, "", True)

@@ -70,10 +70,10 @@ def train_and_signal(run: Run, number: int, delay: float) -> float:
 
 
 def test_a_training_killed_repeatedly_is_bit_identical(tmp_path: Path) -> None:
-    archive, seed = RunStore(tmp_path), int(os.environ.get("RESUME_SEED", time.time_ns() % 10_000))
+    store, seed = RunStore(tmp_path), int(os.environ.get("RESUME_SEED", time.time_ns() % 10_000))
     delays = random.Random(seed)
     print(f"RESUME_SEED={seed}")
-    reference, interrupted = archive.create("train"), archive.create("train")
+    reference, interrupted = store.create("train"), store.create("train")
     _, expected = finish(reference)
     for number, minimum in ((signal.SIGKILL, 1.6), (signal.SIGTERM, 0.1), (signal.SIGKILL, 0.1)):
         signalled = train_and_signal(restarted(interrupted), number, minimum + delays.random())
@@ -160,9 +160,9 @@ def test_an_averaging_optimizer_and_a_schedule_resume(tmp_path: Path) -> None:
         history = fit(model, data, epochs=3, run=run, callbacks=callbacks)
         return history.epochs, [v.numpy().tolist() for v in (*model.variables, *optimizer.variables)]
 
-    data, archive = load_dataset("digits"), RunStore(tmp_path)
+    data, store = load_dataset("digits"), RunStore(tmp_path)
     assert len(data.to_tf()) % 6  # 45 steps: seven calls of six, one of three
-    reference, interrupted = archive.create("train"), archive.create("train")
+    reference, interrupted = store.create("train"), store.create("train")
     expected = train(reference)
     with pytest.raises(KeyboardInterrupt):
         train(interrupted, InterruptTraining())
@@ -192,8 +192,8 @@ def test_the_best_weights_may_be_older_than_the_interruption(tmp_path: Path) -> 
         history = fit(model, data, epochs=4, run=run, callbacks=[Diverge(), *callbacks])
         return history.best_epoch, history.epochs, [weight.tolist() for weight in model.get_weights()]
 
-    data, archive = load_dataset("breast_cancer"), RunStore(tmp_path)
-    expected, interrupted = train(archive.create("train")), archive.create("train")
+    data, store = load_dataset("breast_cancer"), RunStore(tmp_path)
+    expected, interrupted = train(store.create("train")), store.create("train")
     assert expected[0] == 1
     with pytest.raises(KeyboardInterrupt):
         train(interrupted, InterruptTraining())

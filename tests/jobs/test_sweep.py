@@ -53,27 +53,27 @@ def job(project: Path) -> str:
 
 
 @pytest.fixture
-def archive(project: Path) -> RunStore:
+def store(project: Path) -> RunStore:
     return RunStore(project / "runs")
 
 
-def children(archive: RunStore, sweep: Run) -> list[Run]:
+def children(store: RunStore, sweep: Run) -> list[Run]:
     """Runs of a sweep, by point."""
-    return [archive.get(point.run) for point in sweep.record.points if point.run]
+    return [store.get(point.run) for point in sweep.record.points if point.run]
 
 
-def sweep_of(archive: RunStore) -> Run:
-    """The only sweep of an archive."""
-    (summary,) = archive.list(job="descend-sweep")
-    return archive.get(summary.id)
+def sweep_of(store: RunStore) -> Run:
+    """The only sweep of a run store."""
+    (summary,) = store.list(job="descend-sweep")
+    return store.get(summary.id)
 
 
-def test_a_sweep_runs_every_point_and_ranks_them(cli: Callable, job: str, archive: RunStore) -> None:
+def test_a_sweep_runs_every_point_and_ranks_them(cli: Callable, job: str, store: RunStore) -> None:
     axes = ["--sweep", "rate=0.1,0.3,0.45", "--sweep", "note=a,b"]
     result = cli("run", job, *axes, "-p", "steps=4", "--jobs", "2")
     assert result.returncode == 0, result.stderr
-    sweep = sweep_of(archive)
-    runs = children(archive, sweep)
+    sweep = sweep_of(store)
+    runs = children(store, sweep)
     assert [run.record.parameters for run in runs] == [
         {"steps": 4, "rate": rate, "note": note} for rate in (0.1, 0.3, 0.45) for note in "ab"
     ]
@@ -94,19 +94,19 @@ def test_a_sweep_from_a_file_of_points_drawn_at_random(cli: Callable, job: str, 
     assert [p["parameters"] for p in again["points"]] == [p["parameters"] for p in record["points"]]
 
 
-def test_a_failing_point_does_not_stop_the_others(cli: Callable, job: str, archive: RunStore) -> None:
+def test_a_failing_point_does_not_stop_the_others(cli: Callable, job: str, store: RunStore) -> None:
     result = cli("run", job, "--sweep", "rate=5.0,0.1,0.2", "--jobs", "1", "--retries", "1")
     assert result.returncode == 1
     assert "1 of 3 runs failed" in result.stderr
     assert "Traceback" not in result.stderr
-    runs = children(archive, sweep_of(archive))
+    runs = children(store, sweep_of(store))
     assert [(run.status, run.record.attempts) for run in runs] == [("failed", 2), ("completed", 1), ("completed", 1)]
 
 
-def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, archive: RunStore) -> None:
+def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, store: RunStore) -> None:
     result = cli("run", job, "--sweep", "wait=600,0", "--timeout", "10", "--jobs", "2")
     assert result.returncode == 1
-    slow, fast = children(archive, sweep_of(archive))
+    slow, fast = children(store, sweep_of(store))
     assert (slow.status, slow.record.failure.error, fast.status) == ("failed", "RunTimeout", "completed")
     single = cli("run", job, "-p", "wait=600", "--timeout", "3", "--json")
     assert (single.returncode, json.loads(single.stdout)["failure"]["error"]) == (1, "RunTimeout")
@@ -123,12 +123,12 @@ def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, archive:
     ],
 )
 def test_an_invalid_sweep_is_rejected_before_anything_runs(
-    flags: list[str], message: str, cli: Callable, job: str, archive: RunStore
+    flags: list[str], message: str, cli: Callable, job: str, store: RunStore
 ) -> None:
     result = cli("run", job, *flags)
     assert result.returncode == 2
     assert message in result.stderr
-    assert not len(archive.list())
+    assert not len(store.list())
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -137,56 +137,56 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def running_kernels(archive: RunStore, count: int) -> list[int]:
+def running_kernels(store: RunStore, count: int) -> list[int]:
     """Process ids of the running kernels; [] until there are enough."""
-    running = [archive.get(run.id).record for run in archive.list(job="descend", status="running")]
+    running = [store.get(run.id).record for run in store.list(job="descend", status="running")]
     kernels = [record.seeds["kernel"] for record in running if "loss" in record.metrics]
     return kernels if len(kernels) >= count else []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_an_interrupted_sweep_has_correct_records_no_kernel_and_can_be_resumed(
-    number: signal.Signals, code: int, project: Path, job: str, archive: RunStore, cli: Callable
+    number: signal.Signals, code: int, project: Path, job: str, store: RunStore, cli: Callable
 ) -> None:
     process = start(project, "run", job, "--sweep", "rate=0.1,0.2,0.3,0.4", "-p", "wait=0.2", "--jobs", "2")
-    wait_until(lambda: len(archive.list(status="completed")) >= 1)
-    kernels = wait_until(lambda: running_kernels(archive, 2))
+    wait_until(lambda: len(store.list(status="completed")) >= 1)
+    kernels = wait_until(lambda: running_kernels(store, 2))
     process.send_signal(number)
     process.wait(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in process.stderr.read()
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in kernels), 20)
-    sweep = sweep_of(archive)
-    states = [run.status for run in children(archive, sweep)]
+    sweep = sweep_of(store)
+    states = [run.status for run in children(store, sweep)]
     assert sweep.status == "interrupted"
     assert set(states) == {"completed", "interrupted"}
     if number != signal.SIGKILL:
-        assert [run.record.status for run in children(archive, sweep)] == states
-    done = {run.id: run.record.ended for run in children(archive, sweep) if run.status == "completed"}
+        assert [run.record.status for run in children(store, sweep)] == states
+    done = {run.id: run.record.ended for run in children(store, sweep) if run.status == "completed"}
     result = cli("resume", sweep.id, "--jobs", "2")
     assert result.returncode == 0, result.stderr
-    runs = children(archive, sweep_of(archive))
+    runs = children(store, sweep_of(store))
     assert [run.status for run in runs] == ["completed"] * 4
     assert {run.id: run.record.ended for run in runs if run.id in done} == done
     assert cli("resume", sweep.id).returncode == 2  # nothing is missing
 
 
-def test_twenty_concurrent_sweeps(project: Path, job: str, archive: RunStore) -> None:
+def test_twenty_concurrent_sweeps(project: Path, job: str, store: RunStore) -> None:
     processes = [start(project, "run", job, "--sweep", "rate=0.1,0.2", "--jobs", "1") for _ in range(20)]
     errors = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 20, errors
-    assert len(archive.list(job="descend", status="completed")) == 40
-    assert len(archive.list(job="descend-sweep", status="completed")) == 20
-    parents = [run.record.parents[0] for run in map(archive.get, (run.id for run in archive.list(job="descend")))]
+    assert len(store.list(job="descend", status="completed")) == 40
+    assert len(store.list(job="descend-sweep", status="completed")) == 20
+    parents = [run.record.parents[0] for run in map(store.get, (run.id for run in store.list(job="descend")))]
     assert sorted(parents.count(parent) for parent in set(parents)) == [2] * 20
 
 
-def test_hparams_of_a_sweep_are_in_the_event_files(cli: Callable, job: str, archive: RunStore) -> None:
+def test_hparams_of_a_sweep_are_in_the_event_files(cli: Callable, job: str, store: RunStore) -> None:
     from tensorboard.plugins.hparams import plugin_data_pb2
 
     assert cli("run", job, "--sweep", "rate=0.1,5.0", "--jobs", "1").returncode == 1
     contents = []
-    for run in children(archive, sweep_of(archive)):
+    for run in children(store, sweep_of(store)):
         events = EventAccumulator(str(run.tensorboard))
         events.Reload()
         raw = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
@@ -221,14 +221,14 @@ def test_a_killed_training_is_resumed_to_the_same_weights_and_reproduced(
 ) -> None:
     """Fixture `trained` is the same job without an interruption."""
     original = trained[1]
-    archive = RunStore(project / "runs")
+    store = RunStore(project / "runs")
     epochs = 0
 
     def is_further(attempt: int) -> int:
         """Completed epochs, once this attempt has added one."""
-        if not len(archive.list()):
+        if not len(store.list()):
             return 0
-        record = archive.get("latest").record
+        record = store.get("latest").record
         done = len(record.history.get("val_loss", []))
         return done if record.attempts == attempt and done > epochs else 0
 
@@ -237,11 +237,11 @@ def test_a_killed_training_is_resumed_to_the_same_weights_and_reproduced(
         epochs = wait_until(lambda attempt=attempt: is_further(attempt))
         process.kill()
         process.wait()
-        assert archive.get("latest").status == "interrupted"
+        assert store.get("latest").status == "interrupted"
     result = run_cli("resume", "latest", "--json", folder=project)
     assert result.returncode == 0, result.stderr
     resumed = json.loads(result.stdout)
-    assert (resumed["status"], resumed["attempts"], len(archive.list())) == ("completed", 3, 1)
+    assert (resumed["status"], resumed["attempts"], len(store.list())) == ("completed", 3, 1)
     assert resumed["metrics"] == original["metrics"]
     assert resumed["history"] == original["history"]
     assert digest(Path(resumed["folder"])) == digest(Path(original["folder"]))
@@ -267,9 +267,9 @@ def test_the_exit_code_of_reproduce_reports_a_difference(cli: Callable, job: str
     (project / "runs").rename(project / "stored")
     flags = ("--set", "runs.root=stored")
     assert cli(*flags, "reproduce").returncode == 0
-    archive = RunStore(project / "stored")
-    first = min(archive.list(job="descend"), key=lambda run: run.created)
-    page = archive.root / first.id / "notebook.ipynb"
+    store = RunStore(project / "stored")
+    first = min(store.list(job="descend"), key=lambda run: run.created)
+    page = store.root / first.id / "notebook.ipynb"
     page.write_text(page.read_text().replace("diverged", "went astray"))
     edited = cli(*flags, "reproduce", first.id)
     assert (edited.returncode, "notebook.ipynb has changed" in edited.stderr) == (1, True)
