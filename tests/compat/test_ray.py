@@ -19,8 +19,9 @@ def test_node_output_is_redirected_and_restored() -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[None]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A Ray cluster in this process; Ray gives a node half a minute to start, which a busy machine may exceed."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # Ray would write a token to ~/.ray, which later clusters would use
     for attempts_left in reversed(range(3)):
         try:
             ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)

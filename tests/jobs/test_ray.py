@@ -99,7 +99,7 @@ class Cluster:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLKIT_", "RAY_"))}
         # Ray imports jsonschema, and that a grammar of URLs, for 2.5 seconds in each of a node's eight processes.
         Path(self.folder, "rfc3987_syntax.py").write_text("raise ImportError")
-        environment["PYTHONPATH"] = self.folder
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (self.folder, os.environ.get("PYTHONPATH"))))
         starter = subprocess.Popen(
             [*wrapper, *ray, *first, *options], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
         )
