@@ -1,4 +1,36 @@
-"""A Jupyter kernel in which TensorFlow is already imported: forked in milliseconds from a warm server, gone with its owner."""
+"""Warm Jupyter kernels: forked in milliseconds from a server that has imported TensorFlow, and ended with their owner.
+
+Importing TensorFlow takes about ten seconds, and every kernel pays for it. A *fork server* imports the libraries once,
+runs nothing, starts no thread of TensorFlow's runtime, and forks itself for each kernel that is requested. The copy
+shares the server's memory until it changes something. It behaves like a kernel that was started in the ordinary way:
+it has its own session, environment, working folder, random seeds and resource limits.
+
+**Which server.** A copy inherits what was decided at import. Environment variables that Python or the libraries read at
+import, and the installed packages, are therefore part of the server's key: with other values there is another server.
+Variables that TensorFlow reads when its runtime starts, after the fork, are not.
+
+**The protocol.** The server listens on a Unix socket in a folder that only this user can enter. A message is one line
+of JSON. The first message of a connection is a request:
+
+| request | reply | the connection then stands for |
+|---|---|---|
+| `kernel`, with its properties and three file descriptors | `{"pid": ...}`, later `{"exit": ...}` | the kernel |
+| `hold`, with the seconds to stay after the last use | `{"pid": ...}` | a client that needs the server |
+| `status` | the status | - |
+| `stop` | `{"pid": ..., "kernels": ...}` | - |
+
+When the client closes a kernel's connection, the kernel and its child processes are killed; when no kernel and no hold
+is left, the server ends. The operating system closes the connections of a client that was killed, so nothing outlives
+it.
+
+**Orphan processes.** A cell can start a daemon, which leaves its process group and its parent. Linux hands such
+orphans to the nearest ancestor that asks for them (a child subreaper). Kernels and server do: a child of the server
+that is not a kernel has outlived one, and is killed.
+
+**Changed code.** Modules outside the installed environment are imported anew by each kernel. The kit's own are kept if
+none of their files has changed since the server imported them: comparing fifty files takes milliseconds, importing
+them 0.1 s.
+"""
 
 import asyncio
 import atexit
@@ -36,7 +68,7 @@ import mlkit
 from mlkit.config import load_settings
 from mlkit.errors import MlkitError
 
-READ_AT_IMPORT = (
+READ_AT_IMPORT = (  # prefixes of environment variables that belong to the key of a server
     *("TF_", "XLA_", "CUDA_", "NVIDIA_", "ROCM_", "HIP_", "KERAS_", "OMP_", "MKL_", "OPENBLAS_", "POLARS_"),
     *("PYTHON", "PYDEVD_", "LD_", "MALLOC_", "MPLCONFIGDIR", "LANG", "LC_", "HOME", "XDG_CONFIG_HOME"),
     *("SKLEARN_", "SCIPY_", "JOBLIB_", "FSSPEC_"),
@@ -44,14 +76,14 @@ READ_AT_IMPORT = (
 READ_LATER = ("TF_CONFIG", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "POLARS_MAX_THREADS")
 READ_LATER += ("PYDEVD_USE_FRAME_EVAL",)  # ipykernel sets it in every kernel
 KIT = Path(mlkit.__file__).parent
-KERNEL_NAME = "mlkit"  # of the kernelspec
+KERNEL_NAME = "mlkit"  # name of the kernelspec
 CAN_FORK = sys.platform == "linux"  # on macOS the system's own libraries do not survive a fork
 
 
 def kernel_environment(
-    environment: Mapping[str, str],  # of the process that asks
+    environment: Mapping[str, str],  # environment of the owner
 ) -> dict[str, str]:
-    """The environment of a kernel: the owner's, with TensorFlow's start-up messages off unless they are asked for."""
+    """Environment of a kernel: the owner's, with TensorFlow's start-up messages off unless it sets that variable."""
     return {"TF_CPP_MIN_LOG_LEVEL": "2"} | dict(environment)
 
 
@@ -60,25 +92,25 @@ def _digest(path: Path) -> str:
 
 
 def server_key(
-    environment: Mapping[str, str],  # of the kernel to be
+    environment: Mapping[str, str],  # environment of the kernel
     preload: str,  # modules, separated by commas
 ) -> str:  # 16 hexadecimal digits
-    """Names the server whose copies behave like a kernel started in this environment."""
-    decisive = {
+    """Key of the server whose copies behave like a kernel started in this environment."""
+    read_at_import = {
         name: value
         for name, value in sorted(environment.items())
         if name.startswith(READ_AT_IMPORT) and name not in READ_LATER
     }
     folders = [*site.getsitepackages(), site.getusersitepackages()]
-    changed = [os.stat(folder).st_mtime_ns for folder in folders if os.path.exists(folder)]
-    code = _digest(Path(__file__))  # by content: an export writes all modules anew
-    files = os.readlink("/proc/self/ns/mnt") if CAN_FORK else ""  # a container sees other files
-    identity = [sys.executable, sys.version, platform.node(), files, preload, decisive, changed, code]
+    installed = [os.stat(folder).st_mtime_ns for folder in folders if os.path.exists(folder)]
+    code = _digest(Path(__file__))  # content, because an export rewrites all modules
+    mounts = os.readlink("/proc/self/ns/mnt") if CAN_FORK else ""  # a container sees other files
+    identity = [sys.executable, sys.version, platform.node(), mounts, preload, read_at_import, installed, code]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 def servers_folder() -> Path:
-    """The private folder of this user's warm servers; raises MlkitError when somebody else could reach into it."""
+    """Private folder of this user's servers; raises MlkitError when another user can access it."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     folder = Path(runtime if os.path.isdir(runtime) else tempfile.gettempdir(), f"mlkit-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -91,9 +123,9 @@ def servers_folder() -> Path:
 def send(
     connection: socket.socket,
     message: Mapping[str, Any],
-    descriptors: tuple[int, ...] = (),  # files handed over with it
+    descriptors: tuple[int, ...] = (),  # file descriptors to pass with it
 ) -> None:
-    """Send a message: one line of JSON."""
+    """Send a message: one line of JSON, with file descriptors."""
     line = json.dumps(message).encode() + b"\n"
     if descriptors:
         sent = socket.send_fds(connection, [line], descriptors)
@@ -103,8 +135,8 @@ def send(
 
 def receive(
     connection: socket.socket,
-) -> tuple[dict[str, Any], list[int]]:  # ({}, []) when the other side has gone
-    """Receive a message and the files that came with it."""
+) -> tuple[dict[str, Any], list[int]]:  # ({}, []) when the peer has closed the connection
+    """Receive a message and its file descriptors."""
     line, descriptors, *_ = socket.recv_fds(connection, 1 << 16, 3)
     while line and not line.endswith(b"\n"):
         more = connection.recv(1 << 16)
@@ -114,29 +146,29 @@ def receive(
 
 @dataclass(frozen=True)
 class ForkRequest:
-    """What a forked copy has to become."""
+    """Properties of the kernel that a forked copy executes."""
 
-    connection: socket.socket  # to the owner; its end is the kernel's end
+    connection: socket.socket  # connection to the owner; the kernel ends when it is closed
     descriptors: list[int]  # standard input, output, error
-    arguments: list[str]  # of ipykernel
+    arguments: list[str]  # command-line arguments of ipykernel
     environment: dict[str, str]
     folder: str  # working folder
     umask: int
-    processors: list[int]
-    limits: dict[str, list[int]]  # number of a resource -> soft and hard limit
+    processors: list[int]  # processors that it may use
+    limits: dict[str, list[int]]  # resource number -> soft and hard limit
 
 
 def fork_request(
-    arguments: list[str],  # of ipykernel
+    arguments: list[str],  # command-line arguments of ipykernel
     environment: Mapping[str, str],
     folder: str,  # working folder
 ) -> dict[str, Any]:
-    """The request for a kernel that is like this process."""
+    """Message that requests a kernel with this process's umask, processors and limits."""
     umask = os.umask(0)
     os.umask(umask)
     numbers = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
     return {
-        "do": "kernel",
+        "request": "kernel",
         "arguments": arguments,
         "environment": dict(environment),
         "folder": folder,
@@ -147,9 +179,9 @@ def fork_request(
 
 
 def kill_group(
-    pid: int,  # of the process that leads the group
+    pid: int,  # process id of the group's leader
 ) -> None:
-    """End a group of processes at once, if it is still there."""
+    """Kill a process group if it exists."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
@@ -164,111 +196,65 @@ def _descendants(process: Any) -> list[Any]:
 
 
 @dataclass
-class _Kernels:
-    """The kernels of a server: forked, watched, and cleared up after."""
+class ForkServer:
+    """Server that forks kernels, tells their owners when they end, and ends itself when it is not needed any more.
+
+    Its loop returns in the forked copies, each with the request it has to fulfil. A kernel therefore ends like any
+    Python program, its exit handlers included.
+    """
 
     listener: socket.socket
+    key: str = ""
+    idle_timeout: float = 0.0  # seconds to stay after the last use
+    deadline: float = 0.0  # time on the monotonic clock at which it ends unless it is in use
+    started: float = field(default_factory=time.time)
     kernels: dict[int, socket.socket] = field(default_factory=dict)  # process id -> connection to the owner
     holds: set[socket.socket] = field(default_factory=set)
-    watched: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
-    def _fork(self, connection: socket.socket, request: dict[str, Any], descriptors: list[int]) -> ForkRequest | None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # NumPy and Polars have threads; they see to forks
-            pid = os.fork()
-        if pid == 0:
-            for other in (self.listener, *self.holds, *self.kernels.values()):
-                other.close()
-            self.watched.close()
-            del request["do"]
-            return ForkRequest(connection, descriptors, **request)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        self.kernels[pid] = connection
-        self._watch(connection, lambda _: kill_group(pid))  # the owner has gone
-        ended = os.pidfd_open(pid)
-        self.watched.register(ended, selectors.EVENT_READ, lambda: self._ended(pid, ended))
-        with suppress(OSError):
-            send(connection, {"pid": pid})
+    def serve(self) -> ForkRequest | None:  # None when the server is not needed any more
+        """Process requests; in a forked copy, return the request to fulfil."""
+        self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
+        self.deadline = time.monotonic() + 15  # the client that has started it connects by then
+        while self.kernels or self.holds or time.monotonic() < self.deadline:
+            for key, _ in self.selector.select(timeout=1.0):
+                if request := key.data():
+                    return request
+            if self.kernels or self.holds:
+                self.deadline = time.monotonic() + self.idle_timeout
         return None
 
-    def _watch(self, connection: socket.socket, gone: Callable[[socket.socket], None]) -> None:
-        """Call `gone` when the other side of a connection has closed."""
-
-        def closed() -> None:
-            if connection.fileno() < 0:
-                return  # the kernel has ended at the same moment, and that was seen first
-            self.watched.unregister(connection)
-            connection.close()
-            gone(connection)
-
-        self.watched.register(connection, selectors.EVENT_READ, closed)
-
-    def _ended(self, pid: int, ended: int) -> None:
-        """Clear up after a kernel and tell its owner."""
-        self.watched.unregister(ended)
-        os.close(ended)
-        kill_group(pid)  # what its cells have left running; before its number can be given to another process
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        connection = self.kernels.pop(pid)
-        self._end_strays()
-        if connection.fileno() >= 0:
-            self.watched.unregister(connection)
-            with suppress(OSError):
-                send(connection, {"exit": code})
-            connection.close()
-
-    def _end_strays(self) -> None:
-        """End what the system has handed to this server: children of kernels that have died."""
+    def status(self) -> dict[str, Any]:
+        """Status of the server, as `mlkit warm status` shows it."""
         import psutil
 
-        for stray in psutil.Process().children():
-            if stray.pid not in self.kernels:
-                for process in (stray, *_descendants(stray)):
-                    with suppress(psutil.NoSuchProcess):
-                        process.kill()
-                with suppress(ChildProcessError):
-                    os.waitpid(stray.pid, 0)
-
-
-@dataclass
-class ForkServer(_Kernels):
-    """Forks kernels, tells their owners when they end, and ends itself when nobody needs it."""
-
-    key: str = ""
-    keep: float = 0.0  # seconds to stay when nobody needs it
-    until: float = 0.0  # the moment on the monotonic clock at which it goes, unless it is needed
-    started: float = field(default_factory=time.time)
-
-    def serve(self) -> ForkRequest | None:  # None when nobody needs the server any more
-        """Answer requests; in a copy, return what it has to become."""
-        self.watched.register(self.listener, selectors.EVENT_READ, self._accept)
-        self.until = time.monotonic() + 15  # whoever has started it will connect by then
-        while self.kernels or self.holds or time.monotonic() < self.until:
-            for key, _ in self.watched.select(timeout=1.0):
-                if birth := key.data():
-                    return birth
-            if self.kernels or self.holds:
-                self.until = time.monotonic() + self.keep
-        return None
+        return {
+            "key": self.key,
+            "pid": os.getpid(),
+            "started": self.started,  # seconds since 1970
+            "kernels": sorted(self.kernels),  # process ids
+            "holds": len(self.holds),
+            "keep": self.idle_timeout,  # seconds
+            "memory": psutil.Process().memory_info().rss,  # bytes
+        }
 
     def _accept(self) -> ForkRequest | None:
         connection, _ = self.listener.accept()
         connection.settimeout(10)
         try:
-            request, descriptors = receive(connection)
-            return self._answer(connection, request, descriptors)
-        except (OSError, ValueError):  # gone before it was answered, or not one of ours
+            message, descriptors = receive(connection)
+            return self._handle(connection, message, descriptors)
+        except (OSError, ValueError):  # closed before the reply, or not the protocol
             connection.close()
         return None
 
-    def _answer(self, connection: socket.socket, request: dict[str, Any], descriptors: list[int]) -> ForkRequest | None:
-        match request.get("do"):
+    def _handle(self, connection: socket.socket, message: dict[str, Any], descriptors: list[int]) -> ForkRequest | None:
+        match message.get("request"):
             case "kernel":
-                return self._fork(connection, request, descriptors)
+                return self._fork(connection, message, descriptors)
             case "hold":
-                self.keep = max(self.keep, request["keep"])
-                self._watch(connection, self.holds.discard)
+                self.idle_timeout = max(self.idle_timeout, message["idle_timeout"])
+                self._on_close(connection, self.holds.discard)
                 self.holds.add(connection)
                 send(connection, {"pid": os.getpid()})
             case "status":
@@ -282,42 +268,86 @@ class ForkServer(_Kernels):
                 connection.close()
         return None
 
-    def _stop(self) -> None:
-        """Take no more requests; kernels that live go on to their own end."""
-        self.watched.unregister(self.listener)
-        self.listener.close()
-        self.keep = self.until = 0.0
-        for connection in self.holds:
-            self.watched.unregister(connection)
-            connection.close()
-        self.holds.clear()
+    def _fork(self, connection: socket.socket, message: dict[str, Any], descriptors: list[int]) -> ForkRequest | None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # NumPy and Polars have threads, and support forks
+            pid = os.fork()
+        if pid == 0:
+            for other in (self.listener, *self.holds, *self.kernels.values()):
+                other.close()
+            self.selector.close()
+            del message["request"]
+            return ForkRequest(connection, descriptors, **message)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self.kernels[pid] = connection
+        self._on_close(connection, lambda _: kill_group(pid))  # the owner has ended
+        pidfd = os.pidfd_open(pid)
+        self.selector.register(pidfd, selectors.EVENT_READ, lambda: self._kernel_ended(pid, pidfd))
+        with suppress(OSError):
+            send(connection, {"pid": pid})
+        return None
 
-    def status(self) -> dict[str, Any]:
-        """What `mlkit warm status` tells."""
+    def _on_close(self, connection: socket.socket, action: Callable[[socket.socket], None]) -> None:
+        """Call `action` when the peer has closed a connection."""
+
+        def closed() -> None:
+            if connection.fileno() < 0:
+                return  # the kernel has ended at the same moment, and that event was processed first
+            self.selector.unregister(connection)
+            connection.close()
+            action(connection)
+
+        self.selector.register(connection, selectors.EVENT_READ, closed)
+
+    def _kernel_ended(self, pid: int, pidfd: int) -> None:
+        """Kill what a kernel has left behind, and send its exit code to the owner."""
+        self.selector.unregister(pidfd)
+        os.close(pidfd)
+        kill_group(pid)  # before its process id is reaped and can be given to another process
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        connection = self.kernels.pop(pid)
+        self._kill_orphans()
+        if connection.fileno() >= 0:
+            self.selector.unregister(connection)
+            with suppress(OSError):
+                send(connection, {"exit": code})
+            connection.close()
+
+    def _kill_orphans(self) -> None:
+        """Kill the orphan processes that this server has adopted from kernels that have ended."""
         import psutil
 
-        return {
-            "key": self.key,
-            "pid": os.getpid(),
-            "started": self.started,  # seconds since 1970
-            "kernels": sorted(self.kernels),  # process ids
-            "holds": len(self.holds),
-            "keep": self.keep,  # seconds
-            "memory": psutil.Process().memory_info().rss,  # bytes
-        }
+        for orphan in psutil.Process().children():
+            if orphan.pid not in self.kernels:
+                for process in (orphan, *_descendants(orphan)):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+                with suppress(ChildProcessError):
+                    os.waitpid(orphan.pid, 0)
+
+    def _stop(self) -> None:
+        """Accept no more requests; running kernels continue to their end."""
+        self.selector.unregister(self.listener)
+        self.listener.close()
+        self.idle_timeout = self.deadline = 0.0
+        for connection in self.holds:
+            self.selector.unregister(connection)
+            connection.close()
+        self.holds.clear()
 
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent has ended."""
+    """Become the child subreaper: the parent of descendants whose own parent has ended."""
     import ctypes
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-KERNEL_MODULES = (  # what ipykernel imports while it starts
+KERNEL_MODULES = (  # modules that ipykernel imports while it starts
     *("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger"),
     *("IPython.core.magics", "IPython.core.debugger", "IPython.core.completerlib", "IPython.core.oinspect"),
     *("IPython.extensions.storemagic", "sqlite3", "tornado.platform.asyncio", "psutil"),
@@ -325,11 +355,15 @@ KERNEL_MODULES = (  # what ipykernel imports while it starts
 
 
 def run_server(
-    path: str,  # of the socket
+    path: str,  # socket
     preload: str,  # modules, separated by commas
     import_path: list[str],  # sys.path of a kernel
 ) -> None:
-    """A warm server's whole life; in a copy, the life of a kernel."""
+    """Run a fork server until it ends; in a forked copy, run the kernel.
+
+    It imports before it accepts requests. Everything imported is then moved out of the garbage collector's sight: a
+    collection would touch the memory that kernels share with the server, and thereby copy it.
+    """
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(128)
@@ -344,48 +378,49 @@ def run_server(
         changeable = changeable_modules()
         gc.collect()
         gc.freeze()
-        birth = ForkServer(listener, key=Path(path).stem).serve()
-        if birth is None:
-            for left in (Path(path), Path(path).with_suffix(".log")):
-                left.unlink(missing_ok=True)
+        request = ForkServer(listener, key=Path(path).stem).serve()
+        if request is None:
+            for file in (Path(path), Path(path).with_suffix(".log")):
+                file.unlink(missing_ok=True)
             return
-    exec_kernel(birth, import_path, changeable, kit)
+    exec_kernel(request, import_path, changeable, kit)
 
 
 def exec_kernel(
-    birth: ForkRequest,
+    request: ForkRequest,
     import_path: list[str],  # sys.path of a kernel
-    changeable: list[str],  # names of modules to import anew
-    kit: dict[str, str],  # the kit's files as they were when the server imported them; {} if it did not
+    changeable: list[str],  # names of modules outside the installed environment
+    kit: dict[str, str],  # digests of the kit's files when the server imported them; {} if it did not
 ) -> None:
-    """Turn this copy of the server into a kernel, run it to its end."""
+    """Turn this copy of the server into the requested kernel, and run it until it ends."""
     os.setsid()
     adopt_orphans()
-    for target, descriptor in enumerate(birth.descriptors):
+    for target, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, target)
         os.close(descriptor)
     os.environ.clear()
-    os.environ.update(birth.environment)
+    os.environ.update(request.environment)
     time.tzset()
-    os.umask(birth.umask)
-    os.sched_setaffinity(0, birth.processors)
-    for number, limits in birth.limits.items():
-        with suppress(ValueError, OSError):  # a hard limit that cannot be raised
+    os.umask(request.umask)
+    os.sched_setaffinity(0, request.processors)
+    for number, limits in request.limits.items():
+        with suppress(ValueError, OSError):  # a hard limit cannot be raised
             resource.setrlimit(int(number), limits)
-    os.chdir(birth.folder)
+    os.chdir(request.folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_end_with_owner, args=(birth.connection,), daemon=True, name="owner").start()
+    threading.Thread(target=_end_with_owner, args=(request.connection,), daemon=True, name="owner").start()
     sys.path[:] = import_path
-    sys.argv = ["ipykernel_launcher", *birth.arguments]
+    sys.argv = ["ipykernel_launcher", *request.arguments]
     tempfile.tempdir = None
     reload_changed(changeable, kit)
     reseed()
     choose_backend()
     read_storage_options()
-    run_kernel(birth.arguments)
+    run_kernel(request.arguments)
 
 
 def _end_with_owner(connection: socket.socket) -> None:
+    """Kill this kernel's process group when the owner has closed the connection."""
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
     poll.poll()
@@ -393,17 +428,17 @@ def _end_with_owner(connection: socket.socket) -> None:
 
 
 def run_kernel(
-    arguments: list[str],  # of ipykernel
+    arguments: list[str],  # command-line arguments of ipykernel
 ) -> None:
-    """ipykernel in this process; its own watch over the parent process is off."""
+    """Run ipykernel in this process, without its own check of the parent process."""
     from ipykernel.kernelapp import launch_new_instance
 
     launch_new_instance(argv=[*arguments, "--IPKernelApp.parent_handle=1"])
-    leave()
+    exit_fast()
 
 
-def leave() -> NoReturn:
-    """End this process when its threads and exit handlers have; taking apart what was imported takes half a second."""
+def exit_fast() -> NoReturn:
+    """End this process after its threads and exit handlers; finalizing modules would take half a second."""
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.__stdout__, sys.__stderr__):
@@ -412,7 +447,7 @@ def leave() -> NoReturn:
 
 
 def changeable_modules() -> list[str]:  # names
-    """Imported modules that lie outside the installed environment, and the kit's own."""
+    """Imported modules outside the installed environment, and the kit's own."""
     installed = (sys.prefix, sys.base_prefix, sys.exec_prefix, *site.getsitepackages())
     files = {name: vars(module).get("__file__") for name, module in list(sys.modules.items())}
     return [
@@ -422,39 +457,39 @@ def changeable_modules() -> list[str]:  # names
     ]
 
 
-def kit_files() -> dict[str, str]:  # name -> digest of the content
-    """The kit's modules as they lie on the disk now; none while one of them is being replaced."""
+def kit_files() -> dict[str, str]:  # relative path -> digest of the content
+    """Digests of the kit's files on disk; {} while one of them is being replaced."""
     with suppress(OSError):
         return {str(path.relative_to(KIT)): _digest(path) for path in KIT.rglob("*.py")}
     return {}
 
 
 def _finds_kit() -> bool:
-    """Whether `import mlkit` would find this kit, here and now."""
-    found = PathFinder.find_spec("mlkit", [os.getcwd()]) or importlib.util.find_spec("mlkit")
-    return found is not None and found.origin == mlkit.__file__
+    """Whether `import mlkit` would import this kit in the present working folder."""
+    spec = PathFinder.find_spec("mlkit", [os.getcwd()]) or importlib.util.find_spec("mlkit")
+    return spec is not None and spec.origin == mlkit.__file__
 
 
 def reload_changed(
     changeable: list[str],  # names of modules
-    kit: dict[str, str],  # the kit's files as they were when they were imported; {} to forget them, too
+    kit: dict[str, str],  # digests of the kit's files when they were imported; {} to reload them in any case
 ) -> None:
-    """Have modules imported anew when they are next asked for; the kit's own only if they have changed."""
-    ours = {name: sys.modules[name] for name in changeable if name.partition(".")[0] == "mlkit"}
+    """Remove modules from sys.modules, so that they are imported anew; the kit's own only if a file has changed."""
+    kit_modules = {name: sys.modules[name] for name in changeable if name.partition(".")[0] == "mlkit"}
     for name in changeable:
         sys.modules.pop(name, None)
     if kit and kit == kit_files() and _finds_kit():
-        sys.modules.update(ours)
+        sys.modules.update(kit_modules)
 
 
 def reseed() -> None:
-    """Give NumPy's global generator a seed of its own; Python has already done so for `random`."""
+    """Seed NumPy's global generator anew; Python does so for `random` after a fork."""
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
 
 
 def choose_backend() -> None:
-    """Let figures show as in any kernel; a configuration in this folder that the server has not seen is read."""
+    """Set matplotlib's inline backend, and read a configuration in this folder that the server has not read."""
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     if matplotlib := sys.modules.get("matplotlib"):
         if "MATPLOTLIBRC" in os.environ or os.path.exists("matplotlibrc"):
@@ -463,10 +498,10 @@ def choose_backend() -> None:
 
 
 def read_storage_options() -> None:
-    """Read the user's files of options for remote storage as they are now."""
+    """Read fsspec's configuration files and variables anew."""
     if config := sys.modules.get("fsspec.config"):
         config.conf.clear()
-        with suppress(Exception):  # a file that is broken now will be told of by whoever needs it
+        with suppress(Exception):  # an invalid file is reported when it is used
             config.set_conf_files(config.conf_dir, config.conf)
         config.set_conf_env(config.conf)
 
@@ -479,7 +514,7 @@ SERVER_CODE = (
 
 @dataclass(frozen=True)
 class WarmServer:
-    """A warm server as its users see it, whether it runs or not."""
+    """Client of a fork server, which may or may not be running."""
 
     key: str
     preload: str = ""  # modules, separated by commas
@@ -487,19 +522,19 @@ class WarmServer:
 
     @classmethod
     def fitting(cls, environment: Mapping[str, str]) -> "WarmServer":
-        """The server whose kernels are like an ordinary one in this environment."""
+        """Server whose kernels behave like an ordinary one in this environment."""
         environment = kernel_environment(environment)
         preload = load_settings().kernels.preload
         return cls(server_key(environment, preload), preload, environment)
 
     @property
     def socket_path(self) -> Path:
-        """Where it listens."""
+        """Socket at which the server listens."""
         return servers_folder() / f"{self.key}.sock"
 
     @property
     def log_path(self) -> Path:
-        """What it has said."""
+        """Log file of the server."""
         return servers_folder() / f"{self.key}.log"
 
     def _connect(self) -> socket.socket | None:
@@ -512,46 +547,46 @@ class WarmServer:
         return connection
 
     def is_running(self) -> bool:
-        """Whether it takes requests, or will once it has imported."""
+        """Whether the server accepts requests, or will when it has imported."""
         if connection := self._connect():
             connection.close()
         return connection is not None
 
     def ask(
         self,
-        do: str,  # "status" or "stop"
-    ) -> dict[str, Any]:  # {} when it does not run
-        """Ask the server one thing."""
+        request: str,  # "status" or "stop"
+    ) -> dict[str, Any]:  # {} when the server is not running
+        """Send a request and return the reply."""
         connection = self._connect()
         if connection is None:
             return {}
         with connection, suppress(OSError):
-            send(connection, {"do": do})
+            send(connection, {"request": request})
             return receive(connection)[0]
         return {}
 
     def hold(
         self,
-        keep: float = 0.0,  # seconds for which it stays after the last use
-    ) -> socket.socket:  # closing it, or dying, lets go
-        """Make the server run, wait until it is ready, and keep it; raises MlkitError when it cannot start."""
+        idle_timeout: float = 0.0,  # seconds for which the server stays after the last use
+    ) -> socket.socket:  # connection; the server is needed until it is closed
+        """Start the server if necessary, wait for it, and hold it; raises MlkitError when it cannot start."""
         for _ in range(3):
             self._start()
             if connection := self._connect():
                 with suppress(OSError):
-                    send(connection, {"do": "hold", "keep": keep})
+                    send(connection, {"request": "hold", "idle_timeout": idle_timeout})
                     if receive(connection)[0]:
                         return connection
-                connection.close()  # it ended as we came
-        raise MlkitError(f"The warm server did not start; {self.log_path} says why: {_last_line(self.log_path)}")
+                connection.close()  # the server was about to end
+        raise MlkitError(f"The warm server did not start (log: {self.log_path}): {_last_line(self.log_path)}")
 
     def _start(self) -> None:
-        """Start the server's process unless it runs; returns when it listens."""
+        """Start the server's process unless it is running, and wait until it listens; a lock admits one client."""
         with (servers_folder() / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self.is_running():
                 return
-            _remove_leftovers()
+            _remove_stale_files()
             code = SERVER_CODE.format(package=str(KIT.parent), socket=str(self.socket_path), preload=self.preload)
             with self.log_path.open("wb") as log:
                 process = subprocess.Popen(
@@ -568,24 +603,24 @@ class WarmServer:
 
     def start_kernel(
         self,
-        arguments: list[str],  # of ipykernel
+        arguments: list[str],  # command-line arguments of ipykernel
         environment: Mapping[str, str],
         folder: str | Path,  # working folder
         descriptors: tuple[int, int, int] = (0, 1, 2),  # standard input, output, error
     ) -> "ForkedKernel":
-        """A kernel forked from the server; raises MlkitError when the server does not answer."""
+        """Fork a kernel from the server; raises MlkitError when the server does not respond."""
         if connection := self._connect():
             with suppress(OSError):
                 request = fork_request(arguments, kernel_environment(environment), os.fspath(folder))
                 send(connection, request, descriptors)
-                if answer := receive(connection)[0]:
-                    return ForkedKernel(connection, answer["pid"])
+                if reply := receive(connection)[0]:
+                    return ForkedKernel(connection, reply["pid"])
             connection.close()
-        raise MlkitError("The warm server does not answer.")
+        raise MlkitError("The warm server does not respond.")
 
 
-def _remove_leftovers() -> None:
-    """Remove what servers have left that were killed."""
+def _remove_stale_files() -> None:
+    """Remove the files of servers that were killed."""
     for path in servers_folder().glob("*.sock"):
         if not WarmServer(path.stem).is_running():
             path.unlink(missing_ok=True)
@@ -597,36 +632,40 @@ def _last_line(path: Path) -> str:
     return lines[-1] if lines else "nothing"
 
 
-def running_servers() -> list[dict[str, Any]]:  # what each says of itself
-    """The warm servers of this user that are running."""
-    found = [WarmServer(path.stem).ask("status") for path in sorted(servers_folder().glob("*.sock"))]
-    return [status for status in found if status]
+def running_servers() -> list[dict[str, Any]]:  # status of each
+    """Running servers of this user."""
+    statuses = [WarmServer(path.stem).ask("status") for path in sorted(servers_folder().glob("*.sock"))]
+    return [status for status in statuses if status]
 
 
 class ForkedKernel:
-    """A forked kernel, with the part of `subprocess.Popen` that Jupyter uses."""
+    """A forked kernel with the part of the interface of `subprocess.Popen` that Jupyter uses.
+
+    It is not a child process of its owner: its end arrives as a message, or as the end of the connection when the
+    server was killed.
+    """
 
     stdin = stdout = stderr = None
 
     def __init__(
         self,
-        connection: socket.socket,  # whose end is the kernel's end
+        connection: socket.socket,  # connection to the server; the kernel ends when it is closed
         pid: int,
     ):
         self.connection, self.pid = connection, pid
-        self.returncode: int | None = None  # negative: the number of the signal that ended it
+        self.returncode: int | None = None  # negative: the signal that ended it
 
-    def poll(self) -> int | None:  # None while it lives
-        """How it ended."""
-        return self._read(0.0)
+    def poll(self) -> int | None:  # None while it runs
+        """Exit code of the kernel."""
+        return self._read_exit_code(0.0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end; raises subprocess.TimeoutExpired."""
-        if self._read(timeout) is None:
+        """Wait until the kernel has ended; raises subprocess.TimeoutExpired."""
+        if self._read_exit_code(timeout) is None:
             raise subprocess.TimeoutExpired("kernel", timeout)
         return self.returncode
 
-    def _read(self, timeout: float | None) -> int | None:
+    def _read_exit_code(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self.connection], [], [], timeout)[0]:
             try:
                 message, _ = receive(self.connection)
@@ -637,34 +676,34 @@ class ForkedKernel:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the kernel alone."""
+        """Send a signal to the kernel, not to its child processes."""
         if self.poll() is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Send SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it."""
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 
-_holds: dict[str, socket.socket] = {}  # of this process, until it ends
-_holding = threading.Lock()
+_holds: dict[str, socket.socket] = {}  # key of a server -> connection that holds it until this process ends
+_holds_lock = threading.Lock()
 
 
 def hold_server(
     environment: Mapping[str, str],
 ) -> WarmServer:
-    """The fitting server, running, for as long as this process lives; raises MlkitError when it cannot run."""
+    """Hold the server for an environment until this process ends; raises MlkitError when it cannot run."""
     if not CAN_FORK:
         raise MlkitError(f"Warm kernels need Linux; this is {platform.system()}.")
     server = WarmServer.fitting(environment)
-    with _holding:
-        held = _holds.get(server.key)
-        if held is None or select.select([held], [], [], 0)[0]:  # never had, or ended since
+    with _holds_lock:
+        connection = _holds.get(server.key)
+        if connection is None or select.select([connection], [], [], 0)[0]:  # not held, or the server has ended
             _holds[server.key] = server.hold()
     return server
 
@@ -672,27 +711,32 @@ def hold_server(
 def is_warm(
     environment: Mapping[str, str],
 ) -> bool:
-    """Whether a fitting server runs already."""
+    """Whether the server for an environment is running."""
     with suppress(MlkitError, OSError):
         return CAN_FORK and WarmServer.fitting(environment).is_running()
     return False
 
 
 def release_servers() -> None:
-    """Let go of all servers this process holds; kernels that live go on."""
-    with _holding:
-        for held in _holds.values():
-            held.close()
+    """Release all servers that this process holds; running kernels continue."""
+    with _holds_lock:
+        for connection in _holds.values():
+            connection.close()
         _holds.clear()
 
 
 class WarmProvisioner(LocalProvisioner):
-    """Starts kernels by forking them from a warm server."""
+    """Jupyter kernel provisioner that forks kernels from a warm server.
+
+    The kernelspec `mlkit` names it. Kernels communicate over sockets in a private folder instead of network ports, so
+    that two kernels never get the same port. Where forking is impossible, it logs a warning and starts an ordinary
+    kernel.
+    """
 
     sockets: str | None = None  # folder of the kernel's sockets
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
-        """Prepare the launch: sockets in a private folder in place of ports."""
+        """Prepare the launch: use sockets in a private folder instead of ports."""
         manager = self.parent
         if manager and manager.transport == "tcp" and hasattr(socket, "AF_UNIX"):
             self.sockets = tempfile.mkdtemp(prefix="mlkit-")
@@ -701,10 +745,10 @@ class WarmProvisioner(LocalProvisioner):
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
         """Fork the kernel, or start an ordinary one."""
-        arguments, wanted = cmd[cmd.index("-f") :], kwargs.pop("warm", True)
+        arguments, warm = cmd[cmd.index("-f") :], kwargs.pop("warm", True)
         loop = asyncio.get_running_loop()
         try:
-            if wanted:
+            if warm:
                 self.process = await loop.run_in_executor(None, fork_kernel, arguments, kwargs)
         except (MlkitError, OSError) as error:
             self.log.warning("The kernel starts cold: %s", error)
@@ -715,32 +759,36 @@ class WarmProvisioner(LocalProvisioner):
         return self.connection_info
 
     async def cleanup(self, restart: bool = False) -> None:
-        """Remove the sockets unless the kernel comes back."""
+        """Remove the sockets unless the kernel restarts."""
         await super().cleanup(restart=restart)
         if self.sockets and not restart:
             shutil.rmtree(self.sockets, ignore_errors=True)
 
 
 def fork_kernel(
-    arguments: list[str],  # of ipykernel
+    arguments: list[str],  # command-line arguments of ipykernel
     launch: Mapping[str, Any],  # keyword arguments of a launch: env, cwd, stdout, stderr
 ) -> ForkedKernel:
-    """A kernel from the fitting server, which is started if need be; raises MlkitError."""
+    """Fork a kernel from the server for its environment, which is started if necessary; raises MlkitError."""
     environment, folder = launch.get("env") or os.environ, launch.get("cwd") or os.getcwd()
-    with open(os.devnull, "rb") as nothing:
-        streams = (nothing, launch.get("stdout") or 1, launch.get("stderr") or 2)
+    with open(os.devnull, "rb") as empty:
+        streams = (empty, launch.get("stdout") or 1, launch.get("stderr") or 2)
         descriptors = tuple(stream if isinstance(stream, int) else stream.fileno() for stream in streams)
         if min(descriptors) < 0:
-            raise MlkitError("standard output into a pipe is not supported")
+            raise MlkitError("Standard output of a warm kernel should be a file, not a pipe.")
         try:
             return hold_server(environment).start_kernel(arguments, environment, folder, descriptors)
-        except MlkitError:  # it may just have died; the next one is a new one
+        except MlkitError:  # the server may have died; try once more with a new one
             release_servers()
             return hold_server(environment).start_kernel(arguments, environment, folder, descriptors)
 
 
 def main() -> None:
-    """The command of the kernelspec: a warm kernel, or this process as an ordinary one."""
+    """Command of the kernelspec: run a warm kernel, or turn this process into an ordinary one.
+
+    Programs that start kernels by the kernelspec's command alone, without a provisioner, get this process. It passes
+    signals on and ends with the kernel.
+    """
     arguments = sys.argv[1:]
     try:
         kernel = fork_kernel(arguments, {})
@@ -754,7 +802,7 @@ def main() -> None:
 
 
 def kernel_specs() -> KernelSpecManager:
-    """The installed kernelspecs, and the kit's own where it runs from a checkout."""
+    """Installed kernelspecs, and the kit's own where it runs from a checkout."""
     manager = KernelSpecManager()
     manager.kernel_dirs.append(str(KIT.parent / "jupyter" / "kernels"))
     return manager

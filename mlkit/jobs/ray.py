@@ -1,4 +1,23 @@
-"""Sweeps on a Ray cluster: points are tasks, their runs are downloaded as they finish."""
+"""Runs on a Ray cluster: the connection, what a task needs to execute a run on a node, and the backend of sweeps.
+
+Machines are joined into a cluster by Ray's own commands:
+
+    ray start --head                      # on one machine
+    ray start --address=FIRST:6379        # on each of the others
+    mlkit run train --sweep units=64,128,256 --engine ray
+
+Every machine has the same version of mlkit installed. The machine on which a command is typed is a node itself (with
+`--num-cpus=0` if it should not compute). Ray is an extra, `mlkit[ray]`, and imported only when it is used. Whoever can
+reach a cluster can execute anything on it; Ray requires a token where `RAY_AUTH_MODE=token` is set.
+
+A task receives a `TaskSpec` in one message: the notebook, the parameters, the settings in effect, and the variables
+that change what TensorFlow computes. Secrets are not part of it, because Ray may write messages to disk; a task reads
+them on its node: `env:NAME` from the environment in which `ray start` was called, `file:PATH` from the node's disk. A
+task yields `TaskUpdate`s: the run has begun, a cell has begun, the run has ended.
+
+A node either sees the run store (a shared file system), or works in a temporary folder and uploads its finished run to
+the remote run store, from which it is downloaded.
+"""
 
 import contextlib
 import logging
@@ -9,24 +28,30 @@ import socket
 import tempfile
 import threading
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlkit._compat.ray import redirect_node_output
 from mlkit.config import known_settings, load_settings, variable_name
 from mlkit.errors import MissingDependencyError, MlkitError, SettingsError
-from mlkit.jobs.executor import CellProgress, CancellationToken, resume_run, run_job
-from mlkit.jobs.points import TrialQueue, TrialState, _may_help_again, close_abandoned, has_ended
-from mlkit.jobs.resources import THREADS, ray_resources
-from mlkit.runs.record import RUN_FILE, Failure, ProcessInfo, current_owner
-from mlkit.runs.remote import RAY_EXTRA, open_remote_store, download_run, upload_run
+from mlkit.jobs.executor import CancellationToken, CellProgress, Watcher, resume_run, run_job
+from mlkit.jobs.points import TrialQueue, TrialState, TrialTracker, close_abandoned, is_retryable
+from mlkit.jobs.resources import THREAD_VARIABLES, ray_resources
+from mlkit.runs.record import RUN_FILE, ProcessInfo, current_owner
+from mlkit.runs.remote import RAY_EXTRA, download_run, open_remote_store, upload_run
 from mlkit.runs.run import Run, RunStore
 
+SHUTDOWN_TIMEOUT = 60  # seconds in which cancelled tasks stop their kernels and close their runs
+PROPAGATED_VARIABLES = ("TF_", "KERAS_", "XLA_", "OMP_NUM_THREADS")  # prefixes; settings are propagated too
 
-def import_ray() -> Any:  # the module
-    """Ray; raises MissingDependencyError where it is not installed."""
+
+# The connection
+
+
+def import_ray() -> Any:  # the module ray
+    """Import Ray; raises MissingDependencyError where it is not installed."""
     try:
         import ray
     except ImportError as error:
@@ -36,7 +61,7 @@ def import_ray() -> Any:  # the module
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[Any]:  # the module ray, connected
-    """The running cluster, left at the end if it was joined here; raises MlkitError when there is none."""
+    """Context manager that connects to the running cluster; raises MlkitError when there is none."""
     ray = import_ray()
     if ray.is_initialized():
         yield ray
@@ -44,7 +69,7 @@ def ray_cluster() -> Iterator[Any]:  # the module ray, connected
     try:
         ray.init(address=_cluster_address(), log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
-        raise _no_cluster(str(error).partition("\n")[0]) from error
+        raise _connection_error(str(error).partition("\n")[0]) from error
     try:
         with quiet_ray(ray):
             yield ray
@@ -52,291 +77,116 @@ def ray_cluster() -> Iterator[Any]:  # the module ray, connected
         ray.shutdown()
 
 
-def _no_cluster(reason: str) -> MlkitError:
+def _connection_error(reason: str) -> MlkitError:
     advice = (
         "Start one with `ray start --head`, and join it on other machines with `ray start --address=HOST:6379`; "
-        "RAY_ADDRESS=HOST:6379 says which, where there are several."
+        "RAY_ADDRESS=HOST:6379 selects one where there are several."
     )
     return MlkitError(f"There is no Ray cluster to run on: {reason.rstrip('.')}. {advice}")
 
 
-def _cluster_address() -> str:  # "auto" where Ray has to look for one
-    """Address of the cluster that RAY_ADDRESS names, or was started last; raises MlkitError when it does not answer."""
+def _cluster_address() -> str:  # "auto" where Ray has to discover it
+    """Address of the cluster that RAY_ADDRESS names or that was started last; raises MlkitError when it is closed.
+
+    The port is probed first, because Ray retries an address without a listener for minutes.
+    """
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    last = Path(folder, "ray", "ray_current_cluster")  # where `ray start` leaves it
+    last = Path(folder, "ray", "ray_current_cluster")  # written by `ray start`
     address = os.environ.get("RAY_ADDRESS") or (last.read_text().strip() if last.is_file() else "auto")
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as error:
-            raise _no_cluster(f"nobody answers at {address} ({error.strerror or error})") from error
+            raise _connection_error(f"there is no connection to {address} ({error.strerror or error})") from error
     return address
 
 
 @contextlib.contextmanager
 def quiet_ray(
-    ray: Any,  # the module
+    ray: Any,  # the module ray
 ) -> Iterator[None]:
-    """Send what Ray would print about its nodes to the log; Ray has no option for it."""
-    worker = getattr(ray._private, "worker", None)
-    print_it = getattr(worker, "print_to_stdstream", None)
-    if print_it is None:
+    """Context manager that sends Ray's messages about nodes to the log: standard output is for JSON."""
+    with redirect_node_output(lambda lines: logging.getLogger("mlkit").info("Ray: %s", lines)):
         yield
-        return
-    worker.print_to_stdstream = lambda data, **_: logging.getLogger("mlkit").info("Ray: %s", data.get("lines"))
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = print_it
 
 
-TRAVELLING = ("TF_", "KERAS_", "XLA_", "OMP_NUM_THREADS")  # and every setting
+# The task
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """All a process on another machine has to know to execute a point, or what it is given else."""
+    """All that a process on another machine needs to execute a run."""
 
-    home: Path  # folder of the sweep, or of the run of several processes, on the machine where it was started
-    token: str  # name of a file in it; who finds that sees the same archive
-    folder: str  # the working folder there
-    notebook: Path  # of the job, there
-    content: bytes  # of that notebook
-    environment: dict[str, str]  # variables to have
-    share: dict[str, str]  # variables of the kernel that divide the machine
-    mirror: str  # URL at which finished runs are left by who does not see the archive
-    timeout: float | None = None  # seconds
+    parent_folder: (
+        Path  # folder of the parent run (a sweep, or a run of several processes) on the machine that started it
+    )
+    token: str  # name of a file in that folder, by which a node detects that it sees the same run store
+    working_folder: str  # working folder on the machine that started the parent run
+    notebook: Path  # path of the job's notebook on that machine
+    content: bytes  # content of the notebook
+    environment: dict[str, str]  # environment variables to set
+    variables: dict[str, str]  # environment variables of the kernel that allocate resources
+    remote_url: str  # URL of the remote run store; "" for none
+    timeout: float | None = None  # seconds after which the run fails
     parameters: Mapping[str, Any] | None = None
-    run: str = ""  # to go on with, if it is within reach; its path in the archive
+    run: str = ""  # path in the run store of the run to resume, if the node can reach it
+
+
+@dataclass(frozen=True)
+class TaskUpdate:
+    """Status update of a task."""
+
+    run: str = ""  # id of the run; "" before it exists
+    cell: CellProgress | None = None  # cell that is being executed
+    ended: bool = False
+    error: str = ""  # reason for the end unless the run completed
+    retryable: bool = False  # whether another attempt may help
+    owner: ProcessInfo | None = None  # process that executes the task
 
 
 def travelling_environment() -> dict[str, str]:  # name -> value
-    """The settings in effect as environment variables, and the variables that change what is computed."""
+    """Environment variables for other nodes: settings in effect, and variables that change what is computed.
+
+    Settings travel as the variables that would set them, so a node needs no `settings.ini`.
+    """
     settings = load_settings()
     values = {
         variable_name(name): str(getattr(getattr(settings, section), key))
         for name, (section, key, _) in known_settings().items()
     }
-    return values | {name: value for name, value in os.environ.items() if name.startswith(TRAVELLING)}
+    return values | {name: value for name, value in os.environ.items() if name.startswith(PROPAGATED_VARIABLES)}
 
 
-@dataclass(frozen=True)
-class TaskUpdate:
-    """What a task tells of its point."""
-
-    run: str = ""  # "" before there is one
-    cell: CellProgress | None = None  # at work
-    ended: bool = False
-    error: str = ""  # why it ended, if that was not in peace
-    again: bool = False  # whether another attempt could help
-    owner: ProcessInfo | None = None  # the process that does it
-
-
-def run_task(
-    assignment: TaskSpec,
-    execute: Callable[..., None] | None = None,  # what is done in the workplace; by default a point is executed
-) -> Iterator[TaskUpdate]:
-    """Do on this machine what was assigned; it is stopped when the caller stops listening."""
-    news: queue.SimpleQueue[TaskUpdate] = queue.SimpleQueue()
-    stop = CancellationToken()
-    order = (assignment, execute or execute_point, stop, news.put)
-    thread = threading.Thread(target=_run_task, args=order, name="point")
-    thread.start()
-    latest = TaskUpdate()
-    try:
-        while not latest.ended:
-            with contextlib.suppress(queue.Empty):  # a short wait, because only between two waits can it be interrupted
-                latest = news.get(timeout=0.5)
-                yield latest
-    finally:
-        stop("It was stopped from where it was started.")
-        thread.join()
-
-
-def _run_task(
-    assignment: TaskSpec, execute: Callable[..., None], stop: CancellationToken, tell: Callable[[TaskUpdate], None]
-) -> None:
-    """Do what was assigned and tell how it went, whatever happens."""
-    latest = TaskUpdate(owner=current_owner())
-
-    def watch(run: Run, cell: CellProgress | None) -> None:
-        nonlocal latest
-        latest = replace(latest, run=run.id, cell=cell)
-        tell(latest)
-
-    try:
-        with _workplace(assignment) as (root, notebook):
-            tell(latest)
-            how = {"stop": stop, "timeout": assignment.timeout, "warm": True}
-            execute(assignment, root, notebook, watch=watch, **how)
-        tell(TaskUpdate(latest.run, ended=True))
-    except Exception as error:
-        again = _may_help_again(error)
-        message = str(error) if isinstance(error, MlkitError) else f"{type(error).__name__}: {error}"
-        tell(TaskUpdate(latest.run, ended=True, error=message, again=again))
-
-
-@contextlib.contextmanager
-def _workplace(assignment: TaskSpec) -> Iterator[tuple[Path, Path]]:  # archive's folder, notebook
-    """Environment and folders as where the sweep was started; raises SettingsError when no run could come home."""
-    if not (shared := (assignment.home / assignment.token).exists()):
-        if not assignment.mirror:
-            raise SettingsError(
-                f"{socket.gethostname()} does not see the archive {assignment.home.parent}, and no mirror is set. Put "
-                "runs.root on a file system that all nodes share, or set runs.mirror to a URL that they can reach."
-            )
-        open_remote_store(assignment.mirror)  # refused now rather than after hours
-    with tempfile.TemporaryDirectory(prefix="mlkit-") as scratch:
-        root = assignment.home.parent if shared else Path(scratch, "runs")
-        notebook = assignment.notebook
-        if not (notebook.is_file() and notebook.read_bytes() == assignment.content):
-            notebook = Path(scratch, notebook.name)
-            notebook.write_bytes(assignment.content)
-        folder = assignment.folder if Path(assignment.folder).is_dir() else scratch
-        with contextlib.chdir(folder), _environment(assignment.environment | {"MLKIT_RUNS_ROOT": str(root)}):
-            yield root, notebook
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Have these variables, and of the kit's own no others."""
-    before = dict(os.environ)
-    try:
-        for name in [name for name in os.environ if name.startswith("MLKIT_") or name == "OMP_NUM_THREADS"]:
-            del os.environ[name]
-        os.environ.update(variables)
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def execute_point(
-    assignment: TaskSpec,
-    root: Path,  # of the archive to work in
-    notebook: Path,  # of the job
-    *,
-    watch: Callable[[Run, CellProgress | None], None],
-    **how: Any,  # stop, timeout, warm: see execute_run
-) -> None:
-    """Go on with the run where its folder can be reached, else make a new one; it goes home whatever comes of it."""
-    begun: set[Path] = set()
-
-    def note(run: Run, cell: CellProgress | None) -> None:
-        begun.add(run.folder)
-        watch(run, cell)
-
-    try:
-        if assignment.run and (root / assignment.run / RUN_FILE).exists():
-            resume_run(localize_run(Run(root / assignment.run), assignment.share), watch=note, **how)
-            return
-        told = {"parents": [assignment.home.name], "variables": assignment.share}
-        run_job(str(notebook), assignment.parameters, archive=RunStore(root), watch=note, **told, **how)
-    finally:
-        for folder in begun:
-            if notebook != assignment.notebook:
-                with Run(folder).edit() as record:
-                    record.notebook = str(assignment.notebook)
-            fetch_run(Run(folder), assignment)
-
-
-def localize_run(
-    run: Run,  # to go on with in this process
-    share: Mapping[str, str],  # variables of the kernel that divide this machine
-) -> Run:  # the same
-    """A run made ready to go on here."""
-    with run.edit() as record:
-        record.variables = {n: value for n, value in record.variables.items() if not n.startswith("CUDA")} | dict(share)
-        if not Path(record.working_folder).is_dir():
-            record.working_folder = os.getcwd()
-    return run
-
-
-def fetch_run(
-    run: Run,  # ended
-    assignment: TaskSpec,
-    name: str = "",  # at the mirror; by default its id
-) -> None:
-    """Write its folder as it is at home, and send the run there unless that is where it lies; raises StorageError."""
-    if not Path(assignment.folder).is_dir():
-        with run.edit() as record:
-            record.working_folder = assignment.folder
-    if not run.folder.is_relative_to(assignment.home.parent):
-        upload_run(run, assignment.mirror, name)
-
-
-MAX_NODE_FAILURES = 3  # how often a point may lose its node; a fourth time, the point itself is the likely cause
-
-
-class _RayTrials:
-    """What becomes of the points of a sweep that are executed elsewhere."""
-
-    def __init__(
-        self, sweep: Run, timeout: float | None, retries: int, changed: Callable[[], None], notebook: str = ""
-    ):
-        self.sweep, self.timeout, self.retries, self.changed = sweep, timeout, retries, changed
-        self.notebook = notebook or sweep.record.notebook
-        self.archive = RunStore(sweep.folder.parent)
-        self.mirror = load_settings().runs.mirror
-        self.waiting: deque[TrialState] = deque()
-        self.failures: Counter[int] = Counter()  # by number of the point
-        self.losses: Counter[int] = Counter()
-        self.ending = False  # whether no more points are taken
-
-    def hear(self, state: TrialState, news: TaskUpdate) -> None:
-        """Note what a task tells."""
-        if news.run and news.run != self.sweep.record.points[state.number - 1].run:
-            with self.sweep.edit() as record:
-                record.points[state.number - 1].run = news.run
-        state.status, state.cell, state.error = "running", news.cell, news.error
-        if news.run and not news.ended:
-            folder = self.archive.root / news.run
-            state.run = Run(folder) if folder.is_dir() else None  # None: it is still elsewhere
-        if news.ended:
-            self.settle(state, news.error or ("" if news.run else "It ended before its run began."))
-            self.failures[state.number] += 1
-            if news.again and not self.ending and self.failures[state.number] <= self.retries:
-                self.waiting.append(state)
-
-    def settle(self, state: TrialState, error: str = "") -> None:
-        """Note how a point has ended; a run that is not here yet is fetched from the mirror."""
-        name, state.cell, state.error = self.sweep.record.points[state.number - 1].run, None, error
-        try:
-            state.run = self._reach(name) if name else None
-        except MlkitError as failure:
-            state.run, state.error = None, error or str(failure)
-        state.status = state.run.status if state.run else "failed" if state.error else "waiting"
-
-    def _reach(self, name: str) -> Run | None:
-        """A run in the archive, or brought there now; None when it is out of reach."""
-        if (self.archive.root / name).is_dir():
-            return Run(self.archive.root / name)
-        return download_run(name, self.archive, self.mirror) if self.mirror else None
-
-    def lose(self, state: TrialState, reason: str) -> None:
-        """Close the run of a node that has died, and put the point back, unless it keeps happening."""
-        self.losses[state.number] += 1
-        if state.run is not None:
-            self._close_lost(state, reason)
-        self.settle(state, reason)
-        if state.status != "completed" and not self.ending and self.losses[state.number] <= MAX_NODE_FAILURES:
-            state.status, state.error = "waiting", ""
-            self.waiting.append(state)
-
-    def _close_lost(self, state: TrialState, reason: str) -> None:
-        """Interrupt a run whose process has ended; one whose process goes on in spite of all is left to it."""
-        if not has_ended(state.run.record.owner):
-            state.run = None
-        elif state.run.record.status in ("created", "running"):
-            state.run.interrupt(Failure(error="NodeLost", message=reason))
+def task_spec_for(
+    run: Run,  # parent run: a sweep, or a run of several processes
+    token: str,  # name of the probe file in its folder
+    resources: Mapping[str, float],  # resources of each task, see ray_resources
+    timeout: float | None = None,  # seconds after which a run fails
+    notebook: str = "",  # notebook of the job; by default the parent run's
+) -> TaskSpec:  # without a point
+    """Task spec that the tasks of a parent run share; raises SettingsError when runs.mirror cannot be written."""
+    remote_url, path = load_settings().runs.mirror, Path(notebook or run.record.notebook)
+    if remote_url:
+        open_remote_store(remote_url)
+    return TaskSpec(
+        parent_folder=run.folder,
+        token=token,
+        working_folder=os.getcwd(),
+        notebook=path,
+        content=path.read_bytes(),
+        environment=travelling_environment(),
+        variables={name: str(resources["num_cpus"]) for name in THREAD_VARIABLES if name not in os.environ},
+        remote_url=remote_url,
+        timeout=timeout,
+    )
 
 
 @contextlib.contextmanager
 def shared_fs_probe(
-    run: Run,  # a sweep, or a run of several processes
+    run: Run,  # parent run
 ) -> Iterator[str]:  # name of the file
-    """For a while, have a file in a run's folder that no other folder has."""
+    """Context manager that creates a uniquely named file in a run's folder; a node that finds it shares the folder."""
     token = run.folder / f".seen-{secrets.token_hex(8)}"
     token.touch()
     try:
@@ -345,57 +195,221 @@ def shared_fs_probe(
         token.unlink(missing_ok=True)
 
 
-SHUTDOWN_TIMEOUT = 60  # seconds that cancelled tasks have to stop their kernels and close their records
+def run_task(
+    spec: TaskSpec,
+    execute: Callable[..., None] | None = None,  # function that executes the run; by default execute_point
+) -> Iterator[TaskUpdate]:
+    """Execute a task on this machine and yield its updates; closing the generator stops the run.
+
+    The run executes in a thread, because Ray interrupts a cancelled task where it waits for the next update.
+    """
+    updates: queue.SimpleQueue[TaskUpdate] = queue.SimpleQueue()
+    cancellation = CancellationToken()
+    arguments = (spec, execute or execute_point, cancellation, updates.put)
+    thread = threading.Thread(target=_run_in_thread, args=arguments, name="run")
+    thread.start()
+    latest = TaskUpdate()
+    try:
+        while not latest.ended:
+            with contextlib.suppress(queue.Empty):  # an interruption is noticed between two short waits
+                latest = updates.get(timeout=0.5)
+                yield latest
+    finally:
+        cancellation.cancel("It was stopped from where it was started.")
+        thread.join()
 
 
-class _RayBackend(_RayTrials):
-    """The points of a sweep being executed over a Ray cluster."""
+def _run_in_thread(
+    spec: TaskSpec,
+    execute: Callable[..., None],
+    cancellation: CancellationToken,
+    report: Callable[[TaskUpdate], None],
+) -> None:
+    """Execute a run and report its progress; the last update says that it has ended, whatever happens."""
+    latest = TaskUpdate(owner=current_owner())
 
-    tasks: dict[Any, TrialState]  # Ray's handle -> the point
+    def on_progress(run: Run, cell: CellProgress | None) -> None:
+        nonlocal latest
+        latest = replace(latest, run=run.id, cell=cell)
+        report(latest)
 
-    def execute(self, points: TrialQueue, jobs: int | None) -> None:
-        """Execute points: so many at a time, as far as the cluster has room."""
-        self.tasks, self.ray, self.points = {}, import_ray(), points
+    try:
+        with _task_environment(spec) as (root, notebook):
+            report(latest)
+            execute(spec, root, notebook, on_progress=on_progress, cancellation=cancellation)
+        report(TaskUpdate(latest.run, ended=True))
+    except Exception as error:
+        message = str(error) if isinstance(error, MlkitError) else f"{type(error).__name__}: {error}"
+        report(TaskUpdate(latest.run, ended=True, error=message, retryable=is_retryable(error)))
+
+
+@contextlib.contextmanager
+def _task_environment(spec: TaskSpec) -> Iterator[tuple[Path, Path]]:  # root of the run store, notebook
+    """Context manager for the folders and variables of a task; raises SettingsError when its run could not be uploaded.
+
+    The folders of the machine that started the task are used where this node sees them, else a temporary folder with
+    the notebook that was sent. A file of the same name with other content is not the job's notebook.
+    """
+    shared = (spec.parent_folder / spec.token).exists()
+    if not shared:
+        if not spec.remote_url:
+            raise SettingsError(
+                f"{socket.gethostname()} does not see the run store {spec.parent_folder.parent}, "
+                "and runs.mirror is not set. Put runs.root on a file system that all nodes share, "
+                "or set runs.mirror to a URL that they can reach."
+            )
+        open_remote_store(spec.remote_url)  # fails now rather than after hours
+    with tempfile.TemporaryDirectory(prefix="mlkit-") as scratch:
+        root = spec.parent_folder.parent if shared else Path(scratch, "runs")
+        notebook = spec.notebook
+        if not (notebook.is_file() and notebook.read_bytes() == spec.content):
+            notebook = Path(scratch, notebook.name)
+            notebook.write_bytes(spec.content)
+        folder = spec.working_folder if Path(spec.working_folder).is_dir() else scratch
+        with contextlib.chdir(folder), _replaced_environment(spec.environment | {"MLKIT_RUNS_ROOT": str(root)}):
+            yield root, notebook
+
+
+@contextlib.contextmanager
+def _replaced_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Context manager that sets environment variables and removes the kit's others.
+
+    Ray sets OMP_NUM_THREADS in its processes. Warm kernels are keyed by such variables, so it is removed as well; a
+    run on a node then uses the same warm server as one that was started by `mlkit` there.
+    """
+    original = dict(os.environ)
+    try:
+        for name in [name for name in os.environ if name.startswith("MLKIT_") or name == "OMP_NUM_THREADS"]:
+            del os.environ[name]
+        os.environ.update(variables)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(original)
+
+
+def execute_point(
+    spec: TaskSpec,
+    root: Path,  # root of the run store
+    notebook: Path,
+    *,
+    on_progress: Watcher,
+    cancellation: CancellationToken,
+) -> None:
+    """Execute a sweep point: resume its run where it can be reached, else create one; it is returned in any case."""
+    runs: set[Path] = set()
+
+    def note_run(run: Run, cell: CellProgress | None) -> None:
+        runs.add(run.folder)
+        on_progress(run, cell)
+
+    try:
+        if spec.run and (root / spec.run / RUN_FILE).exists():
+            run = localize_run(Run(root / spec.run), spec.variables)
+            resume_run(run, watch=note_run, timeout=spec.timeout, cancellation=cancellation, warm=True)
+            return
+        run_job(
+            str(notebook),
+            spec.parameters,
+            archive=RunStore(root),
+            parents=[spec.parent_folder.name],
+            variables=spec.variables,
+            watch=note_run,
+            timeout=spec.timeout,
+            cancellation=cancellation,
+            warm=True,
+        )
+    finally:
+        for folder in runs:
+            if notebook != spec.notebook:
+                with Run(folder).edit() as record:
+                    record.notebook = str(spec.notebook)
+            return_run(Run(folder), spec)
+
+
+def localize_run(
+    run: Run,  # run to resume in this process
+    variables: Mapping[str, str],  # environment variables of the kernel that allocate resources of this machine
+) -> Run:  # the same run
+    """Prepare a run for this machine: its resources, and a working folder that exists."""
+    with run.edit() as record:
+        record.variables = {n: value for n, value in record.variables.items() if not n.startswith("CUDA")}
+        record.variables |= variables
+        if not Path(record.working_folder).is_dir():
+            record.working_folder = os.getcwd()
+    return run
+
+
+def return_run(
+    run: Run,  # ended
+    spec: TaskSpec,
+    name: str = "",  # name in the remote run store; by default its id
+) -> None:
+    """Restore the run's original working folder, and upload it unless it is in the run store; raises StorageError."""
+    if not Path(spec.working_folder).is_dir():
+        with run.edit() as record:
+            record.working_folder = spec.working_folder
+    if not run.folder.is_relative_to(spec.parent_folder.parent):
+        upload_run(run, spec.remote_url, name)
+
+
+# The backend of sweeps
+
+
+class RayBackend:
+    """Executes the trials of a sweep as tasks on a Ray cluster.
+
+    Ray's own retries are off: they would send the same message again, which does not name the run that was begun.
+    Ctrl-C and SIGTERM cancel every task; running ones have a minute to close their runs, then they are killed. When
+    the driver is killed, Ray ends its tasks.
+    """
+
+    def __init__(
+        self,
+        sweep: Run,
+        timeout: float | None,  # seconds after which a run fails
+        retries: int,  # further attempts after a failure
+        on_change: Callable[[], None],  # called whenever a trial has changed
+        notebook: str = "",  # notebook of the job; by default the sweep's
+    ):
+        self.sweep, self.timeout, self.retries, self.on_change = sweep, timeout, retries, on_change
+        self.notebook = notebook or sweep.record.notebook
+        self.remote_url = load_settings().runs.mirror
+        self.tasks: dict[Any, TrialState] = {}  # Ray's handle of the task -> trial
+
+    def execute(
+        self,
+        trials: TrialQueue,
+        max_parallel: int | None,  # runs in parallel; None: as many as the cluster has room for
+    ) -> None:
+        """Execute trials until the queue has no more."""
+        self.ray = import_ray()
+        self.tracker = TrialTracker(self.sweep, trials, self.retries, self.on_change, self._download)
         try:
             with shared_fs_probe(self.sweep) as token:
-                self._execute(self._submitter(token, jobs), jobs or points.most)
+                submit = self._submitter(token, max_parallel)
+                while True:
+                    while len(self.tasks) < (max_parallel or trials.most) and (state := self.tracker.next_trial()):
+                        submit(state)
+                    if not self.tasks:
+                        return
+                    self._poll()
         except BaseException:
             self._cancel()
             raise
         finally:
-            close_abandoned(self.sweep)  # by a node that died before it could tell
+            close_abandoned(self.sweep)  # runs of nodes that died before they sent an update
 
-    def _execute(self, submit: Callable[[TrialState], None], most: int) -> None:
-        """Hand out points until there are no more, and hear of each until it has ended."""
-        while True:
-            while len(self.tasks) < most and (state := self._next()):
-                submit(state)
-            if not self.tasks:
-                return
-            self._listen()
+    def _download(self, run_id: str) -> Run | None:
+        """Run from the remote run store; None when it is not there, or there is none."""
+        return download_run(run_id, self.tracker.store, self.remote_url) if self.remote_url else None
 
-    def _next(self) -> TrialState | None:
-        """A point to hand out: one to be tried again, or a new one."""
-        while not self.waiting and (state := self.points.take()):
-            if not self._has_come_home(state):
-                return state
-            self.points.give_back(state)
-        return self.waiting.popleft() if self.waiting else None
-
-    def _has_come_home(self, state: TrialState) -> bool:
-        """Whether the point's run is complete at the mirror: the sweep was killed before it could fetch it."""
-        if state.run is None:
-            self.settle(state)
-        return state.status == "completed"
-
-    def _submitter(self, token: str, jobs: int | None) -> Callable[[TrialState], None]:
-        """What hands a point to Ray."""
-        demand = ray_resources([node["Resources"] for node in self.ray.nodes() if node["Alive"]], jobs)
-        options = {"num_returns": "streaming", "max_retries": 0, "scheduling_strategy": "SPREAD", **demand}
-        task, common = (
-            self.ray.remote(**options)(run_task),
-            task_spec_for(self.sweep, token, demand, self.timeout, self.notebook),
-        )
+    def _submitter(self, token: str, max_parallel: int | None) -> Callable[[TrialState], None]:
+        """Function that submits a trial to Ray."""
+        resources = ray_resources([node["Resources"] for node in self.ray.nodes() if node["Alive"]], max_parallel)
+        options = {"num_returns": "streaming", "max_retries": 0, "scheduling_strategy": "SPREAD", **resources}
+        task = self.ray.remote(**options)(run_task)
+        common = task_spec_for(self.sweep, token, resources, self.timeout, self.notebook)
 
         def submit(state: TrialState) -> None:
             run = state.run.id if state.run else ""
@@ -403,64 +417,41 @@ class _RayBackend(_RayTrials):
 
         return submit
 
-    def _listen(self) -> None:
-        """Wait a moment for news, and take them."""
+    def _poll(self) -> None:
+        """Process the next update of a task, if there is one within half a second."""
         for task in self.ray.wait(list(self.tasks), num_returns=1, timeout=0.5)[0]:
-            state = self.tasks[task]
-            self._take(task, state)
-            if task not in self.tasks and state not in self.waiting and not self.ending:
-                self.points.give_back(state)
-            self.changed()
+            self._process(task, self.tasks[task])
 
-    def _take(self, task: Any, state: TrialState) -> None:
-        """Take the next news of a task, or what Ray says of its end."""
+    def _process(self, task: Any, state: TrialState) -> None:
+        """Pass the next update of a task, or its end, to the state machine."""
         errors = self.ray.exceptions
         try:
-            news = self.ray.get(next(task))
-            if news.ended:
-                del self.tasks[task]
-            self.hear(state, news)
-            return
+            update = self.ray.get(next(task))
         except errors.TaskCancelledError:
-            ended, reason = self.settle, ""
-        except errors.RayTaskError as error:  # before or after the job: mlkit is missing there, for example
-            ended, reason = self.settle, str(error).strip().splitlines()[-1]
+            self._end(task, state)
+        except errors.RayTaskError as error:  # outside the run: for example, mlkit is not installed on the node
+            self._end(task, state, str(error).strip().splitlines()[-1])
         except (errors.RayError, StopIteration) as error:
-            ended, reason = self.lose, f"{type(error).__name__}: {error}".partition("\n")[0]
+            del self.tasks[task]
+            self.tracker.lose(state, f"{type(error).__name__}: {error}".partition("\n")[0])
+        else:
+            self.tracker.update(state, update.run, update.cell)
+            if update.ended:
+                error = update.error or ("" if update.run else "It ended before its run began.")
+                self._end(task, state, error, update.retryable)
+
+    def _end(self, task: Any, state: TrialState, error: str = "", retryable: bool = False) -> None:
         del self.tasks[task]
-        ended(state, reason)
+        self.tracker.settle(state, error)
+        self.tracker.release(state, retryable)
 
     def _cancel(self) -> None:
-        """End all tasks, and wait until they have."""
-        self.ending, deadline = True, time.monotonic() + SHUTDOWN_TIMEOUT
-        self.waiting.clear()
+        """Cancel all tasks, wait until they have closed their runs, and kill what is left."""
+        self.tracker.stop()
+        deadline = time.monotonic() + SHUTDOWN_TIMEOUT
         for task in list(self.tasks):
             self.ray.cancel(task)
         while self.tasks and time.monotonic() < deadline:
-            self._listen()
+            self._poll()
         for task in self.tasks:
             self.ray.cancel(task, force=True)
-
-
-def task_spec_for(
-    run: Run,  # a sweep, or a run of several processes
-    token: str,  # name of a file in its folder
-    demand: Mapping[str, float],  # see ray_resources
-    timeout: float | None = None,  # seconds for each run
-    notebook: str = "",  # of the job; by default the sweep's
-) -> TaskSpec:  # without a point
-    """What every task has to know; raises SettingsError when runs.mirror cannot be written."""
-    mirror, path = load_settings().runs.mirror, Path(notebook or run.record.notebook)
-    if mirror:
-        open_remote_store(mirror)
-    return TaskSpec(
-        home=run.folder,
-        token=token,
-        folder=os.getcwd(),
-        notebook=path,
-        content=path.read_bytes(),
-        environment=travelling_environment(),
-        share={name: str(demand["num_cpus"]) for name in THREADS if name not in os.environ},
-        mirror=mirror,
-        timeout=timeout,
-    )

@@ -1,4 +1,4 @@
-"""The shipped jobs, executed as a user would: by the command line, by plain papermill, killed in the middle."""
+"""The shipped jobs, executed on the command line, by plain papermill, and killed during training."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ JOBS = REPOSITORY / "nbs" / "jobs"
 
 
 def run_job(folder: Path, job: str, *parameters: str) -> dict:
-    """The record a job leaves."""
+    """Execute a job and return its record."""
     flags = [flag for parameter in parameters for flag in ("-p", parameter)]
     result = run_cli("run", job, *flags, "--json", folder=folder)
     assert result.returncode == 0, result.stderr
@@ -47,7 +47,7 @@ def test_training_digits_leaves_a_complete_run(trained: tuple[Path, dict]) -> No
     assert not (run / "checkpoints").exists()
 
 
-def test_every_artifact_is_what_its_hash_says(trained: tuple[Path, dict]) -> None:
+def test_every_artifact_matches_its_hash(trained: tuple[Path, dict]) -> None:
     run = Path(trained[1]["folder"])
     listed = {artifact["path"]: artifact for artifact in trained[1]["artifacts"]}
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} - {"run.json", ".lock"}
@@ -66,7 +66,7 @@ def test_the_executed_notebook_is_a_report(trained: tuple[Path, dict]) -> None:
     assert not [output for cell in code for output in cell.outputs if output.get("name") == "stderr"]
 
 
-def test_evaluate_measures_the_saved_model_on_the_same_data(trained: tuple[Path, dict]) -> None:
+def test_evaluate_uses_the_saved_model_and_the_same_data(trained: tuple[Path, dict]) -> None:
     folder, record = trained
     evaluated = run_job(folder, "evaluate", f"run={record['id'][-4:]}")
     assert evaluated["parents"] == [record["id"]]
@@ -75,17 +75,17 @@ def test_evaluate_measures_the_saved_model_on_the_same_data(trained: tuple[Path,
 
 
 @pytest.mark.parametrize(
-    ("dataset", "metric", "least"),
+    ("dataset", "metric", "minimum"),
     [("wine", "test_accuracy", 0.85), ("breast_cancer", "test_auc", 0.95), ("diabetes", "test_r2", 0.2)],
 )
-def test_training_tables_of_every_task(dataset: str, metric: str, least: float, project: Path) -> None:
+def test_training_tables_of_every_task(dataset: str, metric: str, minimum: float, project: Path) -> None:
     record = run_job(project, "train", f"dataset={dataset}")
-    assert record["metrics"][metric] >= least
+    assert record["metrics"][metric] >= minimum
 
 
 @pytest.fixture
-def shop(project: Path) -> Path:
-    """A company's table as CSV: numbers, categories, missing values, an awkward column name."""
+def customers(project: Path) -> Path:
+    """Table as CSV: numbers, categories, missing values, a column name with spaces."""
     generator = np.random.default_rng(0)
     visits, tier = generator.gamma(2, 3, 900).round(3), generator.choice(["a", "b", "c", None], 900).tolist()
     bought = visits + np.array([{"a": 6, "b": 0}.get(name, 3) for name in tier]) > 9
@@ -94,13 +94,13 @@ def shop(project: Path) -> Path:
     return project
 
 
-def test_a_table_of_ones_own_is_trained_and_evaluated_on_new_rows(shop: Path) -> None:
+def test_a_custom_table_is_trained_and_evaluated_on_new_rows(customers: Path) -> None:
     record = run_job(
-        shop, "train", "dataset=shop.csv", "label=bought", "model=wide_deep", "epochs=30", "learning_rate=0.01"
+        customers, "train", "dataset=shop.csv", "label=bought", "model=wide_deep", "epochs=30", "learning_rate=0.01"
     )
     assert record["metrics"]["test_accuracy"] > 0.9
-    pl.read_csv(shop / "shop.csv").head(100).write_csv(shop / "new.csv")
-    evaluated = run_job(shop, "evaluate", "dataset=new.csv")
+    pl.read_csv(customers / "shop.csv").head(100).write_csv(customers / "new.csv")
+    evaluated = run_job(customers, "evaluate", "dataset=new.csv")
     assert evaluated["data"][0]["rows"] == 100
     assert evaluated["metrics"]["test_accuracy"] > 0.9
     assert evaluated["parents"] == [record["id"]]
@@ -122,12 +122,12 @@ def test_the_adult_census_with_missing_values(project: Path) -> None:
         (["model=wide_dep", "dataset=wine"], "Did you mean 'wide_deep'?"),
     ],
 )
-def test_bad_input_is_told_as_the_users(parameters: list[str], message: str, shop: Path) -> None:
+def test_invalid_input_is_reported_as_a_user_error(parameters: list[str], message: str, customers: Path) -> None:
     flags = [flag for parameter in parameters for flag in ("-p", parameter)]
-    result = run_cli("run", "train", *flags, folder=shop)
+    result = run_cli("run", "train", *flags, folder=customers)
     assert result.returncode == 2
     assert message in result.stderr
-    assert RunStore(shop / "runs").list().runs[0].status == "failed"
+    assert RunStore(customers / "runs").list().runs[0].status == "failed"
 
 
 @pytest.mark.parametrize("job", ["train", "evaluate"])
@@ -144,25 +144,25 @@ def test_jobs_run_under_plain_papermill(job: str, trained: tuple[Path, dict], tm
 def test_sigkill_in_the_middle_of_training_leaves_a_readable_run_and_no_kernel(project: Path) -> None:
     command = [sys.executable, "-m", "mlkit", "run", "train", "-p", "epochs=2000", "-p", "patience=2000"]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, env=os.environ)
-    archive = RunStore(project / "runs")
-    wait_until(lambda: [run for run in archive.list() if "val_loss" in run.metrics])
+    store = RunStore(project / "runs")
+    wait_until(lambda: [run for run in store.list() if "val_loss" in run.metrics])
     kernels = psutil.Process(process.pid).children(recursive=True)
     assert kernels
     process.send_signal(signal.SIGKILL)
     process.wait()
-    run = archive.get("latest")
+    run = store.get("latest")
     assert (run.record.status, run.status) == ("running", "interrupted")
     assert len(run.record.history["val_loss"]) >= 1
     assert nbformat.read(run.folder / "notebook.ipynb", 4).cells
-    assert [summary.status for summary in archive.list()] == ["interrupted"]
+    assert [summary.status for summary in store.list()] == ["interrupted"]
     wait_until(
         lambda: not [kernel for kernel in kernels if kernel.is_running() and kernel.status() != "zombie"], seconds=15
     )
 
 
-def test_two_jobs_at_once_do_not_disturb_each_other(shop: Path) -> None:
+def test_two_concurrent_jobs_do_not_interfere(customers: Path) -> None:
     command = [sys.executable, "-m", "mlkit", "run", "train", "-p", "dataset=wine", "-p", "epochs=2", "--json"]
-    processes = [subprocess.Popen(command, cwd=shop, stdout=subprocess.PIPE) for _ in range(2)]
+    processes = [subprocess.Popen(command, cwd=customers, stdout=subprocess.PIPE) for _ in range(2)]
     records = [json.loads(process.communicate()[0]) for process in processes]
     assert [record["status"] for record in records] == ["completed", "completed"]
     first, second = (record["metrics"] for record in records)

@@ -1,4 +1,4 @@
-"""Jobs that misbehave: each ends in a true record, tells what happened, and leaves nothing running."""
+"""Failing jobs: each ends in a correct record with the cause of the failure, and leaves no process running."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ KERNELSPEC = {"name": "python3", "display_name": "python3", "language": "python"
 
 
 def write_job(folder: Path, *sources: str, parameters: str = "count: int = 3", metadata: dict | None = None) -> str:
-    """A job notebook, a section for each cell."""
+    """Write a job notebook with a section for each cell."""
     cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     cells += [
         cell for n, source in enumerate(sources) for cell in (new_markdown_cell(f"## Part {n}"), new_code_cell(source))
@@ -38,8 +38,8 @@ def only_run(project: Path) -> Run:
 
 
 @pytest.fixture(params=["cold", "warm"])
-def temperature(request: pytest.FixtureRequest, cli: Callable, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each fault in an ordinary kernel and in a forked one."""
+def kernel(request: pytest.FixtureRequest, cli: Callable, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Kernel in which a fault happens: an ordinary one, or a forked one."""
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
     if request.param == "warm":
         assert cli("warm", "start").returncode == 0
@@ -63,7 +63,7 @@ def test_a_notebook_without_a_kernelspec_runs(cli: Callable, project: Path) -> N
         (None, "2 cells tagged 'parameters'"),
     ],
 )
-def test_what_is_no_job_is_refused(content: str | None, message: str, cli: Callable, project: Path) -> None:
+def test_an_invalid_job_is_rejected(content: str | None, message: str, cli: Callable, project: Path) -> None:
     if content is None:
         cells = [new_code_cell("a = 1", metadata={"tags": ["parameters"]}) for _ in range(2)]
         nbformat.write(new_notebook(cells=cells), project / "job.ipynb")
@@ -74,43 +74,47 @@ def test_what_is_no_job_is_refused(content: str | None, message: str, cli: Calla
     assert not (project / "runs").exists()
 
 
-def test_sys_exit(cli: Callable, project: Path, temperature: str) -> None:
+def test_sys_exit(cli: Callable, project: Path, kernel: str) -> None:
     job = write_job(project, "import sys\nsys.exit(count)", "print('never')")
     assert cli("run", job).returncode == 1
     run = only_run(project)
     assert (run.status, run.record.failure.error, run.record.failure.heading) == ("failed", "SystemExit", "Part 0")
-    assert cli("run", job, "-p", "count=0").returncode == 0  # papermill's convention: an early end in peace
+    assert cli("run", job, "-p", "count=0").returncode == 0  # papermill's convention: the job completes early
 
 
-def test_a_kernel_that_kills_itself(cli: Callable, project: Path, temperature: str) -> None:
+def test_a_kernel_that_kills_itself(cli: Callable, project: Path, kernel: str) -> None:
     result = cli("run", write_job(project, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"))
     assert (result.returncode, "SIGKILL" in result.stderr) == (1, True)
     failure = only_run(project).record.failure
     assert (failure.error, failure.heading) == ("DeadKernelError", "Part 0")
 
 
-def test_a_crash_in_native_code(cli: Callable, project: Path, temperature: str) -> None:
+def test_a_crash_in_native_code(cli: Callable, project: Path, kernel: str) -> None:
     result = cli("run", write_job(project, "import ctypes\nctypes.string_at(0)"))
     assert (result.returncode, "SIGSEGV" in result.stderr) == (1, True)
 
 
-def test_a_cell_that_allocates_until_it_is_killed(cli: Callable, project: Path, temperature: str) -> None:
-    """The kernel of this machine kills the greediest: here the job itself says that it is."""
-    greedy = "open('/proc/self/oom_score_adj', 'w').write('1000')\nimport os; open('pid', 'w').write(str(os.getpid()))"
-    job = write_job(project, greedy, "hoard = []\nwhile True:\n    hoard.append(bytearray(10_000_000))")
+def test_a_cell_that_allocates_until_it_is_killed(cli: Callable, project: Path, kernel: str) -> None:
+    """The out-of-memory killer ends the process with the highest score; the job sets its own."""
+    set_score = (
+        "open('/proc/self/oom_score_adj', 'w').write('1000')\nimport os; open('pid', 'w').write(str(os.getpid()))"
+    )
+    job = write_job(project, set_score, "hoard = []\nwhile True:\n    hoard.append(bytearray(10_000_000))")
     command = [sys.executable, "-m", "mlkit", "run", job]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: (project / "pid").exists() and (project / "pid").read_text())
-    kernel = psutil.Process(int((project / "pid").read_text()))
-    with contextlib.suppress(psutil.NoSuchProcess):  # we are the out-of-memory killer, with a limit of 1.5 GB
-        wait_until(lambda: kernel.memory_info().rss > 1_500_000_000)
-        kernel.kill()
-    said = process.communicate(timeout=60)[1]
-    assert (process.returncode, "no memory left" in said) == (1, True)
+    kernel_process = psutil.Process(int((project / "pid").read_text()))
+    with contextlib.suppress(
+        psutil.NoSuchProcess
+    ):  # this test acts as the out-of-memory killer, with a limit of 1.5 GB
+        wait_until(lambda: kernel_process.memory_info().rss > 1_500_000_000)
+        kernel_process.kill()
+    errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, "no memory left" in errors) == (1, True)
     assert only_run(project).status == "failed"
 
 
-def test_a_hundred_megabytes_of_output_are_folded(cli: Callable, project: Path, temperature: str) -> None:
+def test_a_hundred_megabytes_of_output_are_truncated(cli: Callable, project: Path, kernel: str) -> None:
     line = "'x' * 99"
     job = write_job(project, f"for _ in range(1_000_000):\n    print({line})\nprint('the end')", "print('and on')")
     assert cli("run", job).returncode == 0
@@ -133,7 +137,7 @@ def test_a_progress_bar_is_one_line(cli: Callable, project: Path) -> None:
     assert [text.strip() for text in texts] == ["100%"]
 
 
-def test_a_cell_that_loops_for_ever(cli: Callable, project: Path, temperature: str) -> None:
+def test_an_endless_cell_exceeds_its_time_limit(cli: Callable, project: Path, kernel: str) -> None:
     result = cli("--set", "jobs.cell_timeout=2", "run", write_job(project, "while True:\n    pass"))
     assert result.returncode == 1
     failure = only_run(project).record.failure
@@ -154,13 +158,13 @@ open("pids", "w").write(f"{child.pid} {os.read(reader, 20).decode()}")
 """
 
 
-def test_children_do_not_outlive_the_job(cli: Callable, project: Path, temperature: str) -> None:
+def test_children_do_not_outlive_the_job(cli: Callable, project: Path, kernel: str) -> None:
     assert cli("run", write_job(project, DAEMON)).returncode == 0
     child, daemon = map(int, (project / "pids").read_text().split())
     wait_until(lambda: not psutil.pid_exists(child), 20)
-    if temperature == "warm":
+    if kernel == "warm":
         wait_until(lambda: not psutil.pid_exists(daemon), 20)
-    else:  # an ordinary kernel cannot follow what has left its session and its parent
+    else:  # an ordinary kernel cannot end a daemon
         with contextlib.suppress(ProcessLookupError):
             os.kill(daemon, 9)
 
@@ -169,20 +173,18 @@ def test_the_notebook_is_readable_at_any_time(project: Path) -> None:
     loop = "import time\nfor n in range(20):\n    print(n, 'x' * 10_000)\n    time.sleep(0.05)"
     command = [sys.executable, "-m", "mlkit", "run", write_job(project, *[loop] * 3)]
     process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL)
-    archive = RunStore(project / "runs")
+    store = RunStore(project / "runs")
     wait_until(
-        lambda: (
-            archive.root.is_dir() and len(archive.list()) and (archive.get("latest").folder / "notebook.ipynb").exists()
-        )
+        lambda: store.root.is_dir() and len(store.list()) and (store.get("latest").folder / "notebook.ipynb").exists()
     )
-    path, seen = archive.get("latest").folder / "notebook.ipynb", set()
+    path, output_counts = store.get("latest").folder / "notebook.ipynb", set()
     while process.poll() is None:
         notebook = nbformat.reads(path.read_text(), 4)
         nbformat.validate(notebook)
-        assert archive.get("latest").record.status in ("created", "running", "completed")
-        seen.add(sum(len(cell.get("outputs", [])) for cell in notebook.cells))
+        assert store.get("latest").record.status in ("created", "running", "completed")
+        output_counts.add(sum(len(cell.get("outputs", [])) for cell in notebook.cells))
     assert process.returncode == 0
-    assert len(seen) >= 3
+    assert len(output_counts) >= 3
 
 
 SECRET = 'Zq7x "wörd" <&> \\core9X'
@@ -201,9 +203,13 @@ token
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("source", ["env", "file", "default"])
-def test_a_secret_is_nowhere_in_the_run(fails: bool, source: str, cli: Callable, project: Path) -> None:
+def test_a_secret_is_not_stored_in_the_run(fails: bool, source: str, cli: Callable, project: Path) -> None:
     parameters = 'token: Secret = ""  # of the feature store'
-    cells = ["assert token, 'no secret came'", LEAKS, "raise ValueError(f'refused: {token}')" if fails else "'fine'"]
+    cells = [
+        "assert token, 'the secret is missing'",
+        LEAKS,
+        "raise ValueError(f'refused: {token}')" if fails else "'fine'",
+    ]
     job = write_job(project, *cells, parameters=f"from pydantic import Secret\n{parameters}")
     (project / "secret.txt").write_text(SECRET + "\n")
     flags = {"env": ["-p", "token=env:STORE"], "file": ["-p", "token=file:secret.txt"], "default": []}[source]
@@ -219,13 +225,13 @@ def test_a_secret_is_nowhere_in_the_run(fails: bool, source: str, cli: Callable,
     assert "*****" in str(executed.cells)
 
 
-def test_a_secret_is_not_given_itself(cli: Callable, project: Path) -> None:
+def test_a_secret_passed_by_value_is_rejected(cli: Callable, project: Path) -> None:
     job = write_job(project, "1", parameters='from pydantic import Secret\ntoken: Secret = ""')
-    for given, message in (
-        ("hunter2hunter2", "is not given itself"),
+    for value, message in (
+        ("hunter2hunter2", "give its source, not its value"),
         ("env:NOWHERE", "no environment variable NOWHERE"),
     ):
-        result = cli("run", job, "-p", f"token={given}")
+        result = cli("run", job, "-p", f"token={value}")
         assert (result.returncode, message in result.stderr) == (2, True)
         assert "hunter2" not in result.stdout + result.stderr.replace("hunter2hunter2'", "")
     assert not (project / "runs").exists()

@@ -1,4 +1,4 @@
-"""Warm kernels as processes: who lives, who dies with whom, and what a kernel inherits."""
+"""Warm kernels as real processes: lifetime, what a kernel inherits, and orphan processes."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,14 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from mlkit.errors import MlkitError
 from mlkit.jobs import kernels
-from mlkit.jobs.kernels import WarmServer, kernel_specs, running_servers, servers_folder
+from mlkit.jobs.kernels import (
+    WarmServer,
+    kernel_environment,
+    kernel_specs,
+    running_servers,
+    server_key,
+    servers_folder,
+)
 from tests.conftest import run_cli, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not kernels.CAN_FORK, reason="warm kernels need Linux")]
@@ -39,7 +47,7 @@ def gone(*pids: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def private(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Warm servers of this test alone, which preload little; none is left."""
+    """Private folder of the test's warm servers, which preload little; none may be left running."""
     folder = Path(tempfile.mkdtemp(prefix="mlkit-test-"))  # short: a socket's path may have 107 characters
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
@@ -55,25 +63,25 @@ def private(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., tuple[KernelManager, BlockingKernelClient]]]:
-    """Start kernels that end with the test."""
+    """Function that starts a kernel; all kernels end with the test."""
     managers = []
 
-    def started(**launch: Any) -> tuple[KernelManager, BlockingKernelClient]:
+    def start_kernel(**launch: Any) -> tuple[KernelManager, BlockingKernelClient]:
         manager = KernelManager(kernel_name="mlkit", kernel_spec_manager=kernel_specs())
         manager.start_kernel(**launch)
         managers.append(manager)
         client = manager.client()
         client.start_channels()
-        client.wait_for_ready(timeout=60)
+        client.wait_for_ready(timeout=180)
         return manager, client
 
-    yield started
+    yield start_kernel
     for manager in managers:
         manager.shutdown_kernel(now=True)
 
 
-def ask(client: BlockingKernelClient, code: str) -> str:
-    """What a kernel prints."""
+def execute(client: BlockingKernelClient, code: str) -> str:
+    """Execute code in a kernel and return what it prints."""
     texts = []
 
     def hook(message: dict) -> None:
@@ -85,17 +93,17 @@ def ask(client: BlockingKernelClient, code: str) -> str:
 
 
 def is_warm(client: BlockingKernelClient) -> bool:
-    """Whether numpy was there before anybody imported it."""
-    return ask(client, "import sys; print('numpy' in sys.modules)") == "True"
+    """Whether numpy was imported before any cell was executed."""
+    return execute(client, "import sys; print('numpy' in sys.modules)") == "True"
 
 
-def test_a_kernel_is_like_its_owner(start: Callable, tmp_path: Path) -> None:
+def test_a_kernel_inherits_from_its_owner(start: Callable, tmp_path: Path) -> None:
     mask = os.umask(0o027)
     try:
         _, client = start(cwd=str(tmp_path), env=os.environ | {"TZ": "Asia/Tokyo", "COLOR": "blue"})
     finally:
         os.umask(mask)
-    answer = ask(
+    output = execute(
         client,
         """
         import json, os, resource, sys, time
@@ -107,7 +115,7 @@ def test_a_kernel_is_like_its_owner(start: Callable, tmp_path: Path) -> None:
     )
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     owner = [str(tmp_path), "blue", "JST", 0o027, True, True, sorted(os.sched_getaffinity(0))]
-    assert json.loads(answer) == [*owner, "ipykernel_launcher", limit, False]
+    assert json.loads(output) == [*owner, "ipykernel_launcher", limit, False]
 
 
 def test_a_kernel_imports_from_where_an_ordinary_one_does(start: Callable, tmp_path: Path) -> None:
@@ -117,9 +125,9 @@ def test_a_kernel_imports_from_where_an_ordinary_one_does(start: Callable, tmp_p
     client.start_channels()
     client.wait_for_ready(timeout=60)
     question = "import sys, json; print(json.dumps(sys.path))"
-    expected = ask(client, question)
+    expected = execute(client, question)
     ordinary.shutdown_kernel(now=True)
-    assert ask(start(cwd=str(tmp_path))[1], question) == expected
+    assert execute(start(cwd=str(tmp_path))[1], question) == expected
 
 
 def test_variables_read_at_import_choose_another_server(start: Callable) -> None:
@@ -127,7 +135,7 @@ def test_variables_read_at_import_choose_another_server(start: Callable) -> None
     _, other = start(env=os.environ | {"TF_ENABLE_ONEDNN_OPTS": "0", "OMP_NUM_THREADS": "1"})
     start(env=os.environ | {"TF_NUM_INTRAOP_THREADS": "1"})
     assert sorted(len(server["kernels"]) for server in running_servers()) == [1, 2]
-    assert ask(other, "import os; print(os.environ['OMP_NUM_THREADS'])") == "1"
+    assert execute(other, "import os; print(os.environ['OMP_NUM_THREADS'])") == "1"
 
 
 def test_code_is_never_stale(start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,20 +143,18 @@ def test_code_is_never_stale(start: Callable, tmp_path: Path, monkeypatch: pytes
     module.write_text("price = 1")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy,pricing")
-    assert ask(start()[1], "import pricing; print(pricing.price)") == "1"
+    assert execute(start()[1], "import pricing; print(pricing.price)") == "1"
     module.write_text("price = 22")
     _, client = start()
-    assert (
-        ask(client, "import sys; print([name for name in sys.modules if name.split('.')[0] in ('pricing', 'mlkit')])")
-        == "[]"
-    )
-    assert ask(client, "import pricing; print(pricing.price)") == "22"
+    is_ours = "name.split('.')[0] in ('pricing', 'mlkit')"
+    assert execute(client, f"import sys; print([name for name in sys.modules if {is_ours}])") == "[]"
+    assert execute(client, "import pricing; print(pricing.price)") == "22"
     assert len(running_servers()) == 1
 
 
 @pytest.fixture
-def own_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the kit that a test may change, and the way to have kernels import it."""
+def kit_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy of the kit that a test may change."""
     shutil.copytree(kernels.KIT, tmp_path / "kit" / "mlkit", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "kit" / "mlkit"
 
@@ -156,10 +162,10 @@ def own_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 KIT_KERNEL = """
 import os, sys
 from pathlib import Path
-from mlkit import kernels
+from mlkit.jobs import kernels
 from jupyter_client import KernelManager
 
-def ask(code):
+def run_in_kernel(code):
     texts = []
     manager = KernelManager(kernel_name="mlkit", kernel_spec_manager=kernels.kernel_specs())
     manager.start_kernel()
@@ -170,18 +176,18 @@ def ask(code):
     manager.shutdown_kernel()
     return "".join(texts).strip()
 
-loaded = "import sys; print('mlkit.settings' in sys.modules)"
-answers = [ask(loaded)]
-settings = kernels.KIT / "settings.py"
-settings.write_text(settings.read_text() + "\\nMARK = 'changed'\\n")
-answers += [ask(loaded), ask("from mlkit.config import MARK; print(MARK)")]
-print(answers, len(kernels.running_servers()))
+is_loaded = "import sys; print('mlkit.config' in sys.modules)"
+outputs = [run_in_kernel(is_loaded)]
+config = kernels.KIT / "config.py"
+config.write_text(config.read_text() + "\\nMARK = 'changed'\\n")
+outputs += [run_in_kernel(is_loaded), run_in_kernel("from mlkit.config import MARK; print(MARK)")]
+print(outputs, len(kernels.running_servers()))
 """
 
 
-def test_the_kit_is_imported_already_unless_it_has_changed(own_kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(kernels.KIT.parent / "jupyter", own_kit.parent / "jupyter")
-    monkeypatch.setenv("PYTHONPATH", str(own_kit.parent))
+def test_the_kit_is_imported_already_unless_it_has_changed(kit_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(kernels.KIT.parent / "jupyter", kit_copy.parent / "jupyter")
+    monkeypatch.setenv("PYTHONPATH", str(kit_copy.parent))
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "mlkit.runs")
     result = subprocess.run([sys.executable, "-c", KIT_KERNEL], cwd="/", capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "['True', 'False', 'changed'] 1", result.stderr
@@ -195,7 +201,7 @@ def test_newly_installed_packages_mean_a_new_server(monkeypatch: pytest.MonkeyPa
     assert WarmServer.fitting(os.environ).key != before
 
 
-def test_many_ask_for_the_same_server_at_once() -> None:
+def test_many_clients_start_the_same_server_once() -> None:
     with ThreadPoolExecutor(8) as pool:
         holds = list(pool.map(lambda _: WarmServer.fitting(os.environ).hold(), range(8)))
     (server,) = running_servers()
@@ -208,10 +214,10 @@ def test_many_ask_for_the_same_server_at_once() -> None:
 
 def test_restart_and_interrupt(start: Callable) -> None:
     manager, client = start()
-    first = ask(client, "import os; value = 1; print(os.getpid())")
+    first = execute(client, "import os; value = 1; print(os.getpid())")
     manager.restart_kernel()
     client.wait_for_ready(timeout=60)
-    assert ask(client, "print('value' in globals(), os.getpid() if 'os' in globals() else '')") == "False"
+    assert execute(client, "print('value' in globals(), os.getpid() if 'os' in globals() else '')") == "False"
     assert gone(int(first))
     client.execute("import time; print('begun', flush=True); time.sleep(600)")
     while client.get_iopub_msg(timeout=30)["content"].get("text") != "begun\n":
@@ -227,7 +233,7 @@ def test_restart_and_interrupt(start: Callable) -> None:
     assert wait_until(interrupted)["ename"] == "KeyboardInterrupt"
 
 
-def test_exit_handlers_and_threads_of_a_kernel_come_to_their_end(start: Callable, tmp_path: Path) -> None:
+def test_exit_handlers_and_threads_of_a_kernel_complete(start: Callable, tmp_path: Path) -> None:
     manager, client = start(cwd=str(tmp_path))
     code = """
     import atexit, concurrent.futures, threading, time
@@ -239,7 +245,7 @@ def test_exit_handlers_and_threads_of_a_kernel_come_to_their_end(start: Callable
     pool = concurrent.futures.ThreadPoolExecutor(1)
     future = pool.submit(lambda: (time.sleep(1), open("pool", "w").write("done")))
     """
-    assert ask(client, code) == ""
+    assert execute(client, code) == ""
     manager.shutdown_kernel()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["handler", "pool", "thread"]
 
@@ -287,7 +293,7 @@ def test_a_busy_kernel_that_holds_the_interpreter_ends_with_its_owner(start: Cal
     wait_until(lambda: gone(pid), 20)
 
 
-def test_without_fork_the_ordinary_kernel_starts_with_a_notice(
+def test_without_fork_an_ordinary_kernel_starts_with_a_warning(
     start: Callable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernels, "CAN_FORK", False)
@@ -298,14 +304,14 @@ def test_without_fork_the_ordinary_kernel_starts_with_a_notice(
     assert "starts cold: Warm kernels need Linux" in caplog.text
 
 
-def test_a_folder_others_can_enter_is_refused(private: Path) -> None:
+def test_a_folder_that_others_can_enter_is_rejected(private: Path) -> None:
     servers_folder().chmod(0o777)
     with pytest.raises(MlkitError, match="should belong to you alone"):
         WarmServer.fitting(os.environ).hold()
     (private / f"mlkit-{os.getuid()}").chmod(0o700)
 
 
-def test_a_server_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_cannot_start_reports_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SERVER_CODE", "raise SystemExit('no luck')")
     with pytest.raises(MlkitError, match="no luck"):
         WarmServer.fitting(os.environ).hold()
@@ -313,7 +319,7 @@ def test_a_server_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def connection(tmp_path: Path) -> Path:
-    """A connection file, as a program writes it that starts kernels by the command line alone."""
+    """Connection file of a program that starts kernels by the kernelspec's command alone."""
     from jupyter_client.connect import write_connection_file
 
     path, _ = write_connection_file(str(tmp_path / "kernel.json"), transport="ipc", ip=f"{tmp_path}/socket")
@@ -331,7 +337,7 @@ def test_the_kernelspecs_command_line_gives_a_warm_kernel(number: signal.Signals
     client.start_channels()
     client.wait_for_ready(timeout=60)
     assert is_warm(client)
-    kernel = int(ask(client, "import os; print(os.getpid())"))
+    kernel = int(execute(client, "import os; print(os.getpid())"))
     assert kernel != process.pid
     process.send_signal(number)
     process.wait(timeout=30)
@@ -339,7 +345,7 @@ def test_the_kernelspecs_command_line_gives_a_warm_kernel(number: signal.Signals
     client.stop_channels()
 
 
-def test_plain_papermill_executes_in_it(tmp_path: Path) -> None:
+def test_plain_papermill_executes_in_a_warm_kernel(tmp_path: Path) -> None:
     cells = [new_code_cell("import sys\nassert 'numpy' in sys.modules")]
     nbformat.write(
         new_notebook(
@@ -357,14 +363,14 @@ def test_plain_papermill_executes_in_it(tmp_path: Path) -> None:
 
 @pytest.fixture
 def job(project: Path) -> str:
-    """A job that records whether its kernel was warm."""
+    """Job that logs whether its kernel was warm."""
     code = "import sys\nwarm = 'numpy' in sys.modules\nfrom mlkit.runs import Run\n"
     code += "Run.current().log_metrics({'warm': warm})"
     nbformat.write(new_notebook(cells=[new_code_cell(code)]), project / "probe.ipynb")
     return "probe.ipynb"
 
 
-def test_a_pool_stays_between_commands_and_goes_when_idle(project: Path, job: str) -> None:
+def test_a_pool_stays_between_commands_and_ends_when_idle(project: Path, job: str) -> None:
     def probe() -> float:
         result = run_cli("run", job, "--json", folder=project)
         assert result.returncode == 0, result.stderr
@@ -395,11 +401,114 @@ def test_a_pool_that_was_killed_is_started_again(project: Path, job: str) -> Non
     run_cli("warm", "stop", folder=project)
 
 
-def test_stopping_a_pool_leaves_its_kernels_at_work(start: Callable) -> None:
+def test_stopping_a_pool_leaves_its_kernels_running(start: Callable) -> None:
     _, client = start()
     (server,) = running_servers()
     WarmServer(server["key"]).ask("stop")
     assert not WarmServer(server["key"]).is_running()
-    assert ask(client, "print('at work')") == "at work"
+    assert execute(client, "print('running')") == "running"
     start()
     assert [other["pid"] for other in running_servers()] != [server["pid"]]
+
+
+def test_the_key_of_a_server_depends_on_variables_read_at_import() -> None:
+    environment = kernel_environment(os.environ)
+    keys = {
+        "unchanged": server_key(environment, "tensorflow"),
+        "more threads": server_key(environment | {"TF_NUM_INTRAOP_THREADS": "8"}, "tensorflow"),
+        "another folder in PATH": server_key(environment | {"PATH": "/opt/bin"}, "tensorflow"),
+        "without oneDNN": server_key(environment | {"TF_ENABLE_ONEDNN_OPTS": "0"}, "tensorflow"),
+        "one thread for OpenMP": server_key(environment | {"OMP_NUM_THREADS": "1"}, "tensorflow"),
+        "another Keras backend": server_key(environment | {"KERAS_BACKEND": "jax"}, "tensorflow"),
+    }
+    same = [name for name, key in keys.items() if key == keys["unchanged"]]
+    assert same == ["unchanged", "more threads", "another folder in PATH"]
+    assert len(set(keys.values())) == 4
+
+
+def test_a_message_is_one_line_with_file_descriptors() -> None:
+    sender, receiver = socket.socketpair()
+    with open(os.devnull) as file:
+        kernels.send(sender, {"cells": ["x" * 100_000]}, (file.fileno(),))
+    message, descriptors = kernels.receive(receiver)
+    sender.close()
+    assert message == {"cells": ["x" * 100_000]}
+    assert len(descriptors) == 1
+    assert kernels.receive(receiver) == ({}, [])
+    os.close(descriptors[0])
+    receiver.close()
+
+
+@pytest.fixture
+def tensorflow_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that preload what the settings say."""
+    monkeypatch.delenv("MLKIT_KERNELS_PRELOAD")
+
+
+INSPECT = """
+import os, numpy, random, tensorflow
+from tensorflow.python.eager import context
+print(context._context, os.getsid(0) == os.getpid(), os.getcwd(), os.environ["GREETING"])
+print(numpy.random.rand(), random.random(), tensorflow.random.uniform(()).numpy())
+"""
+SUM_OF_ONES = "print(int(tensorflow.reduce_sum(tensorflow.ones((600, 600)) @ tensorflow.ones((600, 600)))))"
+SUM_OF_RANGE = """
+import polars
+print(polars.DataFrame({'a': range(10**6)}).lazy().select(polars.sum('a')).collect().item())
+"""
+
+
+def test_kernels_of_a_tensorflow_server(tensorflow_server: None, start: Callable, tmp_path: Path) -> None:
+    """The second kernel starts fast; neither shares runtime state or random numbers, and both compute on threads."""
+    environments = [os.environ | {"GREETING": greeting} for greeting in ("hello", "hi")]
+    pairs, seconds = [], []
+    for environment in environments:
+        begin = time.monotonic()
+        pairs.append(start(cwd=str(tmp_path), env=environment))
+        seconds.append(time.monotonic() - begin)
+    assert seconds[1] < seconds[0]
+    private = psutil.Process(pairs[1][0].provisioner.pid).memory_full_info().uss / 1e6
+    assert private < 100  # MB that an idle kernel does not share with its server
+    outputs = [execute(client, INSPECT).splitlines() for _, client in pairs]
+    assert [lines[0] for lines in outputs] == [f"None True {tmp_path} {word}" for word in ("hello", "hi")]
+    first, second = (lines[1].split() for lines in outputs)
+    assert not [number for number in first if number in second]
+    manager, client = pairs[0]
+    assert execute(client, SUM_OF_ONES) == "216000000"
+    assert execute(client, SUM_OF_RANGE) == "499999500000"
+    assert manager.transport == "ipc"
+
+
+DAEMON = """
+import os, sys
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.write(writer, str(os.getpid()).encode())
+        os.execvp("sleep", ["sleep", "600"])
+    os._exit(0)
+print(os.read(reader, 20).decode())
+"""
+
+
+def test_orphan_processes_end_with_their_kernel(start: Callable) -> None:
+    """Also a daemon, which has left the process group, the session and its parent."""
+    pairs = [start() for _ in range(2)]
+    daemons = [int(execute(client, DAEMON)) for _, client in pairs]
+    pids = [manager.provisioner.pid for manager, _ in pairs]
+    pairs[0][0].shutdown_kernel()
+    os.kill(pids[1], signal.SIGKILL)
+    wait_until(lambda: gone(*pids, *daemons))
+    wait_until(lambda: not pairs[1][0].is_alive())  # the server informs the owner a moment later
+
+
+def test_a_killed_server_leaves_its_kernels_and_is_replaced(start: Callable) -> None:
+    manager, client = start()
+    (server,) = [status for status in running_servers() if manager.provisioner.pid in status["kernels"]]
+    os.kill(server["pid"], signal.SIGKILL)
+    wait_until(lambda: gone(server["pid"]))
+    assert execute(client, "print('still running')") == "still running"
+    second, _ = start()
+    (replacement,) = [status for status in running_servers() if second.provisioner.pid in status["kernels"]]
+    assert replacement["pid"] != server["pid"]

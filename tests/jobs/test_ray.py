@@ -1,4 +1,4 @@
-"""Sweeps, searches and crews of workers over a Ray cluster: real nodes on this machine, some of which die."""
+"""Sweeps, searches and distributed training on a Ray cluster: real nodes on this machine, some of which are killed."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,23 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from mlkit.config import load_settings
 from mlkit.data import load_dataset
-from mlkit.errors import MissingDependencyError, MlkitError
+from mlkit.errors import MissingDependencyError, MlkitError, SettingsError, StorageError
 from mlkit.export import export_saved_model, load_saved_model
 from mlkit.jobs import run_sweep
 from mlkit.jobs.kernels import running_servers
-from mlkit.jobs.ray import SHUTDOWN_TIMEOUT
+from mlkit.jobs.ray import SHUTDOWN_TIMEOUT, TaskSpec, run_task, task_spec_for, travelling_environment
 from mlkit.models import build_model
 from mlkit.runs import Run
+from mlkit.runs.remote import download_run, open_remote_store
 from mlkit.runs.run import RunStore
 from tests.conftest import free_port, run_cli, wait_until
 from tests.jobs import test_distributed
 
 pytestmark = pytest.mark.slow
 PARAMETERS = 'number: int = 0\nmeeting: str = ""\nnodes: int = 0\nheld: str = ""\nfail: bool = False'
-SAY_WHERE = """
+LOG_NODE = """
 import os, time
 from pathlib import Path
 from mlkit.runs import Run
@@ -45,26 +47,26 @@ while len(os.listdir(meeting)) < nodes:
     time.sleep(0.05)
 """
 WAIT = "while held and not Path(held).exists():\n    time.sleep(0.05)"
-FAIL = "assert not (fail and Run.current().record.attempts == 1), 'as asked'"
-MEET = """
+FAIL = "assert not (fail and Run.current().record.attempts == 1), 'failure on request'"
+RENDEZVOUS = """
 import os
-from mlkit.jobs.cluster import meet, read_cluster
+from mlkit.jobs.cluster import read_cluster, rendezvous
 from mlkit.runs import Run
-company = meet(read_cluster())
-Run.current().log_metrics({"rank": company.cluster.rank, "node": int(os.environ["RAY_RAYLET_PID"])})
+peers = rendezvous(read_cluster())
+Run.current().log_metrics({"rank": peers.cluster.rank, "node": int(os.environ["RAY_RAYLET_PID"])})
 """
 DRIVER = """
 import json, sys
 from mlkit.runs.run import RunStore
 from mlkit.errors import MlkitError
 from mlkit.jobs import resume_sweep, run_sweep
-how = json.loads(sys.argv[1])
-seen = lambda states: print([(state.status, bool(state.run)) for state in states], file=sys.stderr)
+options = json.loads(sys.argv[1])
+show = lambda states: print([(state.status, bool(state.run)) for state in states], file=sys.stderr)
 try:
-    if sweep := how.pop("sweep", None):
-        resume_sweep(RunStore().get(sweep), engine="ray", watch=seen, **how)
+    if sweep := options.pop("sweep", None):
+        resume_sweep(RunStore().get(sweep), engine="ray", watch=show, **options)
     else:
-        run_sweep(how.pop("job"), how.pop("points"), engine="ray", watch=seen, **how)
+        run_sweep(options.pop("job"), options.pop("points"), engine="ray", watch=show, **options)
 except MlkitError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -72,20 +74,20 @@ except MlkitError as error:
 
 @dataclass
 class Cluster:
-    """Ray nodes of one processor each; the processes of a node are a session, by which they are ended."""
+    """Ray nodes of one processor each; the processes of a node form a session, by which they are killed."""
 
     folder: str
     address: str = ""
-    sessions: list[int] = field(default_factory=list)  # of the nodes that live
+    sessions: list[int] = field(default_factory=list)  # sessions of the running nodes
 
-    def start(self, *wrapper: str) -> int:  # its session
+    def start(self, *wrapper: str) -> int:  # session of the node
         """Start a node and wait until it has joined."""
         starter = self.launch(*wrapper)
         assert starter.wait(120) == 0
         return starter.pid
 
     def launch(self, *wrapper: str) -> subprocess.Popen:
-        """Begin to start a node, the first one as head."""
+        """Begin to start a node; the first one is the head."""
         first = [f"--address={self.address}"]
         if not self.address:
             port = free_port()
@@ -93,25 +95,25 @@ class Cluster:
             first = ["--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
             first.append(f"--ray-client-server-port={free_port()}")
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start"]
-        how = ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats"]
+        options = ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLKIT_", "RAY_"))}
         # Ray imports jsonschema, and that a grammar of URLs, for 2.5 seconds in each of a node's eight processes.
         Path(self.folder, "rfc3987_syntax.py").write_text("raise ImportError")
-        environment["PYTHONPATH"] = self.folder
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (self.folder, os.environ.get("PYTHONPATH"))))
         starter = subprocess.Popen(
-            [*wrapper, *ray, *first, *how], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+            [*wrapper, *ray, *first, *options], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
         )
         self.sessions.append(starter.pid)
         return starter
 
-    def answers(self) -> bool:
-        """Whether others can join."""
+    def is_listening(self) -> bool:
+        """Whether other nodes can join."""
         host, port = self.address.split(":")
         with socket.socket() as connection:
             return connection.connect_ex((host, int(port))) == 0
 
     def kill(self, session: int) -> None:
-        """End a node at once, as if its plug had been pulled: raylet and workers."""
+        """Kill a node at once, raylet and workers, as a power failure would."""
         while processes := self.processes(session):
             for process in processes:
                 process.kill()
@@ -119,18 +121,18 @@ class Cluster:
         self.sessions.remove(session)
 
     def processes(self, session: int) -> list[psutil.Process]:
-        """Processes of a node; what the nodes' kernels are forked from has sessions of its own."""
-        found = []
+        """Processes of a node; the fork servers of its kernels have sessions of their own."""
+        processes = []
         for process in psutil.process_iter(["status"]):
             try:
                 if os.getsid(process.pid) == session and process.info["status"] != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    processes.append(process)
             except ProcessLookupError:
                 continue
-        return found
+        return processes
 
     def raylet(self, session: int) -> int:
-        """Process id of a node's raylet, which the runs on it record."""
+        """Process id of a node's raylet, which the runs on the node log."""
         return next(process.pid for process in self.processes(session) if process.name() == "raylet")
 
 
@@ -142,10 +144,10 @@ def cluster() -> Iterator[Cluster]:
         cluster = Cluster(folder)
         try:
             head = cluster.launch()
-            wait_until(cluster.answers)
+            wait_until(cluster.is_listening)
             second = cluster.launch()
             assert head.wait(120) == 0
-            if second.wait(120):  # on a busy machine the first one may come too late for it
+            if second.wait(120):  # on a busy machine the head may have started too late for it
                 cluster.kill(second.pid)
                 cluster.start()
             yield cluster
@@ -156,7 +158,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def two_nodes(cluster: Cluster) -> Cluster:
-    """Two nodes that see what we see."""
+    """Two nodes that share the file system."""
     if len(cluster.sessions) < 2:
         cluster.start()
     return cluster
@@ -164,20 +166,20 @@ def two_nodes(cluster: Cluster) -> Cluster:
 
 @dataclass
 class Sweeps:
-    """A project in which sweeps over a cluster are started."""
+    """Project in which sweeps on a cluster are started."""
 
     folder: Path
-    meeting: Path  # where runs meet, outside the project
+    meeting: Path  # folder outside the project in which runs leave a file for each node
     environment: dict[str, str]
     drivers: list[subprocess.Popen] = field(default_factory=list)
 
     @property
-    def archive(self) -> RunStore:
+    def store(self) -> RunStore:
         return RunStore(self.folder / "runs")
 
-    def start(self, **how: Any) -> subprocess.Popen:
+    def start(self, **options: Any) -> subprocess.Popen:
         """Start a sweep in a process of its own."""
-        return self._start("-c", DRIVER, json.dumps(how))
+        return self._start("-c", DRIVER, json.dumps(options))
 
     def command(self, *arguments: Any) -> subprocess.Popen:
         """Start `mlkit ...`."""
@@ -197,35 +199,36 @@ class Sweeps:
         return driver
 
     def points(self, count: int, **parameters: Any) -> list[dict[str, Any]]:
-        """So many points, which meet at a place of their own."""
+        """Points whose runs wait for one another in a folder of their own."""
         meeting = tempfile.mkdtemp(dir=self.meeting)
         return [{"number": n, "meeting": meeting} | parameters for n in range(count)]
 
     def begun(self, count: int) -> list[Run]:
-        """Runs of the job, as soon as so many have said where they are."""
+        """Runs of the job, as soon as that many have logged their nodes."""
         return wait_until(lambda: len(runs := self.runs()) == count and runs)
 
     def runs(self) -> list[Run]:
-        """Runs of the job that have said where they are, in order of their numbers."""
-        runs = [self.archive.get(run.id) for run in self.archive.list(job="where") if "node" in run.metrics]
+        """Runs of the job that have logged their nodes, by number."""
+        runs = [self.store.get(run.id) for run in self.store.list(job="where") if "node" in run.metrics]
         return sorted(runs, key=lambda run: run.record.parameters["number"])
 
     @property
     def sweep(self) -> Run:
-        return self.archive.get(next(iter(self.archive.list(job="where-sweep"))).id)
+        return self.store.get(next(iter(self.store.list(job="where-sweep"))).id)
 
     def points_runs(self) -> list[Run]:
         """The run of each point."""
-        return [self.archive.get(point.run) for point in self.sweep.record.points]
+        return [self.store.get(point.run) for point in self.sweep.record.points]
 
 
 @pytest.fixture
 def sweeps(cluster: Cluster, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweeps]:
     """A project with a job, which needs no TensorFlow."""
     cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
-    cells += [new_code_cell(source) for source in (SAY_WHERE, WAIT, FAIL)]
+    cells += [new_code_cell(source) for source in (LOG_NODE, WAIT, FAIL)]
     nbformat.write(new_notebook(cells=cells), project / "where.ipynb")
-    environment = {"RAY_ADDRESS": cluster.address, "MLKIT_KERNELS_PRELOAD": "numpy,mailbox"}  # no one else's servers
+    preload = "numpy,mailbox"  # gives the warm servers a key of their own
+    environment = {"RAY_ADDRESS": cluster.address, "MLKIT_KERNELS_PRELOAD": preload}
     sweeps = Sweeps(project, tmp_path_factory.mktemp("meeting"), environment)
     yield sweeps
     for driver in sweeps.drivers:  # of a test that failed
@@ -233,25 +236,25 @@ def sweeps(cluster: Cluster, project: Path, tmp_path_factory: pytest.TempPathFac
         driver.wait()
 
 
-def finish(driver: subprocess.Popen, code: int = 0) -> str:  # what it said on standard error
+def finish(driver: subprocess.Popen, code: int = 0) -> str:  # its standard error
     """Wait for the end of a sweep."""
     output, errors = driver.communicate(timeout=120)
     assert driver.returncode == code, errors
-    assert output == ""  # standard output belongs to whoever reads JSON
+    assert output == ""  # standard output is for JSON
     return errors
 
 
 def finish_json(driver: subprocess.Popen) -> dict:
     """The record that a command prints at its end."""
-    said, errors = driver.communicate(timeout=300)
+    output, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
-    return json.loads(said)
+    return json.loads(output)
 
 
 def test_a_sweep_fans_out_over_the_nodes(two_nodes: Cluster, sweeps: Sweeps) -> None:
     points = sweeps.points(4, nodes=2)
     points[1]["fail"] = points[2]["fail"] = True
-    said = finish(sweeps.start(job="where.ipynb", points=points, retries=1))
+    errors = finish(sweeps.start(job="where.ipynb", points=points, retries=1))
     runs = sweeps.points_runs()
     assert [run.status for run in runs] == ["completed"] * 4
     assert [run.record.attempts for run in runs] == [1, 2, 2, 1]
@@ -261,12 +264,12 @@ def test_a_sweep_fans_out_over_the_nodes(two_nodes: Cluster, sweeps: Sweeps) -> 
     assert {run.record.notebook for run in runs} == {"where.ipynb"}
     assert all(run.record.variables["TF_NUM_INTRAOP_THREADS"] == "1" for run in runs)
     assert list((runs[0].folder / "tensorboard").glob("*.hparams"))
-    assert "('running', True)" in said  # the watcher sees runs while they run
+    assert "('running', True)" in errors  # the callback receives runs while they are executed
     assert not [path for path in sweeps.sweep.folder.iterdir() if path.name.startswith(".seen")]
 
 
 def has_begun(run: Run, attempt: int) -> bool:
-    """Whether a run is at its n-th attempt, and has said where."""
+    """Whether a run is in its n-th attempt and has logged its node."""
     record = run.record
     return record.attempts == attempt and "kernel" in record.metrics
 
@@ -275,7 +278,7 @@ def node_of(run: Run) -> int:
     return int(run.record.metrics["node"])
 
 
-def test_a_stopped_sweep_leaves_nothing_at_work(two_nodes: Cluster, sweeps: Sweeps) -> None:
+def test_an_interrupted_sweep_leaves_no_process_running(two_nodes: Cluster, sweeps: Sweeps) -> None:
     go = sweeps.meeting / "go"
     driver = sweeps.start(job="where.ipynb", points=sweeps.points(3, nodes=2, held=str(go)))
     runs = sweeps.begun(2)
@@ -285,11 +288,11 @@ def test_a_stopped_sweep_leaves_nothing_at_work(two_nodes: Cluster, sweeps: Swee
         servers = {server["pid"] for server in running_servers() if kernels & set(server["kernels"])}
         assert servers
         driver.send_signal(number)
-        said = driver.communicate(timeout=2 * SHUTDOWN_TIMEOUT)[1]
+        errors = driver.communicate(timeout=2 * SHUTDOWN_TIMEOUT)[1]
         wait_until(lambda: [run.status for run in (*runs, sweeps.sweep)] == ["interrupted"] * 3)
         wait_until(lambda alive=kernels | servers: not any(map(psutil.pid_exists, alive)))
         if number == signal.SIGTERM:
-            assert "JobInterruptedError" in said
+            assert "JobInterruptedError" in errors
             assert [run.record.status for run in (*runs, sweeps.sweep)] == ["interrupted"] * 3
         else:
             go.touch()
@@ -300,14 +303,14 @@ def test_a_stopped_sweep_leaves_nothing_at_work(two_nodes: Cluster, sweeps: Swee
     assert len(sweeps.runs()) == 3
 
 
-def test_runs_of_a_dead_node_go_on_elsewhere(two_nodes: Cluster, sweeps: Sweeps) -> None:
+def test_runs_of_a_lost_node_resume_on_another(two_nodes: Cluster, sweeps: Sweeps) -> None:
     doomed, go = two_nodes.sessions[1], sweeps.meeting / "go"
     raylet = two_nodes.raylet(doomed)
     driver = sweeps.start(job="where.ipynb", points=sweeps.points(3, nodes=2, held=str(go)))
     lost = next(run for run in sweeps.begun(2) if node_of(run) == raylet)
     kernel = int(lost.record.metrics["kernel"])
     two_nodes.kill(doomed)
-    wait_until(lambda: lost.record.status == "interrupted")  # said by the sweep: its own process cannot
+    wait_until(lambda: lost.record.status == "interrupted")  # recorded by the sweep: the process of the run is dead
     assert lost.record.failure.error == "NodeLost"
     wait_until(lambda: not psutil.pid_exists(kernel))
     assert sweeps.sweep.status == "running"
@@ -321,8 +324,8 @@ def test_runs_of_a_dead_node_go_on_elsewhere(two_nodes: Cluster, sweeps: Sweeps)
     assert len(sweeps.runs()) == 3
 
 
-def test_a_node_that_does_not_see_the_archive_uses_the_mirror(cluster: Cluster, sweeps: Sweeps) -> None:
-    own = tempfile.mkdtemp(dir=sweeps.meeting)  # another machine would have warm servers of its own
+def test_a_node_without_the_shared_run_store_uses_the_remote_one(cluster: Cluster, sweeps: Sweeps) -> None:
+    own = tempfile.mkdtemp(dir=sweeps.meeting)  # another machine has warm servers of its own
     script = f'mount -t tmpfs none {sweeps.folder} && exec env XDG_RUNTIME_DIR={own} "$@"'
     hide = ["unshare", "--mount", "sh", "-c", script, "sh"]
     if subprocess.run([*hide, "true"], capture_output=True).returncode:
@@ -335,21 +338,21 @@ def test_a_node_that_does_not_see_the_archive_uses_the_mirror(cluster: Cluster, 
     next(line for line in driver.stderr if "failed" in line)  # the other node is held
     first.touch()
     finish(driver, code=1)
-    assert "no mirror is set" in sweeps.sweep.record.failure.message
+    assert "runs.mirror is not set" in sweeps.sweep.record.failure.message
 
     sweeps.environment["MLKIT_RUNS_MIRROR"] = (sweeps.meeting / "mirror").as_uri()
     finish(sweeps.start(job="where.ipynb", points=sweeps.points(3, nodes=2)))
     runs = sweeps.points_runs()
     assert [run.status for run in runs] == ["completed"] * 3
-    from_afar = [run for run in runs if node_of(run) == raylet]
-    assert from_afar
+    remote_runs = [run for run in runs if node_of(run) == raylet]
+    assert remote_runs
     assert {run.record.working_folder for run in runs} == {str(sweeps.folder)}
-    assert {run.record.notebook for run in from_afar} == {str(sweeps.folder / "where.ipynb")}
-    assert all((sweeps.meeting / "mirror" / run.id / "run.json").exists() for run in from_afar)
+    assert {run.record.notebook for run in remote_runs} == {str(sweeps.folder / "where.ipynb")}
+    assert all((sweeps.meeting / "mirror" / run.id / "run.json").exists() for run in remote_runs)
 
-    nbformat.write(new_notebook(cells=[new_code_cell(MEET)]), sweeps.folder / "meet.ipynb")
-    record = finish_json(sweeps.command("run", "meet.ipynb", "--workers", 2, "--engine", "ray", "--json"))
-    worker = Run(Path(record["folder"], "workers", "1"))  # the first one is where its checkpoints last
+    nbformat.write(new_notebook(cells=[new_code_cell(RENDEZVOUS)]), sweeps.folder / "rendezvous.ipynb")
+    record = finish_json(sweeps.command("run", "rendezvous.ipynb", "--workers", 2, "--engine", "ray", "--json"))
+    worker = Run(Path(record["folder"], "workers", "1"))  # worker 0 is on the node that shares the run store
     assert [record["status"], worker.record.status] == ["completed"] * 2
     assert [record["metrics"]["node"] == raylet, worker.record.metrics["node"]] == [False, raylet]
     assert (worker.folder / "notebook.html").exists()
@@ -363,10 +366,10 @@ def test_a_node_that_does_not_see_the_archive_uses_the_mirror(cluster: Cluster, 
     finish(driver)
     runs = sweeps.points_runs()
     assert [run.status for run in runs] == ["completed"] * 2
-    assert len(begun & {run.id for run in runs}) == 1  # the other was lost with its node, and made anew
+    assert len(begun & {run.id for run in runs}) == 1  # the other one was lost with its node and replaced
 
 
-TRY = """
+TRIAL = """
 import os, time
 from pathlib import Path
 from mlkit.runs import Run
@@ -374,7 +377,7 @@ Run.current().log_metrics({"loss": (x - 1) ** 2, "node": int(os.environ["RAY_RAY
 while not Path(held).exists():
     time.sleep(0.05)
 """
-SEEK = """
+SEARCH = """
 from mlkit.tuning import tune
 space = {"x": {"min": -2.0, "max": 2.0}}
 tune(space, {"held": held}, job="try.ipynb", objective="loss", trials=4, jobs=2, engine=engine)
@@ -382,20 +385,20 @@ tune(space, {"held": held}, job="try.ipynb", objective="loss", trials=4, jobs=2,
 
 
 def test_a_search_over_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -> None:
-    """A node dies under a trial, then the search is killed: no trial is lost, none is made twice."""
+    """A node is killed during a trial, then the search: no trial is lost, none is executed twice."""
     sweeps.environment["MLKIT_KERNELS_PRELOAD"] = "tensorflow,keras,mailbox"
     for name, parameters, source in (
-        ("try", 'x: float = 0.0\nheld: str = ""', TRY),
-        ("seek", 'engine: str = "local"\nheld: str = ""', SEEK),
+        ("try", 'x: float = 0.0\nheld: str = ""', TRIAL),
+        ("seek", 'engine: str = "local"\nheld: str = ""', SEARCH),
     ):
         cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(source)]
         nbformat.write(new_notebook(cells=cells), sweeps.folder / f"{name}.ipynb")
-    archive, go, doomed = sweeps.archive, sweeps.meeting / "go", two_nodes.sessions[1]
+    store, go, doomed = sweeps.store, sweeps.meeting / "go", two_nodes.sessions[1]
     raylet = two_nodes.raylet(doomed)
 
     def trials() -> list[Run]:
         return [
-            run for run in (archive.get(each.id) for each in archive.list(job="try")) if "node" in run.record.metrics
+            run for run in (store.get(summary.id) for summary in store.list(job="try")) if "node" in run.record.metrics
         ]
 
     driver = sweeps.command("run", "seek.ipynb", "--engine", "ray", "-p", f"held={go}", "--json")
@@ -407,70 +410,70 @@ def test_a_search_over_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -> None:
     wait_until(lambda: lost.record.attempts == 2 and "node" in lost.record.metrics)
     driver.kill()
     driver.communicate()
-    (search,) = (archive.get(each.id) for each in archive.list(job="seek"))
+    (search,) = (store.get(summary.id) for summary in store.list(job="seek"))
     wait_until(lambda: [run.status for run in (*begun, search)] == ["interrupted"] * 3)
 
     go.touch()
     finish_json(sweeps.command("resume", search.id, "--json"))
-    runs = [archive.get(point.run) for point in search.record.points]
+    runs = [store.get(point.run) for point in search.record.points]
     assert [run.status for run in runs] == ["completed"] * 4
-    assert {run.id for run in runs} == {each.id for each in archive.list(job="try")}
+    assert {run.id for run in runs} == {summary.id for summary in store.list(job="try")}
     assert sorted(run.record.attempts for run in runs) == [1, 1, 2, 3]
     events = [json.loads(line) for line in (search.folder / "search.jsonl").read_text().splitlines()]
     for kind in ("ask", "end"):
         assert sorted(event[kind] for event in events if event.get(kind)) == [1, 2, 3, 4]
 
 
-SAY_NODE = 'print("On node", os.environ.get("RAY_RAYLET_PID"))'
+PRINT_NODE = 'print("On node", os.environ.get("RAY_RAYLET_PID"))'
 
 
 def nodes_of(run: Run) -> set[str]:
-    """Process ids of the raylets on whose nodes a run and its worker have been."""
+    """Process ids of the raylets on whose nodes a run and its worker were executed."""
     notebooks = [nbformat.read(folder / "notebook.ipynb", 4) for folder in (run.folder, run.folder / "workers" / "1")]
     return {output["text"].split()[-1] for notebook in notebooks for output in notebook.cells[-2].outputs}
 
 
-def test_a_crew_over_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -> None:
-    """It is stopped, goes on, loses a node, goes on, and has learnt what one process would have."""
+def test_distributed_training_on_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -> None:
+    """It is interrupted, resumed, loses a node, continues, and trains the same model as one process."""
     sweeps.environment["MLKIT_KERNELS_PRELOAD"] = "tensorflow,keras,mailbox"
     cells = [new_code_cell(test_distributed.PARAMETERS, metadata={"tags": ["parameters"]})]
-    cells += [new_code_cell(source) for source in (test_distributed.BEGIN, SAY_NODE, test_distributed.TRAIN)]
+    cells += [new_code_cell(source) for source in (test_distributed.BEGIN, PRINT_NODE, test_distributed.TRAIN)]
     nbformat.write(new_notebook(cells=cells), sweeps.folder / "learn.ipynb")
     hold = sweeps.meeting / "hold"
-    notes = [Path(f"{hold}.{n}") for n in range(2)]
-    crew = ("--engine", "ray", "--json")
-    driver = sweeps.command("run", "learn.ipynb", "-p", f"hold={hold}", "--workers", 2, *crew)
-    kernels = [int(wait_until(lambda note=note: note.exists() and note.read_text(), 300)) for note in notes]
+    markers = [Path(f"{hold}.{n}") for n in range(2)]
+    engine = ("--engine", "ray", "--json")
+    driver = sweeps.command("run", "learn.ipynb", "-p", f"hold={hold}", "--workers", 2, *engine)
+    kernels = [int(wait_until(lambda marker=marker: marker.exists() and marker.read_text(), 300)) for marker in markers]
     driver.send_signal(signal.SIGTERM)
     driver.communicate(timeout=60)
     assert driver.returncode == 143
     wait_until(lambda: not any(map(psutil.pid_exists, kernels)))
-    run = sweeps.archive.get("latest")
+    run = sweeps.store.get("latest")
     assert [run.record.status, Run(run.folder / "workers" / "1").record.status] == ["interrupted"] * 2
     assert nodes_of(run) == {str(two_nodes.raylet(session)) for session in two_nodes.sessions}
 
-    for note in notes:
-        note.unlink()
-    driver = sweeps.command("resume", run.id, *crew)
-    wait_until(lambda: all(note.exists() and note.read_text() for note in notes), 300)
+    for marker in markers:
+        marker.unlink()
+    driver = sweeps.command("resume", run.id, *engine)
+    wait_until(lambda: all(marker.exists() and marker.read_text() for marker in markers), 300)
     two_nodes.kill(two_nodes.sessions[1])
     two_nodes.start()
     record = finish_json(driver)
     assert (record["status"], record["attempts"]) == ("completed", 3)
     output = nbformat.read(run.folder / "notebook.ipynb", 4).cells[-1].outputs
-    assert any("Continues after epoch 1" in each.get("text", "") for each in output)
+    assert any("Continues after epoch 1" in line.get("text", "") for line in output)
     worker = Run(run.folder / "workers" / "1").record
     assert (worker.status, worker.metrics) == ("completed", record["metrics"])
     assert "TF_CONFIG" not in record["variables"] | worker.variables
-    alone = run_cli("run", "learn.ipynb", "--json", folder=sweeps.folder, **sweeps.environment)
-    test_distributed.assert_same(record, json.loads(alone.stdout), 1e-4)
+    single = run_cli("run", "learn.ipynb", "--json", folder=sweeps.folder, **sweeps.environment)
+    test_distributed.assert_same(record, json.loads(single.stdout), 1e-4)
 
 
 PREDICT = "import mlkit.serving.batch_predict as p, sys; p._PART_ROWS = 10; from mlkit.cli.main import main; main()"
 
 
-def test_a_file_answered_over_a_cluster(two_nodes: Cluster, tmp_path: Path) -> None:
-    """A node dies under a part: another one answers it, and the result is whole."""
+def test_batch_prediction_on_a_cluster(two_nodes: Cluster, tmp_path: Path) -> None:
+    """A node is killed during a chunk: another one predicts it, and the result is complete."""
     data, doomed = load_dataset("wine"), two_nodes.sessions[1]
     model = export_saved_model(build_model("linear", data), data, tmp_path / "model")
     data.table.write_parquet(tmp_path / "wine.parquet")
@@ -480,23 +483,23 @@ def test_a_file_answered_over_a_cluster(two_nodes: Cluster, tmp_path: Path) -> N
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     driver = subprocess.Popen(list(map(str, command)), env=environment, **pipes)
 
-    def answers() -> bool:
+    def is_predicting() -> bool:
         titles = (" ".join(process.cmdline()) for process in two_nodes.processes(doomed))
         return any(title.startswith("ray::answer_part") for title in titles)
 
     try:
-        wait_until(lambda: answers() or driver.poll() is not None, 120)
+        wait_until(lambda: is_predicting() or driver.poll() is not None, 120)
         assert driver.poll() is None, driver.communicate()
         two_nodes.kill(doomed)
-        said, errors = driver.communicate(timeout=180)
+        output, errors = driver.communicate(timeout=180)
     finally:
         driver.kill()
     assert driver.returncode == 0, errors
-    assert json.loads(said)["rows"] == data.table.height
+    assert json.loads(output)["rows"] == data.table.height
     scores = pl.read_parquet(tmp_path / "scores.parquet")
     assert scores["row"].to_list() == list(range(data.table.height))
-    official = load_saved_model(model)({name: data.inputs[name].to_list() for name in data.features})
-    np.testing.assert_allclose(scores["probabilities"].to_numpy(), official["probabilities"], atol=1e-5)
+    expected = load_saved_model(model)({name: data.inputs[name].to_list() for name in data.features})
+    np.testing.assert_allclose(scores["probabilities"].to_numpy(), expected["probabilities"], atol=1e-5)
 
 
 def test_without_a_cluster(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,14 +507,14 @@ def test_without_a_cluster(project: Path, monkeypatch: pytest.MonkeyPatch) -> No
     nbformat.write(new_notebook(), project / "empty.ipynb")
     monkeypatch.chdir(project)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
-    with pytest.raises(MlkitError, match=re.escape("nobody answers at 127.0.0.1")) as told:
+    with pytest.raises(MlkitError, match=re.escape("there is no connection to 127.0.0.1")) as raised:
         run_sweep("empty.ipynb", [{}], engine="ray")
-    assert "ray start --head" in str(told.value)
+    assert "ray start --head" in str(raised.value)
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setenv("RAY_TMPDIR", str(project))
     (project / "ray").mkdir()
     (project / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")  # one that has been killed
-    with pytest.raises(MlkitError, match="nobody answers"):
+    with pytest.raises(MlkitError, match="there is no connection"):
         run_sweep("empty.ipynb", [{}], engine="ray")
     assert not (project / "runs").exists()
 
@@ -528,3 +531,48 @@ def test_without_ray(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_module_does_not_import_ray() -> None:
     code = "import sys, mlkit.jobs.sweep; sys.exit('ray' in sys.modules or 'fsspec' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_settings_travel_as_variables_and_the_rest_of_the_environment_does_not() -> None:
+    variables = travelling_environment()
+    assert variables["MLKIT_RUNS_ROOT"] == str(load_settings().runs.root)
+    assert not [name for name in variables if name in ("PATH", "HOME", "LD_LIBRARY_PATH")]
+
+
+@pytest.fixture
+def remote_spec(project: Path, monkeypatch: pytest.MonkeyPatch) -> TaskSpec:
+    """Task of a sweep for a node that does not see the run store: the probe file does not exist."""
+    pytest.importorskip("fsspec")
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
+    monkeypatch.setenv("MLKIT_RUNS_MIRROR", (project / "mirror").as_uri())
+    cells = [new_code_cell("rate: float = 0.1", metadata={"tags": ["parameters"]}), new_code_cell("rate")]
+    nbformat.write(new_notebook(cells=cells), project / "job.ipynb")
+    sweep = RunStore(project / "runs").create("job-sweep", notebook=str(project / "job.ipynb")).start()
+    spec = task_spec_for(sweep, token="no-such-file", resources={"num_cpus": 1})
+    return replace(spec, parameters={"rate": 0.4})
+
+
+def test_a_task_without_the_run_store_uploads_its_run(remote_spec: TaskSpec, project: Path) -> None:
+    """The task is executed here, as a node would execute it."""
+    *_, update = run_task(remote_spec)
+    assert (update.ended, update.error) == (True, "")
+    assert not (project / "runs" / update.run).exists()
+    store = RunStore(project / "runs")
+    run = download_run(update.run, store, remote_spec.remote_url)
+    assert (run.status, run.record.parents) == ("completed", [remote_spec.parent_folder.name])
+    assert run.record.working_folder == os.getcwd()
+    assert download_run("nothing", store, remote_spec.remote_url) is None
+
+    store.delete(run)
+    report = project / "mirror" / run.id / "notebook.html"
+    report.write_text(report.read_text() + "<!-- altered -->")
+    with pytest.raises(StorageError, match="not what its record says"):
+        download_run(run.id, store, remote_spec.remote_url)
+    with pytest.raises(SettingsError, match=re.escape("runs.mirror = 's4://bucket'")):
+        open_remote_store("s4://bucket")
+
+
+def test_a_task_whose_run_could_not_be_uploaded_is_rejected(remote_spec: TaskSpec) -> None:
+    *_, update = run_task(replace(remote_spec, remote_url=""))
+    assert (update.ended, update.run, "set runs.mirror" in update.error) == (True, "", True)

@@ -1,4 +1,4 @@
-"""Training that is cut off and continued: it ends on the bits it would have ended on, whenever it was cut off."""
+"""Interrupted and resumed training: the result is bit-identical to that of an uninterrupted training."""
 
 import json
 import os
@@ -34,8 +34,8 @@ print(json.dumps([content, history.epochs]))
 """
 
 
-def reopened(run: Run) -> Run:
-    """What the runner does before it executes a notebook again; `progress` here is the sign that training goes on."""
+def restarted(run: Run) -> Run:
+    """Reset a run as before another attempt; `progress` then shows that training has begun."""
     with run.edit() as record:
         record.history, record.metrics, record.progress = {}, {}, {}
     return Run(run.folder)
@@ -46,15 +46,15 @@ def start(run: Run) -> subprocess.Popen:
 
 
 def finish(run: Run) -> tuple[list[str], list]:
-    """What a training said on its way, and what came out."""
+    """Lines that a training prints, and its result."""
     process = start(run)
     *lines, result = process.communicate(timeout=120)[0].splitlines()
     assert process.returncode == 0
     return lines, json.loads(result)
 
 
-def cut_off(run: Run, number: int, delay: float) -> float:
-    """Start a training and end it that many seconds after its first sign of life; when that was, by the clock."""
+def train_and_signal(run: Run, number: int, delay: float) -> float:
+    """Start a training and send it a signal some seconds after its first progress; time of the signal."""
     process = start(run)
     deadline = time.monotonic() + 120
     while not run.record.progress:
@@ -62,47 +62,47 @@ def cut_off(run: Run, number: int, delay: float) -> float:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(delay)
-    asked = time.time()
+    signalled = time.time()
     process.send_signal(number)
     assert process.wait(30) == -number
     process.stdout.close()
-    return asked
+    return signalled
 
 
-def test_killed_again_and_again_it_ends_on_the_same_bits(tmp_path: Path) -> None:
-    archive, seed = RunStore(tmp_path), int(os.environ.get("RESUME_SEED", time.time_ns() % 10_000))
-    moments = random.Random(seed)
+def test_a_training_killed_repeatedly_is_bit_identical(tmp_path: Path) -> None:
+    store, seed = RunStore(tmp_path), int(os.environ.get("RESUME_SEED", time.time_ns() % 10_000))
+    delays = random.Random(seed)
     print(f"RESUME_SEED={seed}")
-    quiet, disturbed = archive.create("train"), archive.create("train")
-    _, expected = finish(quiet)
-    for number, least in ((signal.SIGKILL, 1.6), (signal.SIGTERM, 0.1), (signal.SIGKILL, 0.1)):
-        asked = cut_off(reopened(disturbed), number, least + moments.random())
-        if number == signal.SIGTERM:  # asked politely, it saves before it goes
-            saved = (disturbed.checkpoints / "fit-1" / "checkpoint").stat().st_mtime
-            assert saved > asked - 0.1  # a file's time lags behind the clock
-    lines, result = finish(reopened(disturbed))
+    reference, interrupted = store.create("train"), store.create("train")
+    _, expected = finish(reference)
+    for number, minimum in ((signal.SIGKILL, 1.6), (signal.SIGTERM, 0.1), (signal.SIGKILL, 0.1)):
+        signalled = train_and_signal(restarted(interrupted), number, minimum + delays.random())
+        if number == signal.SIGTERM:  # SIGTERM: it saves a checkpoint before it ends
+            saved = (interrupted.checkpoints / "fit-1" / "checkpoint").stat().st_mtime
+            assert saved > signalled - 0.1  # a file's time lags behind the clock
+    lines, result = finish(restarted(interrupted))
     assert lines[0].startswith("Continues after epoch ")
     assert result == expected
-    assert disturbed.record.history == quiet.record.history
-    assert disturbed.record.metrics == quiet.record.metrics
+    assert interrupted.record.history == reference.record.history
+    assert interrupted.record.metrics == reference.record.metrics
 
 
-def lose_half(folder: Path) -> None:
+def truncate_data(folder: Path) -> None:
     (data,) = folder.glob("*.data-*")
     os.truncate(data, data.stat().st_size // 2)
 
 
-def lose_index(folder: Path) -> None:
+def remove_index(folder: Path) -> None:
     (index,) = folder.glob("*.index")
     index.unlink()
 
 
-def lose_pointer(folder: Path) -> None:
+def empty_pointer(folder: Path) -> None:
     (folder / "checkpoint").write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [lose_half, lose_index, lose_pointer])
-def test_a_damaged_checkpoint_is_told_and_training_starts_anew(
+@pytest.mark.parametrize("damage", [truncate_data, remove_index, empty_pointer])
+def test_a_damaged_checkpoint_is_reported_and_training_restarts(
     damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mlkit.models import build_model
@@ -112,17 +112,17 @@ def test_a_damaged_checkpoint_is_told_and_training_starts_anew(
     expected = fit(build_model("mlp", data), data, epochs=2, run=run)
     damage(run.checkpoints / "fit-1")
     capsys.readouterr()
-    again = fit(build_model("mlp", data), data, epochs=2, run=reopened(run))
+    again = fit(build_model("mlp", data), data, epochs=2, run=restarted(run))
     assert "Training starts anew: the checkpoint cannot be read" in capsys.readouterr().out
     assert again.epochs == expected.epochs
     assert len(run.record.history["loss"]) == 2
-    restored = fit(build_model("mlp", data), data, epochs=2, run=reopened(run))  # the new checkpoint is a good one
+    restored = fit(build_model("mlp", data), data, epochs=2, run=restarted(run))  # the new checkpoint is intact
     assert "Training was finished already" in capsys.readouterr().out
     assert restored.epochs == expected.epochs
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 16}, {"epochs": 3}, {"seed": 1}, {"learning_rate": 0.01}])
-def test_another_training_does_not_continue_this_one(
+def test_a_different_training_does_not_resume_this_one(
     change: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from mlkit.models import build_model
@@ -132,21 +132,21 @@ def test_another_training_does_not_continue_this_one(
     settings = {"epochs": 2, "batch_size": 32, "seed": 42}
     fit(build_model("mlp", data), data, run=run, **settings)
     capsys.readouterr()
-    history = fit(build_model("mlp", data), data, run=reopened(run), **settings | change)
-    told = capsys.readouterr().out
-    assert "Training starts anew: the checkpoint is of another training (" in told
-    assert ("optimizer" if "learning_rate" in change else next(iter(change))) in told
+    history = fit(build_model("mlp", data), data, run=restarted(run), **settings | change)
+    output = capsys.readouterr().out
+    assert "Training starts anew: the checkpoint is of another training (" in output
+    assert ("optimizer" if "learning_rate" in change else next(iter(change))) in output
     assert len(history) == change.get("epochs", 2)
 
 
-def test_an_optimizer_that_averages_and_a_schedule_continue(tmp_path: Path) -> None:
+def test_an_averaging_optimizer_and_a_schedule_resume(tmp_path: Path) -> None:
     """Averages replace weights at the very end only, and several steps may be executed at once."""
     import keras
 
     from mlkit.models import build_model
     from mlkit.training import fit
 
-    class PressStop(keras.callbacks.Callback):
+    class InterruptTraining(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if self.model.optimizer.iterations >= 60:
                 signal.raise_signal(signal.SIGINT)
@@ -160,41 +160,41 @@ def test_an_optimizer_that_averages_and_a_schedule_continue(tmp_path: Path) -> N
         history = fit(model, data, epochs=3, run=run, callbacks=callbacks)
         return history.epochs, [v.numpy().tolist() for v in (*model.variables, *optimizer.variables)]
 
-    data, archive = load_dataset("digits"), RunStore(tmp_path)
+    data, store = load_dataset("digits"), RunStore(tmp_path)
     assert len(data.to_tf()) % 6  # 45 steps: seven calls of six, one of three
-    quiet, disturbed = archive.create("train"), archive.create("train")
-    expected = train(quiet)
+    reference, interrupted = store.create("train"), store.create("train")
+    expected = train(reference)
     with pytest.raises(KeyboardInterrupt):
-        train(disturbed, PressStop())
-    assert train(reopened(disturbed)) == expected
-    assert disturbed.record.history == quiet.record.history
+        train(interrupted, InterruptTraining())
+    assert train(restarted(interrupted)) == expected
+    assert interrupted.record.history == reference.record.history
 
 
-def test_the_best_weights_may_be_older_than_the_cut(tmp_path: Path) -> None:
+def test_the_best_weights_may_be_older_than_the_interruption(tmp_path: Path) -> None:
     import keras
 
     from mlkit.models import build_model
     from mlkit.training import fit
 
-    class Spoil(keras.callbacks.Callback):
-        """After the first epoch nothing gets better."""
+    class Diverge(keras.callbacks.Callback):
+        """Negative learning rate after the first epoch."""
 
         def on_epoch_begin(self, epoch, logs=None):
-            self.model.optimizer.learning_rate = -0.001 if epoch else 0.001  # uphill
+            self.model.optimizer.learning_rate = -0.001 if epoch else 0.001
 
-    class PressStop(keras.callbacks.Callback):
+    class InterruptTraining(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             if epoch == 1:
                 signal.raise_signal(signal.SIGINT)
 
     def train(run: Run, *callbacks: keras.callbacks.Callback) -> tuple:
         model = build_model("mlp", data)
-        history = fit(model, data, epochs=4, run=run, callbacks=[Spoil(), *callbacks])
+        history = fit(model, data, epochs=4, run=run, callbacks=[Diverge(), *callbacks])
         return history.best_epoch, history.epochs, [weight.tolist() for weight in model.get_weights()]
 
-    data, archive = load_dataset("breast_cancer"), RunStore(tmp_path)
-    expected, disturbed = train(archive.create("train")), archive.create("train")
+    data, store = load_dataset("breast_cancer"), RunStore(tmp_path)
+    expected, interrupted = train(store.create("train")), store.create("train")
     assert expected[0] == 1
     with pytest.raises(KeyboardInterrupt):
-        train(disturbed, PressStop())
-    assert train(reopened(disturbed)) == expected
+        train(interrupted, InterruptTraining())
+    assert train(restarted(interrupted)) == expected

@@ -1,4 +1,4 @@
-"""Sweeps, resuming and reproducing as a user does them: by the command line, interrupted and killed."""
+"""Sweeps, resumed runs and reproductions on the command line, interrupted and killed."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from mlkit.runs.run import RunStore
 from tests.conftest import run_cli, wait_until
 
 pytestmark = pytest.mark.slow
-PARAMETERS = 'rate: float = 0.1  # step size\nsteps: int = 3  # how many\nwait: float = 0.0\nnote: str = ""'
+PARAMETERS = 'rate: float = 0.1  # step size\nsteps: int = 3  # number of steps\nwait: float = 0.0\nnote: str = ""'
 DESCENT = """
 import os, time
 from mlkit.runs import Run
@@ -42,7 +42,7 @@ def _light_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Tem
 
 @pytest.fixture
 def job(project: Path) -> str:
-    """A small job that measures something."""
+    """Small job that logs a loss."""
     cells = [
         new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
         new_markdown_cell("## Descent"),
@@ -53,27 +53,27 @@ def job(project: Path) -> str:
 
 
 @pytest.fixture
-def archive(project: Path) -> RunStore:
+def store(project: Path) -> RunStore:
     return RunStore(project / "runs")
 
 
-def children(archive: RunStore, sweep: Run) -> list[Run]:
-    """The runs a sweep has made, by point."""
-    return [archive.get(point.run) for point in sweep.record.points if point.run]
+def children(store: RunStore, sweep: Run) -> list[Run]:
+    """Runs of a sweep, by point."""
+    return [store.get(point.run) for point in sweep.record.points if point.run]
 
 
-def sweep_of(archive: RunStore) -> Run:
-    """The only sweep of an archive."""
-    (summary,) = archive.list(job="descend-sweep")
-    return archive.get(summary.id)
+def sweep_of(store: RunStore) -> Run:
+    """The only sweep of a run store."""
+    (summary,) = store.list(job="descend-sweep")
+    return store.get(summary.id)
 
 
-def test_a_sweep_runs_every_point_and_ranks_them(cli: Callable, job: str, archive: RunStore) -> None:
+def test_a_sweep_runs_every_point_and_ranks_them(cli: Callable, job: str, store: RunStore) -> None:
     axes = ["--sweep", "rate=0.1,0.3,0.45", "--sweep", "note=a,b"]
     result = cli("run", job, *axes, "-p", "steps=4", "--jobs", "2")
     assert result.returncode == 0, result.stderr
-    sweep = sweep_of(archive)
-    runs = children(archive, sweep)
+    sweep = sweep_of(store)
+    runs = children(store, sweep)
     assert [run.record.parameters for run in runs] == [
         {"steps": 4, "rate": rate, "note": note} for rate in (0.1, 0.3, 0.45) for note in "ab"
     ]
@@ -94,19 +94,19 @@ def test_a_sweep_from_a_file_of_points_drawn_at_random(cli: Callable, job: str, 
     assert [p["parameters"] for p in again["points"]] == [p["parameters"] for p in record["points"]]
 
 
-def test_a_failing_point_does_not_stop_the_others(cli: Callable, job: str, archive: RunStore) -> None:
+def test_a_failing_point_does_not_stop_the_others(cli: Callable, job: str, store: RunStore) -> None:
     result = cli("run", job, "--sweep", "rate=5.0,0.1,0.2", "--jobs", "1", "--retries", "1")
     assert result.returncode == 1
     assert "1 of 3 runs failed" in result.stderr
     assert "Traceback" not in result.stderr
-    runs = children(archive, sweep_of(archive))
+    runs = children(store, sweep_of(store))
     assert [(run.status, run.record.attempts) for run in runs] == [("failed", 2), ("completed", 1), ("completed", 1)]
 
 
-def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, archive: RunStore) -> None:
+def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, store: RunStore) -> None:
     result = cli("run", job, "--sweep", "wait=600,0", "--timeout", "10", "--jobs", "2")
     assert result.returncode == 1
-    slow, fast = children(archive, sweep_of(archive))
+    slow, fast = children(store, sweep_of(store))
     assert (slow.status, slow.record.failure.error, fast.status) == ("failed", "RunTimeout", "completed")
     single = cli("run", job, "-p", "wait=600", "--timeout", "3", "--json")
     assert (single.returncode, json.loads(single.stdout)["failure"]["error"]) == (1, "RunTimeout")
@@ -122,13 +122,13 @@ def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, archive:
         (["--sweep", "rate=1,2", "--jobs", "0"], "jobs"),
     ],
 )
-def test_a_wrong_sweep_is_refused_before_anything_runs(
-    flags: list[str], message: str, cli: Callable, job: str, archive: RunStore
+def test_an_invalid_sweep_is_rejected_before_anything_runs(
+    flags: list[str], message: str, cli: Callable, job: str, store: RunStore
 ) -> None:
     result = cli("run", job, *flags)
     assert result.returncode == 2
     assert message in result.stderr
-    assert not len(archive.list())
+    assert not len(store.list())
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -137,56 +137,56 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def kernels_at_work(archive: RunStore, count: int) -> list[int]:
-    """Process ids of the kernels, once so many runs are under way."""
-    running = [archive.get(run.id).record for run in archive.list(job="descend", status="running")]
-    found = [record.seeds["kernel"] for record in running if "loss" in record.metrics]
-    return found if len(found) >= count else []
+def running_kernels(store: RunStore, count: int) -> list[int]:
+    """Process ids of the running kernels; [] until there are enough."""
+    running = [store.get(run.id).record for run in store.list(job="descend", status="running")]
+    kernels = [record.seeds["kernel"] for record in running if "loss" in record.metrics]
+    return kernels if len(kernels) >= count else []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopping_a_sweep_leaves_true_records_and_no_kernel_and_it_can_be_resumed(
-    number: signal.Signals, code: int, project: Path, job: str, archive: RunStore, cli: Callable
+def test_an_interrupted_sweep_has_correct_records_no_kernel_and_can_be_resumed(
+    number: signal.Signals, code: int, project: Path, job: str, store: RunStore, cli: Callable
 ) -> None:
     process = start(project, "run", job, "--sweep", "rate=0.1,0.2,0.3,0.4", "-p", "wait=0.2", "--jobs", "2")
-    wait_until(lambda: len(archive.list(status="completed")) >= 1)
-    kernels = wait_until(lambda: kernels_at_work(archive, 2))
+    wait_until(lambda: len(store.list(status="completed")) >= 1)
+    kernels = wait_until(lambda: running_kernels(store, 2))
     process.send_signal(number)
     process.wait(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in process.stderr.read()
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in kernels), 20)
-    sweep = sweep_of(archive)
-    states = [run.status for run in children(archive, sweep)]
+    sweep = sweep_of(store)
+    states = [run.status for run in children(store, sweep)]
     assert sweep.status == "interrupted"
     assert set(states) == {"completed", "interrupted"}
     if number != signal.SIGKILL:
-        assert [run.record.status for run in children(archive, sweep)] == states
-    done = {run.id: run.record.ended for run in children(archive, sweep) if run.status == "completed"}
+        assert [run.record.status for run in children(store, sweep)] == states
+    done = {run.id: run.record.ended for run in children(store, sweep) if run.status == "completed"}
     result = cli("resume", sweep.id, "--jobs", "2")
     assert result.returncode == 0, result.stderr
-    runs = children(archive, sweep_of(archive))
+    runs = children(store, sweep_of(store))
     assert [run.status for run in runs] == ["completed"] * 4
     assert {run.id: run.record.ended for run in runs if run.id in done} == done
     assert cli("resume", sweep.id).returncode == 2  # nothing is missing
 
 
-def test_twenty_sweeps_at_once(project: Path, job: str, archive: RunStore) -> None:
+def test_twenty_concurrent_sweeps(project: Path, job: str, store: RunStore) -> None:
     processes = [start(project, "run", job, "--sweep", "rate=0.1,0.2", "--jobs", "1") for _ in range(20)]
     errors = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 20, errors
-    assert len(archive.list(job="descend", status="completed")) == 40
-    assert len(archive.list(job="descend-sweep", status="completed")) == 20
-    parents = [run.record.parents[0] for run in map(archive.get, (run.id for run in archive.list(job="descend")))]
+    assert len(store.list(job="descend", status="completed")) == 40
+    assert len(store.list(job="descend-sweep", status="completed")) == 20
+    parents = [run.record.parents[0] for run in map(store.get, (run.id for run in store.list(job="descend")))]
     assert sorted(parents.count(parent) for parent in set(parents)) == [2] * 20
 
 
-def test_hparams_of_a_sweep_are_in_the_event_files(cli: Callable, job: str, archive: RunStore) -> None:
+def test_hparams_of_a_sweep_are_in_the_event_files(cli: Callable, job: str, store: RunStore) -> None:
     from tensorboard.plugins.hparams import plugin_data_pb2
 
     assert cli("run", job, "--sweep", "rate=0.1,5.0", "--jobs", "1").returncode == 1
     contents = []
-    for run in children(archive, sweep_of(archive)):
+    for run in children(store, sweep_of(store)):
         events = EventAccumulator(str(run.tensorboard))
         events.Reload()
         raw = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
@@ -219,16 +219,16 @@ def digest(folder: Path) -> str:
 def test_a_killed_training_is_resumed_to_the_same_weights_and_reproduced(
     project: Path, trained: tuple[Path, dict]
 ) -> None:
-    """`trained` is the same job, never interrupted."""
+    """Fixture `trained` is the same job without an interruption."""
     original = trained[1]
-    archive = RunStore(project / "runs")
+    store = RunStore(project / "runs")
     epochs = 0
 
     def is_further(attempt: int) -> int:
-        """Epochs that are over, once this attempt has added one."""
-        if not len(archive.list()):
+        """Completed epochs, once this attempt has added one."""
+        if not len(store.list()):
             return 0
-        record = archive.get("latest").record
+        record = store.get("latest").record
         done = len(record.history.get("val_loss", []))
         return done if record.attempts == attempt and done > epochs else 0
 
@@ -237,18 +237,18 @@ def test_a_killed_training_is_resumed_to_the_same_weights_and_reproduced(
         epochs = wait_until(lambda attempt=attempt: is_further(attempt))
         process.kill()
         process.wait()
-        assert archive.get("latest").status == "interrupted"
+        assert store.get("latest").status == "interrupted"
     result = run_cli("resume", "latest", "--json", folder=project)
     assert result.returncode == 0, result.stderr
     resumed = json.loads(result.stdout)
-    assert (resumed["status"], resumed["attempts"], len(archive.list())) == ("completed", 3, 1)
+    assert (resumed["status"], resumed["attempts"], len(store.list())) == ("completed", 3, 1)
     assert resumed["metrics"] == original["metrics"]
     assert resumed["history"] == original["history"]
     assert digest(Path(resumed["folder"])) == digest(Path(original["folder"]))
-    receipt = run_cli("reproduce", original["id"], "--json", folder=trained[0])
-    assert receipt.returncode == 0, receipt.stderr
-    receipt = json.loads(receipt.stdout)
-    assert (receipt["verdict"], receipt["model"], receipt["first_difference"]) == ("identical", "same weights", "")
+    result = run_cli("reproduce", original["id"], "--json", folder=trained[0])
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["verdict"], report["model"], report["first_difference"]) == ("identical", "same weights", "")
 
 
 def test_a_warm_training_is_the_same_as_a_cold_one(
@@ -262,21 +262,21 @@ def test_a_warm_training_is_the_same_as_a_cold_one(
     assert digest(Path(warm["folder"])) == digest(Path(trained[1]["folder"]))
 
 
-def test_reproducing_tells_a_difference_by_its_exit_code(cli: Callable, job: str, project: Path) -> None:
+def test_the_exit_code_of_reproduce_reports_a_difference(cli: Callable, job: str, project: Path) -> None:
     assert cli("run", job).returncode == 0
-    (project / "runs").rename(project / "kept")
-    flags = ("--set", "runs.root=kept")
+    (project / "runs").rename(project / "stored")
+    flags = ("--set", "runs.root=stored")
     assert cli(*flags, "reproduce").returncode == 0
-    archive = RunStore(project / "kept")
-    first = min(archive.list(job="descend"), key=lambda run: run.created)
-    page = archive.root / first.id / "notebook.ipynb"
+    store = RunStore(project / "stored")
+    first = min(store.list(job="descend"), key=lambda run: run.created)
+    page = store.root / first.id / "notebook.ipynb"
     page.write_text(page.read_text().replace("diverged", "went astray"))
     edited = cli(*flags, "reproduce", first.id)
     assert (edited.returncode, "notebook.ipynb has changed" in edited.stderr) == (1, True)
     assert cli("resume", "--json", *()).returncode == 2
 
 
-def test_environment_of_a_point_is_kept_for_its_repetition(cli: Callable, job: str) -> None:
+def test_environment_of_a_point_is_recorded_for_its_repetition(cli: Callable, job: str) -> None:
     sweep = json.loads(cli("run", job, "--sweep", "rate=0.1,0.2", "--jobs", "2", "--json").stdout)
     variables = [run["variables"] for run in sweep["runs"]]
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))

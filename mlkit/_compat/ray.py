@@ -1,0 +1,51 @@
+"""Private APIs of Ray: standard output of the driver, and the cluster's internal key-value store."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def redirect_node_output(
+    write: Callable[[Any], None],  # receives the lines that Ray would print about a node
+) -> Iterator[None]:
+    """Context manager that redirects what Ray prints about its nodes.
+
+    Ray prints half a page to standard output when a node dies, and has no option to turn it off. Private:
+    `ray._private.worker.print_to_stdstream`. Where Ray no longer has it, the output is not redirected.
+    """
+    import ray
+
+    worker = getattr(ray._private, "worker", None)
+    original = getattr(worker, "print_to_stdstream", None)
+    if original is None:
+        yield
+        return
+    worker.print_to_stdstream = lambda data, **_: write(data.get("lines"))
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = original
+
+
+def put_cluster_value(
+    key: bytes,
+    value: bytes,
+) -> None:
+    """Store a value for the lifetime of the connected cluster, replacing an earlier one.
+
+    Ray has no public key-value store that is consistent for all drivers. Private:
+    `ray.experimental.internal_kv._internal_kv_put`.
+    """
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(key, value, overwrite=True)
+
+
+def get_cluster_value(
+    key: bytes,
+) -> bytes | None:  # None when the key is not set
+    """Read a value that put_cluster_value stored. Private: `ray.experimental.internal_kv._internal_kv_get`."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return _internal_kv_get(key)
