@@ -1,4 +1,4 @@
-"""Who may ask a server: keys, tokens and certificates, over the wire, and the record of what administrators did."""
+"""Authentication and authorization over the wire: API keys, tokens, certificates, and the audit log of the server."""
 
 import asyncio
 import base64
@@ -117,37 +117,39 @@ ATTACKS: dict[str, Callable[[Provider], str]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_token_that_is_not_good_is_refused(provider: Provider, attack: str) -> None:
+def test_an_invalid_token_is_denied(provider: Provider, attack: str) -> None:
     tokens = JwtVerifier(FileKeySet(provider.path), ISSUER, AUDIENCE)
-    assert asyncio.run(tokens.find(provider.sign())).name == "shop"
+    assert asyncio.run(tokens.authenticate(provider.sign())).name == "shop"
     text = ATTACKS[attack](provider).encode(errors="replace").decode("latin-1")
     with pytest.raises(ServingError) as caught:
-        asyncio.run(tokens.find(text))
+        asyncio.run(tokens.authenticate(text))
     assert (caught.value.code, caught.value.http_status) == ("UNAUTHENTICATED", 401)
 
 
-def test_a_known_token_ends_with_its_key_and_its_time(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_token_expires_with_its_key_and_its_lifetime(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mlkit.serving.auth._SKEW", 0)
     tokens = JwtVerifier(FileKeySet(provider.path, seconds=0), ISSUER, AUDIENCE)
     good, short = provider.sign("e1"), provider.sign("r1", exp=time.time() + 2)
 
-    def refused(text: str) -> str:
+    def denial(text: str) -> str:
         try:
-            assert asyncio.run(tokens.find(text)).scopes == {"predict"}
+            assert asyncio.run(tokens.authenticate(text)).scopes == {"predict"}
         except ServingError as error:
             return str(error)
         return ""
 
-    assert [refused(text) for text in (good, short, good)] == [""] * 3
-    assert "expired" in wait_until(lambda: refused(short), 20)
-    assert not refused(good)
+    assert [denial(text) for text in (good, short, good)] == [""] * 3
+    assert "expired" in wait_until(lambda: denial(short), 20)
+    assert not denial(good)
     provider.publish(r1=provider.rsa)
-    assert "not known here" in refused(good)
+    assert "unknown key" in denial(good)
     provider.publish(r1=provider.rsa, e1=provider.ec)
-    assert not refused(good)
+    assert not denial(good)
 
 
-def test_many_callers_fetch_keys_once(provider: Provider) -> None:
+def test_many_clients_fetch_keys_once(provider: Provider) -> None:
     keys, fetched = UrlKeySet("https://id.example/jwks"), []
 
     def fetch() -> bytes:
@@ -157,19 +159,19 @@ def test_many_callers_fetch_keys_once(provider: Provider) -> None:
 
     keys._fetch = fetch
 
-    async def ask() -> list:
+    async def authenticate() -> list:
         tokens = JwtVerifier(keys, ISSUER, AUDIENCE)
-        good = [tokens.find(provider.sign("e1", sub=f"caller {number}")) for number in range(10)]
-        bad = [tokens.find(provider.sign(f"unknown {number}")) for number in range(10)]
+        good = [tokens.authenticate(provider.sign("e1", sub=f"caller {number}")) for number in range(10)]
+        bad = [tokens.authenticate(provider.sign(f"unknown {number}")) for number in range(10)]
         return await asyncio.gather(*good, *bad, return_exceptions=True)
 
-    answers = asyncio.run(ask())
-    assert [answer.name for answer in answers[:10]] == [f"caller {number}" for number in range(10)]
-    assert {error.code for error in answers[10:]} == {"UNAUTHENTICATED"}
+    principals = asyncio.run(authenticate())
+    assert [principal.name for principal in principals[:10]] == [f"caller {number}" for number in range(10)]
+    assert {error.code for error in principals[10:]} == {"UNAUTHENTICATED"}
     assert len(fetched) == 1
 
 
-def test_options_that_would_let_nobody_or_everybody_in_are_refused(tmp_path: Path, provider: Provider) -> None:
+def test_options_that_would_deny_or_admit_everybody_are_rejected(tmp_path: Path, provider: Provider) -> None:
     for options in (
         AuthOptions(jwks=str(provider.path)),
         AuthOptions(jwks=str(provider.path), issuer=ISSUER),
@@ -180,7 +182,7 @@ def test_options_that_would_let_nobody_or_everybody_in_are_refused(tmp_path: Pat
             options.open()
 
 
-# A server that asks who is there
+# A server with authentication
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +234,7 @@ def test_rest_tells_401_from_403(guarded: tuple, row: dict, provider: Provider) 
 @pytest.mark.parametrize(
     "path", [WINE, f"{WINE}/metadata", "/models", "/docs", "/openapi.json", "/monitoring/prometheus/metrics"]
 )
-def test_looking_takes_a_known_caller_and_probes_take_none(guarded: tuple, path: str) -> None:
+def test_reading_requires_authentication_and_probes_do_not(guarded: tuple, path: str) -> None:
     server, _, texts, _ = guarded
     assert httpx.get(server.url + path).status_code == 401
     assert httpx.get(server.url + path, headers=bearer(texts["shop"])).status_code == 200
@@ -240,7 +242,7 @@ def test_looking_takes_a_known_caller_and_probes_take_none(guarded: tuple, path:
         assert httpx.get(server.url + probe).status_code == 200
 
 
-def test_grpc_asks_the_same(guarded: tuple, provider: Provider) -> None:
+def test_grpc_authorizes_alike(guarded: tuple, provider: Provider) -> None:
     _, port, texts, _ = guarded
     request = message_class("GetModelStatusRequest")()
     request.model_spec.name = "wine"
@@ -258,31 +260,31 @@ def test_grpc_asks_the_same(guarded: tuple, provider: Provider) -> None:
         assert health(b"", timeout=20)
 
 
-def test_what_administrators_do_is_recorded(guarded: tuple) -> None:
+def test_administrative_actions_are_recorded(guarded: tuple) -> None:
     server, port, texts, path = guarded
-    before = len(Audit(path).acts())
+    before = len(Audit(path).actions())
     assert httpx.post(f"{server.url}/reload", headers=bearer(texts["boss"])).status_code == 200
     assert httpx.post(f"{server.url}/reload", headers=bearer(texts["shop"])).status_code == 403
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         assert call(channel, "ModelService", "HandleReloadConfigRequest", **bearer(texts["boss"]))[0] == "OK"
-    acts = Audit(path).acts()
-    told = [(act["what"], act["caller"], act["result"]) for act in acts[before:]]
+    actions = Audit(path).actions()
+    told = [(action["what"], action["caller"], action["result"]) for action in actions[before:]]
     done = [("reload", "boss", "begun"), ("reload", "boss", "done")]
     assert told == [*done, ("reload", "shop", "refused"), *done]
-    assert acts[-1]["versions"] == {"wine": 1}
-    assert acts[0]["what"] == "start"
+    assert actions[-1]["versions"] == {"wine": 1}
+    assert actions[0]["what"] == "start"
     kept = path.read_text()
     path.write_text(kept.replace('"boss"', '"shop"', 1))
     with pytest.raises(StorageError, match="changed by other hands"):
-        Audit(path).acts()
+        Audit(path).actions()
     refused = httpx.post(f"{server.url}/reload", headers=bearer(texts["boss"]))
     assert refused.status_code == 503  # what cannot be recorded is not done
     path.write_text(kept)
 
 
-def test_who_may_not_act_is_recorded_too(guarded: tuple, row: dict) -> None:  # noqa: F811
+def test_denied_actions_are_recorded_too(guarded: tuple, row: dict) -> None:  # noqa: F811
     server, port, texts, path = guarded
-    before = len(Audit(path).acts())
+    before = len(Audit(path).actions())
     assert httpx.post(f"{server.url}/reload").status_code == 401
     assert httpx.delete(f"{server.url}/models", headers=bearer(texts["shop"])).status_code == 403
     assert httpx.post(f"{server.url}{WINE}:predict", json={"instances": [row]}).status_code == 401  # no act
@@ -291,18 +293,18 @@ def test_who_may_not_act_is_recorded_too(guarded: tuple, row: dict) -> None:  # 
         for headers in ({}, bearer(texts["shop"])):
             call(channel, "ModelService", "HandleReloadConfigRequest", **headers)
         assert call(channel, "PredictionService", "Predict")[0] == "UNAUTHENTICATED"
-    acts = Audit(path).acts()[before:]
-    assert [(act["what"], act["caller"].partition(":")[0], act["code"]) for act in acts] == [
+    actions = Audit(path).actions()[before:]
+    assert [(action["what"], action["caller"].partition(":")[0], action["code"]) for action in actions] == [
         ("reload", "127.0.0.1", "UNAUTHENTICATED"),
         ("DELETE /models", "shop", "PERMISSION_DENIED"),
         ("reload", "ipv4", "UNAUTHENTICATED"),
         ("reload", "shop", "PERMISSION_DENIED"),
     ]
-    assert {act["result"] for act in acts} == {"refused"}
-    assert acts[1]["reason"] == "shop may predict here, and this needs the scope 'admin'."
+    assert {action["result"] for action in actions} == {"refused"}
+    assert actions[1]["reason"] == "shop may predict here, and this needs the scope 'admin'."
 
 
-def test_a_key_that_is_taken_back_is_good_no_longer(guarded: tuple, keys: Path, row: dict) -> None:  # noqa: F811
+def test_a_revoked_key_is_no_longer_valid(guarded: tuple, keys: Path, row: dict) -> None:  # noqa: F811
     server, _, _, _ = guarded
     guest = new_api_key(keys, "guest")
 
@@ -401,8 +403,8 @@ def test_only_clients_of_our_authority_get_in(shelf: Path, tmp_path: Path, row: 
         with channel(friend) as asking:
             assert call(asking, "PredictionService", "Predict")[0] == "INVALID_ARGUMENT"
             assert call(asking, "ModelService", "HandleReloadConfigRequest")[0] == "OK"
-        acts = Audit(tmp_path / "logs" / "audit.jsonl").acts()
-        assert [(act["what"], act["caller"], act["result"]) for act in acts[1:]] == [
+        actions = Audit(tmp_path / "logs" / "audit.jsonl").actions()
+        assert [(action["what"], action["caller"], action["result"]) for action in actions[1:]] == [
             ("reload", "friend", "begun"),
             ("reload", "friend", "done"),
         ] * 2

@@ -145,7 +145,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 def start(model: Path, source: Path, output: Path, *options: str) -> subprocess.Popen:
     """`mlkit predict` in parts of 20 rows, in a process of its own."""
-    code = "import mlkit.serving.batch_predict, sys; mlkit.serving.batch_predict._PART_ROWS = 20; from mlkit.cli.main import main; main()"
+    code = "import mlkit.serving.batch_predict as p, sys; p._PART_ROWS = 20; from mlkit.cli.main import main; main()"
     command = [sys.executable, "-c", code, "predict", model, "--input", source, "--output", output, *options]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -179,7 +179,7 @@ def test_a_process_that_is_killed_is_an_error_and_what_is_finished_stays(
     def kill_one(answered: int, total: int) -> None:
         if answered == 100:
             for child in psutil.Process().children():
-                if "answer_parts" in " ".join(child.cmdline()):
+                if "predict_chunks" in " ".join(child.cmdline()):
                     os.kill(child.pid, signal.SIGKILL)
 
     output = tmp_path / "scores.parquet"

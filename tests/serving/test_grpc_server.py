@@ -1,9 +1,11 @@
-"""gRPC as clients that nobody here wrote see it, and what happens when too much, too late or nonsense is asked."""
+"""gRPC as seen by clients written elsewhere, under overload, with deadlines and with malformed messages."""
 
 import asyncio
 import contextlib
+import functools
 import json
 import random
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -45,11 +47,22 @@ from mlkit.export.signatures import CLASSIFY, PREDICT, REGRESS, SignatureInfo, T
 from mlkit.models import build_model
 from mlkit.serving import running_server
 from mlkit.serving.batcher import BatchingConfig
-from mlkit.serving.grpc_server import SERVICES, start_grpc
+from mlkit.serving.grpc_server import (
+    SERVICES,
+    CallInfo,
+    get_status,
+    predict,
+    read_inputs,
+    read_output_filter,
+    read_spec,
+    reload_config,
+    start_grpc,
+)
 from mlkit.serving.model_manager import ModelManager
 from mlkit.serving.options import ServedPath
 from mlkit.serving.server import RunningServer
-from mlkit.serving.sources import ServingPlan, VersionSpec
+from mlkit.serving.sources import FolderSource, ServingPlan, VersionSpec
+from mlkit.training import fit
 from tests.conftest import free_port
 
 ROWS = {"age": [31.0, 47.0, 22.0], "city": ["Porto", "Lille", "nowhere"]}
@@ -333,12 +346,12 @@ Ask = Callable[..., Awaitable[Any]]
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path, limits: BatchingConfig | None = None, **options: Any) -> AsyncIterator[tuple]:
+async def serving(folder: Path, batching: BatchingConfig | None = None, **options: Any) -> AsyncIterator[tuple]:
     """A server with one model, what it runs, and a way to ask it."""
     model = Slow()
-    host = ModelManager({"slow": Here(folder)}, load=lambda _: model, limits=limits)
-    await host.step()
-    server = await start_grpc(host, "127.0.0.1:0", **options)
+    manager = ModelManager({"slow": Here(folder)}, load=lambda _: model, batching=batching)
+    await manager.update()
+    server = await start_grpc(manager, "127.0.0.1:0", **options)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
 
@@ -349,9 +362,9 @@ async def serving(folder: Path, limits: BatchingConfig | None = None, **options:
             response = message_class("PredictResponse").FromString(await call(request.SerializeToString(), **how))
             return float(tensor_to_array(response.outputs["y"])[0])
 
-        yield server, host, model, ask, channel
+        yield server, manager, model, ask, channel
     await server.stop(0)
-    await host.close()
+    await manager.close()
 
 
 async def code(answer: Awaitable[Any]) -> tuple[str, dict[str, str], str]:
@@ -360,9 +373,9 @@ async def code(answer: Awaitable[Any]) -> tuple[str, dict[str, str], str]:
     return caught.value.code().name, dict(caught.value.trailing_metadata()), caught.value.details()
 
 
-def hold(host: ModelManager) -> Callable[[], None]:
+def hold(manager: ModelManager) -> Callable[[], None]:
     """Let no call of the model begin until the returned function is called."""
-    version = host.state("slow").loaded[1]
+    version = manager.model("slow").loaded[1]
     run, gate = version.run, asyncio.Event()
 
     async def held(*arguments: Any, **options: Any) -> Any:
@@ -375,10 +388,10 @@ def hold(host: ModelManager) -> Callable[[], None]:
 
 def test_a_deadline_is_kept_and_nobody_waits_for_the_answer(tmp_path: Path) -> None:
     async def story() -> None:
-        async with serving(tmp_path) as (_, host, _, ask, _):
-            release = hold(host)
+        async with serving(tmp_path) as (_, manager, _, ask, _):
+            release = hold(manager)
             assert (await code(ask(timeout=0.05)))[0] == "DEADLINE_EXCEEDED"
-            while host.state("slow").loaded[1].held:  # the server has let go of it, too
+            while manager.model("slow").loaded[1].in_flight:  # the server has let go of it, too
                 await asyncio.sleep(0.01)
             release()
             assert await ask(3.0, timeout=20) == 3.0
@@ -399,10 +412,10 @@ def test_whoever_finds_no_room_is_told_when_to_come_again(tmp_path: Path) -> Non
 
 def test_more_calls_than_the_server_is_meant_for_are_refused_at_once(tmp_path: Path) -> None:
     async def story() -> None:
-        async with serving(tmp_path, calls=2) as (_, host, _, ask, _):
-            release = hold(host)
+        async with serving(tmp_path, calls=2) as (_, manager, _, ask, _):
+            release = hold(manager)
             waiting = [asyncio.ensure_future(ask(number, timeout=20)) for number in range(2)]
-            while host.state("slow").loaded[1].held < 2:
+            while manager.model("slow").loaded[1].in_flight < 2:
                 await asyncio.sleep(0.01)
             assert (await code(ask(timeout=20)))[0] == "RESOURCE_EXHAUSTED"
             release()
@@ -426,12 +439,12 @@ def test_a_message_that_is_too_long_is_refused_unread(tmp_path: Path) -> None:
 
 def test_a_defect_is_logged_and_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
-        async with serving(tmp_path) as (_, host, _, ask, _):
+        async with serving(tmp_path) as (_, manager, _, ask, _):
 
             async def broken(*_: Any, **__: Any) -> None:
                 raise ZeroDivisionError("secret")
 
-            host.state("slow").loaded[1].run = broken
+            manager.model("slow").loaded[1].run = broken
             name, _, words = await code(ask(timeout=20))
             assert (name, "secret" in words, "secret" in caplog.text) == ("INTERNAL", False, True)
 
@@ -440,13 +453,13 @@ def test_a_defect_is_logged_and_not_told(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_health_tells_the_truth_and_stopping_waits_for_the_last_answer(tmp_path: Path) -> None:
     async def story() -> None:
-        async with serving(tmp_path) as (server, host, _, ask, channel):
+        async with serving(tmp_path) as (server, manager, _, ask, channel):
             health = health_pb2_grpc.HealthStub(channel)
             told = health.Watch(health_pb2.HealthCheckRequest())
             assert (await told.read()).status == health_pb2.HealthCheckResponse.SERVING
-            release = hold(host)
+            release = hold(manager)
             last = asyncio.ensure_future(ask(7.0, timeout=20))
-            while not host.state("slow").loaded[1].held:
+            while not manager.model("slow").loaded[1].in_flight:
                 await asyncio.sleep(0.01)
             stopping = asyncio.ensure_future(server.stop(20))
             assert (await told.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -461,12 +474,12 @@ def test_health_tells_the_truth_and_stopping_waits_for_the_last_answer(tmp_path:
 
 def test_health_follows_the_models(tmp_path: Path) -> None:
     async def story() -> None:
-        async with serving(tmp_path) as (_, host, _, _, channel):
+        async with serving(tmp_path) as (_, manager, _, _, channel):
             health = health_pb2_grpc.HealthStub(channel)
-            host.state("slow").default = None
+            manager.model("slow").default = None
             checked = await health.Check(health_pb2.HealthCheckRequest(), timeout=20)
             assert checked.status == health_pb2.HealthCheckResponse.NOT_SERVING
-            host.state("slow").default = 1
+            manager.model("slow").default = 1
             checked = await health.Check(health_pb2.HealthCheckRequest(), timeout=20)
             assert checked.status == health_pb2.HealthCheckResponse.SERVING
 
@@ -475,9 +488,208 @@ def test_health_follows_the_models(tmp_path: Path) -> None:
 
 def test_an_address_that_cannot_be_had_is_told(tmp_path: Path) -> None:
     async def story() -> None:
-        host = ModelManager({"slow": Here(tmp_path)}, load=lambda _: Slow())
+        manager = ModelManager({"slow": Here(tmp_path)}, load=lambda _: Slow())
         with pytest.raises(InputError, match=r"Cannot listen on 192\.0\.2\.1:8500"):  # an address of nobody
-            await start_grpc(host, "192.0.2.1:8500")
-        await host.close()
+            await start_grpc(manager, "192.0.2.1:8500")
+        await manager.close()
+
+    asyncio.run(story())
+
+
+# -- methods in this process, without a channel
+
+DIGITS = SignatureInfo(
+    "serving_default",
+    {"image": TensorInfo("image", FLOAT, (None, 8, 8, 1), "image")},
+    {
+        "probabilities": TensorInfo("probabilities", FLOAT, (None, 10), "p"),
+        "score": TensorInfo("score", FLOAT, (None,), "s"),
+    },
+    PREDICT,
+)
+
+
+def tensors(name: str, values: np.ndarray) -> Any:
+    """Inputs of a PredictRequest."""
+    request = message_class("PredictRequest")()
+    fill_tensor(request.inputs[name], values)
+    return request.inputs
+
+
+def test_tensors_become_the_arrays_of_a_signature() -> None:
+    images = np.random.default_rng(0).random((2, 8, 8, 1)).astype("float32")
+    np.testing.assert_array_equal(read_inputs(DIGITS, tensors("image", images))["image"], images)
+
+
+@pytest.mark.parametrize(
+    ("message", "name", "values"),
+    [
+        ("takes no input 'imgae'. Did you mean 'image'?", "imgae", np.zeros((1, 8, 8, 1), "float32")),
+        ("'image' takes float32, not DT_DOUBLE", "image", np.zeros((1, 8, 8, 1))),
+        ("'image' takes values of shape [rows, 8, 8, 1], not [8, 8]", "image", np.zeros((8, 8), "float32")),
+    ],
+)
+def test_tensors_that_do_not_fit_are_rejected(message: str, name: str, values: np.ndarray) -> None:
+    with pytest.raises(ServingError) as caught:
+        read_inputs(DIGITS, tensors(name, values))
+    assert message in str(caught.value)
+
+
+def test_a_request_needs_a_model_inputs_and_known_outputs() -> None:
+    with pytest.raises(ServingError, match="names no model"):
+        read_spec(message_class("PredictRequest")().model_spec)
+    with pytest.raises(ServingError, match="lacks inputs of 'serving_default': image"):
+        read_inputs(DIGITS, {})
+    assert read_output_filter(DIGITS, ["score"]) == ["score"]
+    assert read_output_filter(DIGITS, []) == ["probabilities", "score"]
+    with pytest.raises(ServingError, match=r"Did you mean 'score'\?"):
+        read_output_filter(DIGITS, ["scores"])
+    with pytest.raises(ServingError, match="twice"):
+        read_output_filter(DIGITS, ["score"] * 2)
+
+
+@pytest.fixture(scope="module")
+def digits_shelf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, np.ndarray]:
+    """A trained model of the digits: its folder, the model, and two images."""
+    digits, folder = load_dataset("digits"), tmp_path_factory.mktemp("digits") / "digits"
+    model = build_model("linear", digits)
+    fit(model, digits, epochs=3)
+    export_saved_model(model, digits, folder)
+    return folder, model, digits.take("test")[0]["image"][:2]
+
+
+@contextlib.asynccontextmanager
+async def digits_manager(folder: Path) -> AsyncIterator[ModelManager]:
+    manager = ModelManager({"digits": FolderSource(folder)})
+    await manager.update()
+    yield manager
+    await manager.close()
+
+
+def digits_request(images: np.ndarray) -> Any:
+    request = message_class("PredictRequest")()
+    request.model_spec.name = "digits"
+    fill_tensor(request.inputs["image"], images)
+    return request
+
+
+async def error_of(call: Awaitable[Any]) -> str:
+    """Code and message of the error that a method raises."""
+    with pytest.raises(ServingError) as caught:
+        await call
+    return f"{caught.value.code}: {caught.value.message}"
+
+
+def test_predict_returns_the_models_predictions_and_rejects_what_does_not_fit(
+    digits_shelf: tuple[Path, Any, np.ndarray],
+) -> None:
+    folder, model, images = digits_shelf
+
+    async def story() -> None:
+        async with digits_manager(folder) as manager:
+            call, request = CallInfo(time.monotonic() + 60), digits_request(images)
+            response = await predict(manager, request.SerializeToString(), call)
+            np.testing.assert_allclose(
+                tensor_to_array(response.outputs["probabilities"]), model(images).numpy(), atol=1e-5
+            )
+            assert (response.model_spec.name, response.model_spec.version.value) == ("digits", 1)
+            request.output_filter.append("score")
+            assert list((await predict(manager, request.SerializeToString(), call)).outputs) == ["score"]
+            assert "is no PredictRequest" in await error_of(predict(manager, b"\xff\xff", call))
+            request.model_spec.signature_name = "predict"
+            error = await error_of(predict(manager, request.SerializeToString(), call))
+            assert error.startswith("FAILED_PRECONDITION: There is no sig")
+            request.model_spec.version.value = 7
+            assert (await error_of(predict(manager, request.SerializeToString(), call))).startswith("NOT_FOUND")
+            status = message_class("GetModelStatusRequest")()
+            status.model_spec.name = "digits"
+            (version,) = (await get_status(manager, status.SerializeToString(), call)).model_version_status
+            assert (version.version, version.state) == (1, 30)
+
+    asyncio.run(story())
+
+
+def reload_request(**model: Any) -> bytes:
+    """A request to reload a configuration with one model."""
+    request = message_class("ReloadConfigRequest")()
+    request.config.model_config_list.config.add(**model)
+    return request.SerializeToString()
+
+
+def test_only_the_present_configuration_can_be_reloaded_and_only_by_administrators(
+    digits_shelf: tuple[Path, Any, np.ndarray],
+) -> None:
+    folder = digits_shelf[0]
+    principals: list[str] = []
+
+    async def story() -> None:
+        async with digits_manager(folder) as manager:
+
+            async def reload_sources(principal: str) -> None:
+                principals.append(principal)
+                await manager.reload()
+
+            reload = functools.partial(reload_config, reload_sources, manager)
+            local = CallInfo(time.monotonic() + 60, peer="ipv4:127.0.0.1:1234")
+            present = reload_request(name="digits", base_path=str(folder), model_platform="tensorflow")
+            for allowed in (b"", reload_request(name="digits"), present):
+                assert (await reload(allowed, local)).status.error_code == 0
+            for message, body in {
+                "PERMISSION_DENIED: Model 'mine' is not served": reload_request(name="mine", base_path="/tmp/mine"),
+                "PERMISSION_DENIED: Model 'digits' is served from where it is": reload_request(
+                    name="digits", base_path="/tmp/mine"
+                ),
+                "UNIMPLEMENTED: Versions and labels follow the registry": reload_request(
+                    name="digits", version_labels={"stable": 1}
+                ),
+            }.items():
+                assert (await error_of(reload(body, local))).startswith(message)
+            remote = CallInfo(time.monotonic() + 60, peer="ipv4:10.0.0.7:1234")
+            assert "own machine" in await error_of(reload(b"", remote))
+            await reload(b"", remote._replace(administrator="operator", principal="operator"))
+
+    asyncio.run(story())
+    assert principals == ["ipv4:127.0.0.1:1234"] * 3 + ["operator"]
+
+
+async def failure(call: Awaitable[Any]) -> tuple[str, str]:
+    """Status code and details with which a call ends."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code().name, caught.value.details()
+
+
+def test_errors_reach_clients_with_their_codes_and_a_bounded_message(
+    digits_shelf: tuple[Path, Any, np.ndarray],
+) -> None:
+    folder, model, images = digits_shelf
+    path = "/tensorflow.serving.PredictionService"
+
+    async def story() -> None:
+        async with digits_manager(folder) as manager:
+            server = await start_grpc(manager, "127.0.0.1:0")
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                call = channel.unary_unary(f"{path}/Predict")
+                request = digits_request(images)
+                request.output_filter.append("class")
+                response = message_class("PredictResponse").FromString(
+                    await call(request.SerializeToString(), timeout=30)
+                )
+                predicted = tensor_to_array(response.outputs["class"])
+                assert [int(name) for name in predicted] == model(images).numpy().argmax(axis=1).tolist()
+                request.model_spec.name = "digit"
+                code, details = await failure(call(request.SerializeToString(), timeout=30))
+                assert (code, "Did you mean 'digits'?" in details) == ("NOT_FOUND", True)
+                assert (await failure(call(b"\xff" * 20, timeout=30)))[0] == "INVALID_ARGUMENT"
+                request = digits_request(images)
+                fill_tensor(request.inputs["x" * 100_000], images)
+                code, details = await failure(call(request.SerializeToString(), timeout=30))
+                assert (code, len(details)) == ("INVALID_ARGUMENT", 500)
+                unknown = channel.unary_unary(f"{path}/Explain")
+                assert (await failure(unknown(b"", timeout=30)))[0] == "UNIMPLEMENTED"
+                stub = health_pb2_grpc.HealthStub(channel)
+                health = await stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
+                assert health.status == health_pb2.HealthCheckResponse.SERVING
+            await server.stop(1)
 
     asyncio.run(story())

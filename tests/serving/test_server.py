@@ -1,4 +1,4 @@
-"""The model server: real processes that are asked over HTTP, swapped, overloaded, killed and told to stop."""
+"""The model server: real processes, called over HTTP, with version swaps, overload, kills and graceful shutdown."""
 
 import asyncio
 import json
@@ -20,10 +20,11 @@ import numpy as np
 import psutil
 import pytest
 
+import mlkit.serving.http as http_module
 import mlkit.serving.server as server_module
 from mlkit.data import load_dataset
 from mlkit.errors import MlkitError
-from mlkit.export import convert_model
+from mlkit.export import convert_model, export_saved_model
 from mlkit.export.signatures import PREDICT, SignatureInfo, TensorInfo
 from mlkit.models import build_model
 from mlkit.registry import Registry
@@ -34,8 +35,9 @@ from mlkit.serving.metrics import METRICS_PATH
 from mlkit.serving.model_manager import ModelManager
 from mlkit.serving.options import ServedPath
 from mlkit.serving.rest import RestApplication
-from mlkit.serving.server import RunningServer
+from mlkit.serving.server import ProcessStatusBoard, RunningServer
 from mlkit.serving.sources import FolderSource
+from mlkit.training import fit
 from tests.conftest import Crowd, free_port, run_cli, wait_until
 from tests.registry.test_store import make_run, place, signing  # noqa: F401  fixtures
 from tests.runs.test_faults import fill_up
@@ -115,6 +117,27 @@ class Clients(Crowd):
                     self.failures.append((answer.status_code, answer.text))
                 self.answers.append(told)
                 yield
+
+
+# The status board
+
+
+def test_versions_are_common_when_all_processes_have_published_them(tmp_path: Path) -> None:
+    first, second = ProcessStatusBoard(tmp_path, 2, 0), ProcessStatusBoard(tmp_path, 2, 1)
+    first.publish({"loaded": {"churn": [1, 2]}})
+    assert first.common_versions("churn") == set()
+    second.publish({"loaded": {"churn": [2]}})
+    assert first.common_versions("churn") == {2}
+    second.remove(1)
+    assert first.common_versions("churn") == set()
+
+
+def test_a_reload_request_reaches_all_processes(tmp_path: Path) -> None:
+    first, second = ProcessStatusBoard(tmp_path, 2, 0), ProcessStatusBoard(tmp_path, 2, 1)
+    before = first.reload_token()
+    second.request_reload()
+    assert first.reload_token() != before
+    assert first.reload_token() == second.reload_token()
 
 
 # Swaps
@@ -316,7 +339,8 @@ def raw_request(server: RunningServer, body: bytes, announced: int | None = None
 
 def test_processes_that_are_no_copies_answer_as_well(shelf: Path, row: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     spawn = (
-        "import multiprocessing, mlkit.serving.server\nmlkit.server._STARTING = multiprocessing.get_context('spawn')\n"
+        "import multiprocessing, mlkit.serving.server as server\n"
+        "server._PROCESSES = multiprocessing.get_context('spawn')\n"
     )
     monkeypatch.setattr(server_module, "_RUN", spawn + server_module._RUN)
     with serve(shelf, processes=2) as server:
@@ -432,12 +456,12 @@ def test_slow_and_departing_clients_hold_up_nobody(served: RunningServer, row: d
 
 
 def test_connections_on_which_no_whole_request_comes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_QUIET", 1)
+    monkeypatch.setattr(http_module, "IDLE_SECONDS", 1)
 
     async def story() -> None:
         listening = server_module.open_port("127.0.0.1", 0)
         address = listening.getsockname()
-        web = server_module._uvicorn(RestApplication(ModelManager({})), ServerOptions(()))
+        web = http_module.make_web_server(RestApplication(ModelManager({})), ServerOptions(()))
         serving = asyncio.ensure_future(web.serve(sockets=[listening]))
         asked = b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n"
         for begun in (b"", b"GET /li", asked + b"GET /livez HTTP/1.1\r\nhost: he"):
@@ -496,7 +520,7 @@ class Slow:
     def run(self, signature: str, inputs: dict) -> dict:
         self.calls += 1
         if (inputs["x"] == 0).any():
-            time.sleep(0.002)  # so that the host knows it as slow, and runs it beside the event loop
+            time.sleep(0.002)  # so that it is known as slow, and runs off the event loop
             return {"y": inputs["x"]}
         self.go.wait(60)
         return {"y": inputs["x"]}
@@ -510,10 +534,10 @@ def test_more_than_can_wait_is_turned_away_and_deadlines_hold(tmp_path: Path) ->
     (tmp_path / "1" / "saved_model.pb").touch()
 
     async def story() -> None:
-        host = ModelManager({"slow": FolderSource(tmp_path)}, Slow, BatchingConfig(waiting=5, batch_rows=4))
-        await host.step()
-        slow = host.lease("slow").servable
-        transport = httpx.ASGITransport(RestApplication(host))
+        manager = ModelManager({"slow": FolderSource(tmp_path)}, Slow, BatchingConfig(waiting=5, batch_rows=4))
+        await manager.update()
+        slow = manager.acquire("slow").predictor
+        transport = httpx.ASGITransport(RestApplication(manager))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
 
             def ask(value: float, **headers: str) -> asyncio.Task:
@@ -533,7 +557,7 @@ def test_more_than_can_wait_is_turned_away_and_deadlines_hold(tmp_path: Path) ->
             assert (await late).status_code == 504
             assert [answer.status_code for answer in await asyncio.gather(busy, *waiting)] == [200] * 5
             assert slow.calls == 3  # the four were asked together
-        await host.close()
+        await manager.close()
 
     asyncio.run(story())
 
@@ -574,10 +598,10 @@ def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> N
     whole = asked('{"instances": [1]}')
 
     async def story() -> None:
-        host = ModelManager({"slow": FolderSource(tmp_path)}, Slow)
-        await host.step()
-        host.lease("slow").servable.go.set()
-        web = server_module._uvicorn(RestApplication(host, body_bytes=1000), ServerOptions(()))
+        manager = ModelManager({"slow": FolderSource(tmp_path)}, Slow)
+        await manager.update()
+        manager.acquire("slow").predictor.go.set()
+        web = http_module.make_web_server(RestApplication(manager, body_bytes=1000), ServerOptions(()))
         web.config.load()
 
         async def answers(*packets: bytes, count: int = 1) -> Wire:
@@ -617,7 +641,7 @@ def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> N
         expecting = await answers(asked('{"instances": [1]}', expect="100-continue"), count=2)
         assert expecting.written.startswith(b"HTTP/1.1 100 Continue")
         assert (await answers(asked('{"instances": [1'))).written.startswith(b"HTTP/1.1 400")
-        await host.close()
+        await manager.close()
 
     asyncio.run(story())
 
@@ -650,6 +674,45 @@ def test_a_savedmodel_of_anybody_is_served_and_swapped(tmp_path: Path) -> None:
         wait_until(lambda: httpx.post(url, json={"instances": [row]}).json()["predictions"][0]["y"] == [3.0, 7.5])
         columns = httpx.post(url, json={"inputs": {"x": [[1, 1]], "word": ["a"]}}).json()
         assert columns == {"outputs": {"y": [[3.0, 3.0]], "again": ["A"]}}
+
+
+def test_two_processes_switch_to_a_new_version_while_a_client_keeps_predicting(tmp_path: Path) -> None:
+    digits, shelf = load_dataset("digits"), tmp_path / "digits"
+    model = build_model("cnn", digits)
+    fit(model, digits, epochs=2)
+    export_saved_model(model, digits, shelf, version=1)
+    images = digits.take("test")[0]["image"][:1]
+    body, path = json.dumps({"instances": images.tolist()}), "/v1/models/digits:predict"
+    with running_server(ServedPath("digits", path=str(shelf)), processes=2, poll=0.1) as server:
+        first = httpx.post(server.url + path, content=body)
+        ready = httpx.get(f"{server.url}/readyz").json()
+        export_saved_model(model, digits, shelf, version=2)
+        versions: list[str] = []
+        until = time.monotonic() + 60
+        while versions[-20:] != ["2"] * 20 and time.monotonic() < until:
+            response = httpx.post(server.url + path, content=body)
+            versions.append(response.headers["model-version"])
+            assert response.json() == first.json()
+    assert ready == {"ready": True, "processes": {"ready": 2, "of": 2}}
+    assert set(versions) == {"1", "2"}
+    expected = model(images).numpy()[0]
+    np.testing.assert_allclose(first.json()["predictions"][0]["probabilities"], expected, atol=1e-6)
+
+
+def test_a_folder_without_a_loadable_model_does_not_start(tmp_path: Path) -> None:
+    def start(path: Path) -> None:
+        with running_server(ServedPath("digits", path=str(path))):
+            pass
+
+    digits = load_dataset("digits")
+    export_saved_model(build_model("linear", digits), digits, tmp_path / "digits", version=1)
+    with pytest.raises(MlkitError, match="There is no SavedModel"):
+        start(tmp_path / "nothing")
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "digits" / "1", broken)
+    (broken / "variables" / "variables.data-00000-of-00001").write_bytes(b"half")
+    with pytest.raises(MlkitError, match="holds no model that can be loaded"):
+        start(broken)
 
 
 # The command

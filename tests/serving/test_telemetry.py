@@ -1,13 +1,16 @@
-"""What a server tells about itself: numbers of all processes, traces, log lines, and a sample of what it was asked."""
+"""Telemetry of a server: metrics of all processes, traces, log lines, and the request/response log."""
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,17 +19,29 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client import parser
+from prometheus_client.parser import text_string_to_metric_families
 
 from mlkit.errors import ServingError
 from mlkit.export.signatures import PREDICT, SignatureInfo, TensorInfo
-from mlkit.serving.metrics import METRICS_PATH
+from mlkit.serving.metrics import (
+    INPUT_SIZE,
+    MEMORY,
+    METRICS_PATH,
+    PROCESSED_SIZE,
+    REQUEST_COUNT,
+    REQUEST_LATENCY,
+    SHADOW_DIFFERENCE,
+    Request,
+    read_trace,
+)
 from mlkit.serving.model_manager import ModelManager
 from mlkit.serving.options import LogOptions
+from mlkit.serving.protocol import VersionStatus
 from mlkit.serving.request_log import RequestLog
 from mlkit.serving.rest import CERTIFICATE, RestApplication
 from mlkit.serving.server import RunningServer
 from mlkit.serving.sources import FolderSource, ServingPlan, VersionSpec
-from mlkit.serving.telemetry import BackgroundWriter, Telemetry
+from mlkit.serving.telemetry import BackgroundWriter, JsonLines, Telemetry, current_request
 from tests.conftest import free_port, wait_until
 from tests.serving.test_server import WINE, converted, row, serve, shelf, write_version  # noqa: F401  fixtures
 
@@ -201,9 +216,9 @@ def in_process(tmp_path: Path, sent: list[tuple[object, dict]], **options: objec
     telemetry = Telemetry(tmp_path, models=["times"], write=lines.append, **options)
 
     async def run() -> list[httpx.Response]:
-        host = ModelManager({"times": FolderSource(tmp_path / "times")}, Times)
-        await host.step()
-        application = RestApplication(host, telemetry=telemetry)
+        manager = ModelManager({"times": FolderSource(tmp_path / "times")}, Times)
+        await manager.update()
+        application = RestApplication(manager, telemetry=telemetry)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://here") as client:
             bodies = [{"content": body} if isinstance(body, bytes) else {"json": body} for body, _ in sent]
             asked = [
@@ -211,7 +226,7 @@ def in_process(tmp_path: Path, sent: list[tuple[object, dict]], **options: objec
                 for body, (_, headers) in zip(bodies, sent, strict=True)
             ]
             answers = await asyncio.gather(*asked)
-        await host.close()
+        await manager.close()
         return answers
 
     return asyncio.run(run()), lines, telemetry
@@ -260,9 +275,9 @@ def test_the_name_in_a_certificate_stands_in_the_line(tmp_path: Path) -> None:
     (tmp_path / "1" / "saved_model.pb").touch()
 
     async def run() -> None:
-        host = ModelManager({"times": FolderSource(tmp_path)}, Times)
-        await host.step()
-        application = RestApplication(host, telemetry=telemetry, certificates=True)
+        manager = ModelManager({"times": FolderSource(tmp_path)}, Times)
+        await manager.update()
+        application = RestApplication(manager, telemetry=telemetry, client_certificates=True)
 
         async def certified(scope: dict, *channels: Callable) -> None:
             await application(scope | {"state": {CERTIFICATE: "webshop"}}, *channels)
@@ -271,7 +286,7 @@ def test_the_name_in_a_certificate_stands_in_the_line(tmp_path: Path) -> None:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(asked), base_url="http://here") as client:
                 answer = await client.post("/v1/models/times:predict", json={"instances": [[1.0]]})
                 assert answer.status_code == 200
-        await host.close()
+        await manager.close()
 
     asyncio.run(run())
     telemetry.close()
@@ -306,18 +321,18 @@ def test_what_a_shadow_says_is_counted_under_both_versions(tmp_path: Path) -> No
     telemetry = Telemetry(tmp_path, models=["times"])
 
     async def run() -> None:
-        host = ModelManager({"times": TwoVersions(tmp_path)}, Halves, shadow="challenger")
-        host.shadows = telemetry.shadow
-        await host.step()
-        served = host.state("times").loaded[1]
+        manager = ModelManager({"times": TwoVersions(tmp_path)}, Halves, shadow="challenger")
+        manager.on_shadow = telemetry.count_shadow
+        await manager.update()
+        served = manager.model("times").loaded[1]
         for value, rows in ((0.25, 1), (0.5, 3), (200.0, 1)):
-            with host.lease("times") as version:
+            with manager.acquire("times") as version:
                 await version.run("serving_default", {"x": np.full((rows, 1), value, "float32")}, rows)
-        while served.shadow._asking:
+        while served.shadow._tasks:
             await asyncio.sleep(0)
         for _ in range(70):  # at once: more than are compared
-            served.shadow.follow("serving_default", {"x": np.ones((1, 1), "float32")}, 1, {})
-        await host.close()
+            served.shadow.mirror("serving_default", {"x": np.ones((1, 1), "float32")}, 1, {})
+        await manager.close()
 
     asyncio.run(run())
     told = numbers(telemetry.scrape().decode())
@@ -355,7 +370,7 @@ def test_the_server_writes_json_lines_when_told_to(shelf: Path, project: Path) -
 # What was asked
 
 
-def test_what_was_asked_is_logged_without_what_must_not_be_told(watched: RunningServer, row: dict) -> None:  # noqa: F811
+def test_requests_are_logged_without_sensitive_features(watched: RunningServer, row: dict) -> None:  # noqa: F811
     secret = row | {"proline": 1234567.0}
     trace = ask(watched, secret, 1, traceparent=GIVEN).headers["traceparent"]
     assert trace.startswith(GIVEN[:35])
@@ -379,7 +394,7 @@ def test_tf_serving_reads_the_records(tmp_path: Path) -> None:
 
     model = Times(tmp_path)
     model.model, model.number = "times", 3
-    log = RequestLog(tmp_path, share=1.0, form="tfrecord")
+    log = RequestLog(tmp_path, sampling_rate=1.0, log_format="tfrecord")
     for number in range(3):
         x = np.full((2, 1), number, "float32")
         log.add(model, "serving_default", {"x": x}, 2, {"x": x * 2})
@@ -397,7 +412,7 @@ def test_a_log_that_stands_still_holds_up_nobody(tmp_path: Path) -> None:
     gate, model = threading.Event(), Times(tmp_path)
     model.model, model.number = "times", 1
     logged: list[bool] = []
-    log = RequestLog(tmp_path, share=1.0, logged=lambda _, done: logged.append(done))
+    log = RequestLog(tmp_path, sampling_rate=1.0, on_sampled=lambda _, queued: logged.append(queued))
     write, log.file.write = log.file.write, lambda data: (gate.wait(), write(data))
     x = np.zeros((1, 1), "float32")
     for _ in range(3000):
@@ -414,4 +429,116 @@ def test_what_waits_is_limited_in_bytes(tmp_path: Path) -> None:
     taken = [writer.put(b"", 300) for _ in range(10)]
     gate.set()
     writer.close()
-    assert (sum(taken), writer.left_out) == (3, 7)
+    assert (sum(taken), writer.dropped) == (3, 7)
+
+
+# Telemetry of two processes, without a server
+
+
+def test_json_lines_carry_the_trace_of_the_current_request() -> None:
+    record = logging.LogRecord("mlkit.server", logging.WARNING, "", 0, "%s is\nrejected", ("digits/4",), None)
+    trace = read_trace(GIVEN.encode())
+    token = current_request.set(Request("REST", trace))
+    line = JsonLines(process=1).format(record)
+    current_request.reset(token)
+    entry = json.loads(line)
+    assert (entry["trace_id"], entry["message"], entry["process"]) == (trace.trace, "digits/4 is\nrejected", 1)
+    assert "trace_id" not in JsonLines().format(record)
+    assert "\n" not in line
+
+
+def test_a_full_queue_drops_entries_and_counts_them() -> None:
+    gate, written = threading.Event(), []
+    writer = BackgroundWriter(lambda entry: (gate.wait(), written.append(entry)), entries=3)
+    taken = [writer.put(number) for number in range(10)]
+    gate.set()
+    writer.close()
+    assert (len(written), writer.dropped) == (sum(taken), 10 - sum(taken))
+    assert 3 <= sum(taken) <= 4
+    tight = BackgroundWriter(lambda entry: 1 / entry, size=1000)
+    assert [tight.put(0, size=size) for size in (1001, 10)] == [False, True]
+    tight.close()
+    assert (tight.dropped, tight.failed) == (1, 1)
+
+
+def handle(
+    telemetry: Telemetry,
+    entrypoint: str,
+    model: str,
+    version: int | None,
+    *outcome: str,
+    client: str = "",
+    header: bytes | None = None,
+) -> None:
+    """Count one request."""
+    request = telemetry.start_request(entrypoint, header)
+    request.model, request.version, request.client = model, version, client
+    telemetry.end_request(request, "predict" if entrypoint == "REST" else "Predict", *outcome)
+
+
+@pytest.fixture
+def scraped(tmp_path: Path) -> Iterator[tuple[dict, list[bytes]]]:
+    """Prometheus's families for two processes that handled some requests, and their log lines."""
+    lines: list[bytes] = []
+    first, second = (Telemetry(tmp_path, index, models=["digits"], write=lines.append) for index in range(2))
+    for _ in range(3):
+        handle(first, "REST", "digits", 3)
+    invalid = ("INVALID_ARGUMENT", "pixels are missing")
+    handle(second, "REST", "digits", 3, *invalid, client="shop", header=GIVEN.encode())
+    for name in ("x" * 5000, "../../etc/passwd"):
+        handle(second, "GRPC", name, None, "NOT_FOUND")
+    first.count_batch("digits", 3, "Predict", [1, 1, 6], 0.0004, [0.0, 0.0001, 0.0002])
+    second.count_batch("digits", 4, "Predict", [16], 0.0008, [0.0])
+    first.count_warm_up("/models/digits/3", "OK", 0.012, 53)
+    first.count_shadow("digits", 3, 4, "compared", 8, 7, 0.25)
+    second.count_shadow("digits", 3, 4, "compared", 16, 16, 0.125)
+    second.count_shadow("digits", 3, 4, "skipped")
+    second.set_version_state("LOADING", "digits", VersionStatus(4, "LOADING"))
+    second.set_version_state("AVAILABLE", "digits", VersionStatus(4, "AVAILABLE"))
+    second.sample()
+    families = {family.name: family for family in text_string_to_metric_families(first.scrape().decode())}
+    first.close()
+    second.close()
+    return families, lines
+
+
+def test_metrics_are_those_of_both_processes(scraped: tuple[dict, list[bytes]]) -> None:
+    families, _ = scraped
+    counts = {(s.labels["model_name"], s.labels["status"]): s.value for s in families[REQUEST_COUNT.name].samples}
+    assert counts == {("digits", "OK"): 3, ("digits", "INVALID_ARGUMENT"): 1, ("", "NOT_FOUND"): 2}
+    latency = [s for s in families[REQUEST_LATENCY.name].samples if s.name.endswith("_bucket")]
+    assert (len(latency), latency[-1].labels["le"], latency[-1].value) == (34, "+Inf", 3)
+    shadows = {s.labels["result"]: s.value for s in families["mlkit_shadow_requests"].samples}
+    rows = [families[f"mlkit_shadow_{name}"].samples[0].value for name in ("rows", "rows_agreeing")]
+    assert (shadows, rows) == ({"compared": 2, "skipped": 1}, [24, 23])
+    assert max(s.value for s in families[SHADOW_DIFFERENCE.name].samples) == 0.25
+    sums = [
+        {s.name.rpartition("_")[2]: s.value for s in families[metric.name].samples if "bucket" not in s.name}
+        for metric in (INPUT_SIZE, PROCESSED_SIZE)
+    ]
+    assert sums == [{"sum": 24, "count": 4}, {"sum": 24, "count": 2}]
+    memory = {s.labels["process"]: s.value for s in families[MEMORY.name].samples}
+    assert (sorted(memory), min(memory.values()) > 2**20) == (["0", "1"], True)
+
+
+def test_each_failed_request_has_a_line(scraped: tuple[dict, list[bytes]]) -> None:
+    _, lines = scraped
+    assert len(lines) == 3
+    entry = next(json.loads(line) for line in lines if b"pixels" in line)
+    assert (entry["trace_id"], entry["parent_id"], entry["status"]) == (GIVEN[3:35], GIVEN[36:52], "INVALID_ARGUMENT")
+    assert entry["caller"] == "shop"
+
+
+def test_a_message_that_names_a_sensitive_feature_is_replaced(tmp_path: Path) -> None:
+    lines: list[bytes] = []
+    telemetry = Telemetry(tmp_path, 2, models=["digits"], write=lines.append, sensitive=["income"])
+    handle(telemetry, "REST", "digits", 3, "INVALID_ARGUMENT", "income is 99,000 in row 3")
+    telemetry.close()
+    assert "99,000" not in lines[0].decode()
+
+
+def test_telemetry_of_a_request_is_cheap(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, models=["digits"])
+    best = min(timeit.repeat(lambda: handle(telemetry, "REST", "digits", 3), number=2000, timer=time.process_time))
+    telemetry.close()
+    assert best / 2000 < 200e-6  # a few microseconds; the bound allows for a slow and busy machine
