@@ -333,7 +333,7 @@ def read_predict(
     body: bytes,  # of the request
     signatures: Mapping[str, SignatureInfo],  # of the model
 ) -> PredictCall:
-    """Parse a predict request into arrays that fit its signature; raises ServingError for one that does not."""
+    """Parse a predict request into arrays; raises ServingError for one that does not fit its signature."""
     document = read_json(body)
     signature = find_signature(signatures, _signature_name(document))
     row_format = "instances" in document

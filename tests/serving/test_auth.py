@@ -63,15 +63,15 @@ class Provider:
 
     def publish(self, **keys: Any) -> None:
         algorithms = jwt.algorithms.RSAAlgorithm, jwt.algorithms.ECAlgorithm
-        told = [
+        entries = [
             json.loads(algorithms[isinstance(key, ec.EllipticCurvePrivateKey)].to_jwk(key.public_key())) | {"kid": kid}
             for kid, key in keys.items()
         ]
-        self.path.write_text(json.dumps({"keys": told}))
+        self.path.write_text(json.dumps({"keys": entries}))
 
     def claims(self, **claims: Any) -> dict[str, Any]:
-        told = {"iss": ISSUER, "aud": AUDIENCE, "sub": "shop", "scope": "predict", "exp": time.time() + 300} | claims
-        return {name: value for name, value in told.items() if value is not None}
+        payload = {"iss": ISSUER, "aud": AUDIENCE, "sub": "shop", "scope": "predict", "exp": time.time() + 300} | claims
+        return {name: value for name, value in payload.items() if value is not None}
 
     def sign(self, kid: str | None = "r1", key: Any = None, algorithm: str | None = None, **claims: Any) -> str:
         key = key or (self.ec if kid == "e1" else self.rsa)
@@ -79,7 +79,7 @@ class Provider:
         return jwt.encode(self.claims(**claims), key, algorithm, headers={"kid": kid} if kid else None)
 
     def forge(self, head: dict[str, Any], secret: bytes = b"") -> str:
-        parts = [base64.urlsafe_b64encode(json.dumps(each).encode()).rstrip(b"=") for each in (head, self.claims())]
+        parts = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in (head, self.claims())]
         signed = b".".join(parts)
         proof = hmac.digest(secret, signed, "sha256") if secret else b""
         return (signed + b"." + base64.urlsafe_b64encode(proof).rstrip(b"=")).decode()
@@ -268,18 +268,18 @@ def test_administrative_actions_are_recorded(guarded: tuple) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         assert call(channel, "ModelService", "HandleReloadConfigRequest", **bearer(texts["boss"]))[0] == "OK"
     actions = Audit(path).actions()
-    told = [(action["what"], action["caller"], action["result"]) for action in actions[before:]]
+    summaries = [(action["what"], action["caller"], action["result"]) for action in actions[before:]]
     done = [("reload", "boss", "begun"), ("reload", "boss", "done")]
-    assert told == [*done, ("reload", "shop", "refused"), *done]
+    assert summaries == [*done, ("reload", "shop", "refused"), *done]
     assert actions[-1]["versions"] == {"wine": 1}
     assert actions[0]["what"] == "start"
-    kept = path.read_text()
-    path.write_text(kept.replace('"boss"', '"shop"', 1))
+    intact = path.read_text()
+    path.write_text(intact.replace('"boss"', '"shop"', 1))
     with pytest.raises(StorageError, match="changed by other hands"):
         Audit(path).actions()
     refused = httpx.post(f"{server.url}/reload", headers=bearer(texts["boss"]))
     assert refused.status_code == 503  # what cannot be recorded is not done
-    path.write_text(kept)
+    path.write_text(intact)
 
 
 def test_denied_actions_are_recorded_too(guarded: tuple, row: dict) -> None:  # noqa: F811
@@ -324,8 +324,8 @@ def test_the_command_hands_out_lists_and_takes_back(project: Path) -> None:
 
     made = access("new", "shop", "--days", "30")
     options = AuthOptions(str(project / "api.keys")).open()
-    caller = asyncio.run(options.check({b"x-api-key": made["key"].encode()}, "predict"))
-    assert (caller.name, caller.how) == ("shop", "key")
+    principal = asyncio.run(options.authorize({b"x-api-key": made["key"].encode()}, "predict"))
+    assert (principal.name, principal.credential) == ("shop", "key")
     assert made["key"] not in (project / "api.keys").read_text()
     (listed,) = access("list")
     assert (listed["name"], listed["scopes"], "sha256" in listed) == ("shop", ["predict"], False)
@@ -352,7 +352,7 @@ class Authority:
 
     def _make(self, name: str, issuer: str, signer: Any) -> tuple:
         key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-        names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, each)]) for each in (name, issuer)]
+        names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in (name, issuer)]
         made = x509.CertificateBuilder().subject_name(names[0]).issuer_name(names[1]).public_key(key.public_key())
         made = made.serial_number(x509.random_serial_number())
         made = made.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
@@ -422,15 +422,15 @@ def test_a_renewed_certificate_is_taken_up_and_a_spoilt_one_is_not(shelf: Path, 
 
     with serve(shelf, tls=TlsOptions(str(certificate), str(key)), grpc_port=port) as server:
         ports = int(server.url.rpartition(":")[2]), port
-        assert [shown(each) for each in ports] == [certificate.read_text()] * 2
+        assert [shown(port_number) for port_number in ports] == [certificate.read_text()] * 2
         ours.certify("server")
-        wait_until(lambda: [shown(each) for each in ports] == [certificate.read_text()] * 2, 20)
+        wait_until(lambda: [shown(port_number) for port_number in ports] == [certificate.read_text()] * 2, 20)
         good = certificate.read_text()
         certificate.write_text("half a certif")
         with httpx.Client(verify=ssl.create_default_context(cafile=ours.file)) as client:
             for _ in range(5):
                 assert client.get(f"https://localhost:{ports[0]}/livez").status_code == 200
-        assert [shown(each) for each in ports] == [good] * 2
+        assert [shown(port_number) for port_number in ports] == [good] * 2
 
 
 def test_files_that_make_no_certificate_are_refused_at_the_start(shelf: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -478,7 +478,7 @@ def test_pages_of_declared_origins_ask_from_a_browser(shelf: Path, tmp_path: Pat
         access = AuthOptions(str(tmp_path / "api.keys"))
         with serve(shelf, origins=(ours,), access=access) as server:
             script = ASK.replace("URL", f"{server.url}{WINE}:predict")
-            good, bad = (json.dumps({"instances": [each]}) for each in (row, {}))
+            good, bad = (json.dumps({"instances": [instance]}) for instance in (row, {}))
             with Page(f"{ours}/") as page:
                 status, version, answer = page.ask(script.replace("KEY", key).replace("BODY", good))
                 assert (status, version, len(answer["predictions"])) == (200, "1", 1)
@@ -496,9 +496,9 @@ def test_no_page_may_ask_where_none_is_declared(guarded: tuple, row: dict) -> No
     before = httpx.options(
         f"{server.url}{WINE}:predict", headers=origin | {"access-control-request-method": "POST"} | key
     )
-    asked = httpx.post(f"{server.url}{WINE}:predict", json={"instances": [row]}, headers=origin | key)
-    assert asked.status_code == 200
-    assert not [name for answer in (before, asked) for name in answer.headers if name.startswith("access-control")]
+    response = httpx.post(f"{server.url}{WINE}:predict", json={"instances": [row]}, headers=origin | key)
+    assert response.status_code == 200
+    assert not [name for answer in (before, response) for name in answer.headers if name.startswith("access-control")]
 
 
 def test_what_is_no_origin_is_refused_before_anything_starts(project: Path) -> None:

@@ -76,9 +76,9 @@ def left_in(folder: Path) -> list[str]:
 
 def check(scores: pl.DataFrame, official: dict[str, np.ndarray]) -> None:
     for name, values in official.items():
-        found = scores[name].to_numpy()
+        values_found = scores[name].to_numpy()
         if values.dtype == np.float32:
-            np.testing.assert_allclose(found, values, atol=1e-6)
+            np.testing.assert_allclose(values_found, values, atol=1e-6)
         else:
             assert scores[name].to_list() == [text if isinstance(text, str) else text.decode() for text in values]
 
@@ -87,17 +87,17 @@ def check(scores: pl.DataFrame, official: dict[str, np.ndarray]) -> None:
 def test_two_processes_give_the_answers_of_the_model_in_the_order_of_the_rows(
     shop: tuple[Path, pl.DataFrame], official: dict[str, np.ndarray], source: Path, tmp_path: Path
 ) -> None:
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     done = predict_table(
         shop[0], source, tmp_path / "scores.parquet", key=["order", "item_id"], processes=2,
-        progress=lambda *counts: told.append(counts),
+        progress=lambda *counts: progress.append(counts),
     )  # fmt: skip
     scores = pl.read_parquet(tmp_path / "scores.parquet")
     assert scores.columns == ["order", "item_id", *sorted(official), "model", "version", "run"]
     assert scores["order"].to_list() == list(range(ROWS))
     assert scores["item_id"].to_list() == shop[1]["item_id"].to_list()
     check(scores, official)
-    assert [count for count, _ in told] == list(range(0, ROWS + 1, 100))
+    assert [count for count, _ in progress] == list(range(0, ROWS + 1, 100))
     assert (done.rows, done.kept) == (ROWS, 0)
     assert left_in(tmp_path) == ["orders.parquet", "scores.parquet"]
 
@@ -129,8 +129,8 @@ def test_texts_of_digits_stay_texts_and_a_database_is_asked_by_its_query(tmp_pat
         database.execute("create table today (shelf text, size integer)")
         database.executemany("insert into today values (?, ?)", today.rows())
     database.close()
-    asked = {"today.csv": None, f"sqlite:///{tmp_path}/today.db": "select * from today"}
-    for given, query in asked.items():
+    sources = {"today.csv": None, f"sqlite:///{tmp_path}/today.db": "select * from today"}
+    for given, query in sources.items():
         place = given if query else tmp_path / given
         predict_table(model, place, tmp_path / "scores.parquet", query=query, replace=True)
         np.testing.assert_allclose(pl.read_parquet(tmp_path / "scores.parquet")["probabilities"], expected, atol=1e-6)
@@ -161,13 +161,13 @@ def test_killed_it_goes_on_where_it_was(
     first.communicate()
     wait_until(lambda: not any(map(is_alive, answering)))
     assert not output.exists()
-    kept = list(parts.glob("part-*.parquet"))
+    finished = list(parts.glob("part-*.parquet"))
     with pytest.raises(InputError, match=r"another key. The same command"):
         predict_table(shop[0], source, output, key=["order"])
     second = start(shop[0], source, output, "--json")
-    said, errors = second.communicate(timeout=120)
+    stdout, errors = second.communicate(timeout=120)
     assert second.returncode == 0, errors
-    assert json.loads(said)["from_before"] >= 20 * len(kept)
+    assert json.loads(stdout)["from_before"] >= 20 * len(finished)
     check(pl.read_parquet(output), official)
     assert left_in(tmp_path) == ["orders.parquet", "scores.parquet"]
 
@@ -231,8 +231,8 @@ def test_what_only_the_rows_show_ends_it_without_a_result(
     content[4:600] = b"\xff" * 596  # pages, not the footer
     (tmp_path / "spoilt.parquet").write_bytes(content)
     refused = {"typed": "rows 1 to 600: Feature 'price' is declared as number", "spoilt": "cannot be read"}
-    for name, said in refused.items():
-        with pytest.raises(DatasetError, match=f"{name}.parquet.*{said}"):
+    for name, message in refused.items():
+        with pytest.raises(DatasetError, match=f"{name}.parquet.*{message}"):
             predict_table(shop[0], tmp_path / f"{name}.parquet", tmp_path / "scores.parquet")
     assert left_in(tmp_path) == ["orders.parquet", "spoilt.parquet", "typed.parquet"]
 
@@ -365,17 +365,17 @@ def write_long(rows: int, file: Path) -> str:
 
 @pytest.mark.parametrize("name", ["notes.csv.gz", "notes.db"])
 def test_memory_does_not_grow_with_the_source(name: str, tmp_path: Path) -> None:
-    found = []
+    measurements = []
     for rows in (800_000, 1_600_000):
         source = write_long(rows, tmp_path / f"{rows}-{name}")
         query = "select * from notes" if name.endswith(".db") else ""
         command = [sys.executable, "-c", PEAK, source, tmp_path / str(rows), query]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
-    assert [each["rows"] for each in found] == [800_000, 1_600_000]
+        measurements.append(json.loads(done.stdout))
+    assert [measurement["rows"] for measurement in measurements] == [800_000, 1_600_000]
     # in memory the rows more take 320 megabytes
-    assert found[1]["megabytes"] < found[0]["megabytes"] + 150, found
+    assert measurements[1]["megabytes"] < measurements[0]["megabytes"] + 150, measurements
 
 
 def test_images_are_no_table(tmp_path: Path) -> None:
@@ -413,15 +413,15 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, pl.
 
 
 @pytest.mark.parametrize(
-    ("asked", "kind", "names"),
+    ("reference", "kind", "names"),
     [("wine", "savedmodel", ("wine", 1)), ("wine/1", "float32", ("wine", 1)), ("latest", "savedmodel", (None, None))],
 )
 def test_each_answer_says_which_version_and_run_gave_it(
-    asked: str, kind: str, names: tuple, registered: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    reference: str, kind: str, names: tuple, registered: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder, run, rows = registered
     monkeypatch.chdir(folder)
-    done = predict_table(asked, "wine", tmp_path / "scores.parquet", kind=kind, key=["cultivar"])
+    done = predict_table(reference, "wine", tmp_path / "scores.parquet", kind=kind, key=["cultivar"])
     scores = pl.read_parquet(tmp_path / "scores.parquet")
     model, version = names
     assert done.names == {"model": model or run, "version": version, "run": run}

@@ -73,7 +73,7 @@ SIGNATURES = {
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module, made = tf.Module(), {}
     for name, (takes, answer) in SIGNATURES.items():
-        specs = {key: SPEC(told.shape, told.dtype, key) for key, (told, _) in takes.items()}
+        specs = {key: SPEC(spec.shape, spec.dtype, key) for key, (spec, _) in takes.items()}
         made[name] = tf.function(answer).get_concrete_function(**specs)
     folder = tmp_path_factory.mktemp("odd")
     tf.saved_model.save(module, str(folder / "1"), signatures=made)
@@ -124,23 +124,25 @@ def _still_well(served: Served) -> Iterator[None]:
 
 def right_requests() -> list[tuple[str, dict]]:
     """Path and body of requests that are answered."""
-    asked: list[tuple[str, dict]] = []
+    requests: list[tuple[str, dict]] = []
     for name, (takes, _) in SIGNATURES.items():
         columns = {key: value for key, (_, value) in takes.items()}
-        asked.append(("odd:predict", {"signature_name": name, "inputs": columns}))
+        requests.append(("odd:predict", {"signature_name": name, "inputs": columns}))
         if all(isinstance(value, list) for value in columns.values()):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            asked.append(("odd:predict", {"signature_name": name, "instances": rows}))
-    buyer, kept, spent = {"age": 31.0, "city": "Porto"}, "kept_classify", "spent_regress"
+            requests.append(("odd:predict", {"signature_name": name, "instances": rows}))
+    buyer, classify, spent = {"age": 31.0, "city": "Porto"}, "kept_classify", "spent_regress"
     text = base64.b64encode(examples()[0].SerializeToString()).decode()
-    asked += [
+    requests += [
         ("shop:predict", {"instances": [buyer, buyer]}),
         ("shop:predict", {"inputs": {"age": [1], "city": ["x"]}}),
     ]
-    asked += [("shop:classify", {"signature_name": kept, "examples": [buyer, buyer], "context": {"city": "Lille"}})]
-    asked += [("shop:regress", {"signature_name": spent, "examples": [buyer]})]
-    asked += [("shop:predict", {"signature_name": "serving_examples", "instances": [{"b64": text}]})] * 2
-    return asked
+    requests += [
+        ("shop:classify", {"signature_name": classify, "examples": [buyer, buyer], "context": {"city": "Lille"}})
+    ]
+    requests += [("shop:regress", {"signature_name": spent, "examples": [buyer]})]
+    requests += [("shop:predict", {"signature_name": "serving_examples", "instances": [{"b64": text}]})] * 2
+    return requests
 
 
 RIGHT_REQUESTS = right_requests()
@@ -151,8 +153,8 @@ RIGHT_REQUESTS = right_requests()
 def test_the_document_keeps_to_openapi_and_says_nothing_of_how_it_is_made(served: Served) -> None:
     document = httpx.get(f"{served.server.url}/openapi.json").json()
     schemathesis.openapi.from_dict(document).validate()
-    operations = [told for place in document["paths"].values() for told in place.values()]
-    assert len({told["operationId"] for told in operations}) == len(operations)
+    operations = [operation for place in document["paths"].values() for operation in place.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
     assert "RestApplication" not in json.dumps(document)
     (model, *_) = document["paths"]["/v1/models/{model}"]["get"]["parameters"]
     assert model["schema"]["enum"] == ["shop", "odd"]
@@ -161,8 +163,8 @@ def test_the_document_keeps_to_openapi_and_says_nothing_of_how_it_is_made(served
 def cases(served: Served, mode: GenerationMode) -> Iterator[tuple[str, st.SearchStrategy]]:
     """Requests to each operation of the document that are as it says, or are not."""
     schema = schemathesis.openapi.from_url(f"{served.server.url}/openapi.json")
-    for found in schema.get_all_operations():
-        operation = found.ok()
+    for result in schema.get_all_operations():
+        operation = result.ok()
         if mode is GenerationMode.POSITIVE or operation.body or "{version}" in operation.path:  # what can be wrong
             yield operation.label, operation.as_strategy(generation_mode=mode)
 
@@ -239,9 +241,9 @@ def check_answer(method: str, status: int, headers: dict[str, str], body: bytes)
         return
     if status >= 400:
         assert headers["content-type"] == "application/json", body
-        told = json.loads(body)
-        assert list(told) == ["error"]
-        assert told["error"]
+        document = json.loads(body)
+        assert list(document) == ["error"]
+        assert document["error"]
     elif headers.get("content-type") == "application/json":
         json.loads(body)
 
@@ -303,11 +305,11 @@ def test_ten_thousand_requests_that_are_almost_right_are_answered_or_refused(ser
         line = lines[number % 4]
         method, path, headers, body = almost_right(chance)
         line.socket.sendall(as_bytes(chance, method, path, headers, body))
-        status, told, answer = line.answer(method)
+        status, response_headers, answer = line.answer(method)
         statuses[status] += 1
         assert status, (method, path, headers, body)
-        check_answer(method, status, told, answer)
-        if told.get("connection") == "close":
+        check_answer(method, status, response_headers, answer)
+        if response_headers.get("connection") == "close":
             line.close()
             lines[number % 4] = Line(served)
     for line in lines:
@@ -332,16 +334,16 @@ def test_requests_that_are_sent_ahead_are_answered_in_their_order(served: Served
     chance = random.Random(1)
     with contextlib.closing(Line(served)) as line:
         for _ in range(5):
-            wanted, asked = [], b""
+            expected, pipelined = [], b""
             for _ in range(100):
                 value = chance.choice([0, 1, 2, 7, "x"])
-                wanted.append({0: [1], 1: [2], 2: [3]}.get(value))
-                asked += right_bytes(document={"signature_name": "picky", "instances": [value]})
-            line.socket.sendall(asked)
-            for each in wanted:
+                expected.append({0: [1], 1: [2], 2: [3]}.get(value))
+                pipelined += right_bytes(document={"signature_name": "picky", "instances": [value]})
+            line.socket.sendall(pipelined)
+            for predictions in expected:
                 status, headers, body = line.answer()
                 check_answer("POST", status, headers, body)
-                assert json.loads(body).get("predictions") == each
+                assert json.loads(body).get("predictions") == predictions
 
 
 def test_an_answer_without_a_body_does_not_wait_for_the_next_request(served: Served) -> None:
@@ -434,35 +436,35 @@ def test_requests_that_are_broken_off_anywhere_hold_up_nobody(served: Served) ->
 
 def right_messages() -> list[tuple[str, Message]]:
     """Method and message of calls that are answered."""
-    asked: list[tuple[str, Message]] = []
+    calls: list[tuple[str, Message]] = []
     for name, (takes, _) in SIGNATURES.items():
         request = message_class("PredictRequest")()
         request.model_spec.name, request.model_spec.signature_name = "odd", name
-        for key, (told, value) in takes.items():
-            array = np.array(value, object if told.dtype == tf.string else told.dtype.as_numpy_dtype)
+        for key, (info, value) in takes.items():
+            array = np.array(value, object if info.dtype == tf.string else info.dtype.as_numpy_dtype)
             fill_tensor(request.inputs[key], array)
         if name == "serving_default":
             request.output_filter.extend(["image", "words"])
-        asked.append(("PredictionService/Predict", request))
+        calls.append(("PredictionService/Predict", request))
     several = message_class("MultiInferenceRequest")()
-    told = [one.SerializeToString() for one in examples()]
+    serialized = [example.SerializeToString() for example in examples()]
     for method, signature, name in (
         ("Classify", "kept_classify", "Classification"),
         ("Regress", "spent_regress", "Regression"),
     ):
         request = message_class(f"{name}Request")()
         request.model_spec.name, request.model_spec.signature_name = "shop", signature
-        for one in told:
-            request.input.example_list.examples.add().MergeFromString(one)
-        asked += [(f"PredictionService/{method}", request)] * 3
+        for example in serialized:
+            request.input.example_list.examples.add().MergeFromString(example)
+        calls += [(f"PredictionService/{method}", request)] * 3
         several.tasks.add(model_spec=request.model_spec, method_name=CLASSIFY if method == "Classify" else REGRESS)
     several.input.CopyFrom(request.input)
     metadata = message_class("GetModelMetadataRequest")(metadata_field=["signature_def"])
     status, reload = message_class("GetModelStatusRequest")(), message_class("ReloadConfigRequest")()
     metadata.model_spec.name = status.model_spec.name = "odd"
     reload.config.model_config_list.config.add(name="odd")
-    asked += [("PredictionService/MultiInference", several)] * 3 + [("PredictionService/GetModelMetadata", metadata)]
-    return [*asked, ("ModelService/GetModelStatus", status), ("ModelService/HandleReloadConfigRequest", reload)]
+    calls += [("PredictionService/MultiInference", several)] * 3 + [("PredictionService/GetModelMetadata", metadata)]
+    return [*calls, ("ModelService/GetModelStatus", status), ("ModelService/HandleReloadConfigRequest", reload)]
 
 
 RIGHT_MESSAGES = right_messages()
@@ -480,7 +482,9 @@ def spoil_tensor(chance: random.Random, tensor: Message) -> None:
     elif kind == 3:
         tensor.tensor_content = chance.randbytes(chance.choice([1, 4, 8, 16, 1000]))
     elif kind == 4:
-        field = chance.choice([one for one in tensor.DESCRIPTOR.fields if one.name.endswith("_val")])
+        field = chance.choice(
+            [descriptor for descriptor in tensor.DESCRIPTOR.fields if descriptor.name.endswith("_val")]
+        )
         value = chance.choice([b"", b"\xff"]) if field.name == "string_val" else chance.choice([0, 1, 255])
         getattr(tensor, field.name).extend([value] * chance.choice([1, 2, 100]))
     else:
@@ -511,16 +515,16 @@ def spoil_message(chance: random.Random, request: Message) -> None:
         spoil_examples(chance, request.input.example_list.examples)
 
 
-def spoil_examples(chance: random.Random, told: Any) -> None:
+def spoil_examples(chance: random.Random, messages: Any) -> None:
     """Have examples lack features, or hold them in another form."""
-    for example in told:
+    for example in messages:
         feature = example.features.feature[chance.choice(["age", "city", "x", ""])]
         feature.Clear()
         lists = [("bytes_list", [b"\xff", b""]), ("float_list", [float("nan"), 1e30]), ("int64_list", [-(2**63)])]
         name, values = chance.choice(lists)
         getattr(feature, name).value.extend(values[: chance.randint(0, 2)])
     if chance.random() < 0.2:
-        del told[:]
+        del messages[:]
 
 
 def test_three_thousand_messages_that_are_almost_right_are_answered_or_refused(served: Served) -> None:
@@ -529,7 +533,7 @@ def test_three_thousand_messages_that_are_almost_right_are_answered_or_refused(s
     with grpc.insecure_channel(f"127.0.0.1:{served.port}") as channel:
         calls = {method.rpartition(".")[2]: channel.unary_unary(f"/{method}") for method in methods}
         for _ in range(60):
-            asked = []
+            futures = []
             for _ in range(50):
                 method, message = chance.choice(RIGHT_MESSAGES)
                 request = type(message).FromString(message.SerializeToString())
@@ -541,9 +545,9 @@ def test_three_thousand_messages_that_are_almost_right_are_answered_or_refused(s
                 if chance.random() < 0.1:
                     method, body = chance.choice(list(calls)), chance.randbytes(chance.randint(0, 300))
                 key = (("traffic-key", "x"), ("request-bin", b"\xff"))[: chance.randint(0, 2)]
-                asked.append(calls[method].future(bytes(body), timeout=60, metadata=key))
-            for one in asked:
-                codes[one.code().name] += 1
+                futures.append(calls[method].future(bytes(body), timeout=60, metadata=key))
+            for future in futures:
+                codes[future.code().name] += 1
     refused = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "UNIMPLEMENTED", "PERMISSION_DENIED"}
     assert {"OK", *refused} == codes.keys()
     assert codes["OK"] > 300

@@ -135,17 +135,17 @@ def test_predict_answers_as_the_model_does_and_as_rest_does(
 ) -> None:
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
     response = stub.Predict(predict_request(), timeout=20)
-    found = {name: tf.make_ndarray(tensor) for name, tensor in response.outputs.items()}
-    wanted = load_saved_model(shelf / "1")(ROWS)
-    assert found.keys() == wanted.keys()
-    np.testing.assert_allclose(found["spent_prediction"], wanted["spent_prediction"], rtol=1e-5)
-    assert found["kept_class"].tolist() == [name.encode() for name in wanted["kept_class"]]
+    outputs = {name: tf.make_ndarray(tensor) for name, tensor in response.outputs.items()}
+    expected = load_saved_model(shelf / "1")(ROWS)
+    assert outputs.keys() == expected.keys()
+    np.testing.assert_allclose(outputs["spent_prediction"], expected["spent_prediction"], rtol=1e-5)
+    assert outputs["kept_class"].tolist() == [name.encode() for name in expected["kept_class"]]
     assert (response.model_spec.version.value, response.model_spec.signature_name) == (1, "serving_default")
-    assert list(response.outputs["spent_prediction"].float_val) == found["spent_prediction"].tolist()
+    assert list(response.outputs["spent_prediction"].float_val) == outputs["spent_prediction"].tolist()
     body = json.dumps({"inputs": ROWS}).encode()
     with urllib.request.urlopen(f"{server[0].url}/v1/models/shop:predict", body, timeout=20) as answer:
         rest = json.load(answer)["outputs"]
-    np.testing.assert_array_equal(np.array(rest["kept_probabilities"], "float32"), found["kept_probabilities"])
+    np.testing.assert_array_equal(np.array(rest["kept_probabilities"], "float32"), outputs["kept_probabilities"])
 
 
 def test_predict_takes_versions_filters_and_both_ways_to_write_a_tensor(channel: grpc.Channel) -> None:
@@ -175,10 +175,10 @@ def test_examples_are_classified_and_regressed_alone_and_together(channel: grpc.
     several.input.CopyFrom(classify.input)
     classes = stub.Classify(classify, timeout=20).result
     numbers = stub.Regress(regress, timeout=20).result
-    assert [[one.label for one in row.classes] for row in classes.classifications] == [["no", "yes"]] * 3
-    scores = [[one.score for one in row.classes] for row in classes.classifications]
+    assert [[item.label for item in row.classes] for row in classes.classifications] == [["no", "yes"]] * 3
+    scores = [[item.score for item in row.classes] for row in classes.classifications]
     np.testing.assert_allclose(scores, plain["kept_probabilities"], rtol=1e-5)
-    np.testing.assert_allclose([one.value for one in numbers.regressions], plain["spent_prediction"], rtol=1e-5)
+    np.testing.assert_allclose([item.value for item in numbers.regressions], plain["spent_prediction"], rtol=1e-5)
     together = stub.MultiInference(several, timeout=20).results
     assert (together[0].classification_result, together[1].regression_result) == (classes, numbers)
     assert together[1].model_spec.signature_name == "spent_regress"
@@ -197,7 +197,7 @@ def test_a_context_counts_for_every_example(channel: grpc.Channel) -> None:
 
 def test_the_requests_that_a_model_brings_along_are_answered_as_they_say(shelf: Path, channel: grpc.Channel) -> None:
     """`assets.extra/tf_serving_warmup_requests`, read by our messages and by TensorFlow's alike."""
-    stub, asked = prediction_service_pb2_grpc.PredictionServiceStub(channel), 0
+    stub, requests = prediction_service_pb2_grpc.PredictionServiceStub(channel), 0
     for record in tf.data.TFRecordDataset(str(shelf / "1/assets.extra/tf_serving_warmup_requests")):
         ours, theirs = message_class("PredictionLog").FromString(record.numpy()), prediction_log_pb2.PredictionLog()
         theirs.ParseFromString(record.numpy())
@@ -207,19 +207,23 @@ def test_the_requests_that_a_model_brings_along_are_answered_as_they_say(shelf: 
             theirs.predict_log.request.model_spec.name = "shop"
             answer = stub.Predict(theirs.predict_log.request, timeout=20)
             for name, tensor in theirs.predict_log.response.outputs.items():
-                found, told = tf.make_ndarray(answer.outputs[name]), tf.make_ndarray(tensor)
-                assert found.tolist() == told.tolist() if found.dtype == object else np.allclose(found, told, 1e-4)
-            asked += 1
-    assert asked
+                predicted, expected = tf.make_ndarray(answer.outputs[name]), tf.make_ndarray(tensor)
+                assert (
+                    predicted.tolist() == expected.tolist()
+                    if predicted.dtype == object
+                    else np.allclose(predicted, expected, 1e-4)
+                )
+            requests += 1
+    assert requests
 
 
 def test_metadata_and_status_are_told(channel: grpc.Channel) -> None:
-    asked = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
-    asked.model_spec.name = "shop"
+    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+    request.model_spec.name = "shop"
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-    told = stub.GetModelMetadata(asked, timeout=20)
+    response = stub.GetModelMetadata(request, timeout=20)
     described = get_model_metadata_pb2.SignatureDefMap()
-    assert told.metadata["signature_def"].Unpack(described)
+    assert response.metadata["signature_def"].Unpack(described)
     signature = described.signature_def["serving_default"]
     assert (signature.method_name, signature.inputs["age"].dtype) == (PREDICT, 1)
     assert [dim.size for dim in signature.inputs["age"].tensor_shape.dim] == [-1]
@@ -233,11 +237,11 @@ def test_metadata_and_status_are_told(channel: grpc.Channel) -> None:
 def test_no_client_has_a_folder_of_its_choosing_loaded(channel: grpc.Channel, shelf: Path, tmp_path: Path) -> None:
     stub = model_service_pb2_grpc.ModelServiceStub(channel)
     request = model_management_pb2.ReloadConfigRequest()
-    told = request.config.model_config_list.config.add(name="shop", base_path=str(shelf))
+    model = request.config.model_config_list.config.add(name="shop", base_path=str(shelf))
     assert stub.HandleReloadConfigRequest(request, timeout=20).status.error_code == 0
-    told.base_path = str(tmp_path)
+    model.base_path = str(tmp_path)
     assert code_of(lambda: stub.HandleReloadConfigRequest(request, timeout=20)) == "PERMISSION_DENIED"
-    told.base_path, told.name = str(shelf), "mine"
+    model.base_path, model.name = str(shelf), "mine"
     assert code_of(lambda: stub.HandleReloadConfigRequest(request, timeout=20)) == "PERMISSION_DENIED"
 
 
@@ -248,8 +252,8 @@ def test_what_is_wrong_is_told_with_tf_servings_code(channel: grpc.Channel) -> N
         "FAILED_PRECONDITION": [predict_request(signature_name="classify")],
         "INVALID_ARGUMENT": [predict_request(name=""), bad_input("age", [1]), bad_input("age", [[1.5]])],
     }.items():
-        for one in request:
-            assert code_of(lambda one=one: stub.Predict(one, timeout=20)) == code
+        for invalid in request:
+            assert code_of(lambda invalid=invalid: stub.Predict(invalid, timeout=20)) == code
     with pytest.raises(grpc.RpcError, match="Input 'age' takes float32, not DT_INT32"):
         stub.Predict(bad_input("age", [1]), timeout=20)
     assert len(stub.Predict(predict_request(), timeout=20).outputs) > 1  # and everything goes on
@@ -355,11 +359,11 @@ async def serving(folder: Path, batching: BatchingConfig | None = None, **option
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
 
-        async def ask(value: float = 1.0, **how: Any) -> float:
+        async def ask(value: float = 1.0, **options: Any) -> float:
             request = message_class("PredictRequest")()
             request.model_spec.name = "slow"
             fill_tensor(request.inputs["x"], np.array([value], "float32"))
-            response = message_class("PredictResponse").FromString(await call(request.SerializeToString(), **how))
+            response = message_class("PredictResponse").FromString(await call(request.SerializeToString(), **options))
             return float(tensor_to_array(response.outputs["y"])[0])
 
         yield server, manager, model, ask, channel
@@ -455,15 +459,15 @@ def test_health_tells_the_truth_and_stopping_waits_for_the_last_answer(tmp_path:
     async def story() -> None:
         async with serving(tmp_path) as (server, manager, _, ask, channel):
             health = health_pb2_grpc.HealthStub(channel)
-            told = health.Watch(health_pb2.HealthCheckRequest())
-            assert (await told.read()).status == health_pb2.HealthCheckResponse.SERVING
+            status = health.Watch(health_pb2.HealthCheckRequest())
+            assert (await status.read()).status == health_pb2.HealthCheckResponse.SERVING
             release = hold(manager)
             last = asyncio.ensure_future(ask(7.0, timeout=20))
             while not manager.model("slow").loaded[1].in_flight:
                 await asyncio.sleep(0.01)
             stopping = asyncio.ensure_future(server.stop(20))
-            assert (await told.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            told.cancel()
+            assert (await status.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            status.cancel()
             release()
             assert await last == 7.0
             await stopping

@@ -152,7 +152,9 @@ def spoil(chance: random.Random, document: dict[str, Any]) -> bytes:
     document = json.loads(json.dumps(document))
     for _ in range(chance.randint(0, 2)):
         place: Any = document
-        while chance.random() < 0.8 and (inner := [one for one in values_of(place) if isinstance(one, dict | list)]):
+        while chance.random() < 0.8 and (
+            inner := [inner_value for inner_value in values_of(place) if isinstance(inner_value, dict | list)]
+        ):
             place = chance.choice(inner)
         if isinstance(place, dict):
             place[chance.choice([*place, "x"])] = copy.deepcopy(chance.choice(NASTY))
@@ -211,14 +213,14 @@ def test_an_example_keeps_its_values_or_is_refused(features: dict[str, Any]) -> 
     except ServingError as error:
         refusal(error)
         return
-    found = message_class("Example").FromString(example).features.feature
-    assert set(found) == set(features)
+    parsed = message_class("Example").FromString(example).features.feature
+    assert set(parsed) == set(features)
     for name, value in features.items():
         values = value if isinstance(value, list) else [value]
-        kind = found[name].WhichOneof("kind")
-        kept = list(getattr(found[name], kind).value) if kind else []
-        wanted = {"float_list": np.float32, "int64_list": int, None: int}.get(kind, as_bytes)
-        assert np.array_equal(kept, [wanted(one) for one in values], equal_nan=kind == "float_list")
+        kind = parsed[name].WhichOneof("kind")
+        stored = list(getattr(parsed[name], kind).value) if kind else []
+        convert = {"float_list": np.float32, "int64_list": int, None: int}.get(kind, as_bytes)
+        assert np.array_equal(stored, [convert(item) for item in values], equal_nan=kind == "float_list")
 
 
 def as_bytes(value: Any) -> bytes:
@@ -236,7 +238,7 @@ def by_the_rules(value: Any, dtype: np.dtype, shape: tuple) -> np.ndarray | None
     def walk(value: Any, level: int) -> bool:
         if isinstance(value, list):
             return (
-                level < len(extents) and len(value) == extents[level] and all(walk(each, level + 1) for each in value)
+                level < len(extents) and len(value) == extents[level] and all(walk(item, level + 1) for item in value)
             )
         flat.append(value)
         return level == len(extents) and holds(value)
@@ -279,13 +281,13 @@ def test_numbers_are_taken_as_tf_serving_takes_them(name: str, value: list, rank
     body = json.dumps({"signature_name": "x", "inputs": {"x": value}}).encode()
     expected = by_the_rules(value, dtype, shape)
     try:
-        found = read_predict(body, {"x": signature("x", x=(dtype, shape))}).inputs["x"]
+        parsed = read_predict(body, {"x": signature("x", x=(dtype, shape))}).inputs["x"]
     except ServingError as error:
         refusal(error)
-        found = None
-    assert (found is None) == (expected is None), (value, found, expected)
+        parsed = None
+    assert (parsed is None) == (expected is None), (value, parsed, expected)
     if expected is not None:
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(parsed, expected)
 
 
 def test_bodies_that_would_take_all_memory_or_depth_are_refused() -> None:
@@ -324,12 +326,14 @@ def test_numbers_come_back_as_they_went(array: np.ndarray) -> None:
     ),
     texts=st.lists(st.binary(max_size=3), max_size=3),
 )
-def test_any_tensor_is_an_array_or_refused(**told: Any) -> None:
-    tensor = message_class("TensorProto")(dtype=told["dtype"], tensor_content=told["content"], string_val=told["texts"])
-    tensor.tensor_shape.unknown_rank = told["unknown"]
-    for extent in told["shape"]:
+def test_any_tensor_is_an_array_or_refused(**fields: Any) -> None:
+    tensor = message_class("TensorProto")(
+        dtype=fields["dtype"], tensor_content=fields["content"], string_val=fields["texts"]
+    )
+    tensor.tensor_shape.unknown_rank = fields["unknown"]
+    for extent in fields["shape"]:
         tensor.tensor_shape.dim.add(size=extent)
-    for field, values in told["values"].items():
+    for field, values in fields["values"].items():
         getattr(tensor, field).extend(bool(value) for value in values) if field == "bool_val" else getattr(
             tensor, field
         ).extend(values)
@@ -338,7 +342,7 @@ def test_any_tensor_is_an_array_or_refused(**told: Any) -> None:
     except ServingError as error:
         refusal(error)
     else:
-        assert list(array.shape) == told["shape"]
+        assert list(array.shape) == fields["shape"]
         assert array.nbytes <= 100_000
 
 
@@ -416,8 +420,8 @@ def test_tensors_are_those_of_tensorflow() -> None:
 def test_examples_are_those_of_tensorflow() -> None:
     """A context is added to each example, as the graph's parser sees it."""
     tensorflow = pytest.importorskip("tensorflow")
-    asked = {"signature_name": "classify", "context": {"country": "PT"}, "examples": [{"age": 31.5}, {"age": [2.0]}]}
-    serialized = read_examples(json.dumps(asked).encode(), SIGNATURES, CLASSIFY).examples
+    request = {"signature_name": "classify", "context": {"country": "PT"}, "examples": [{"age": 31.5}, {"age": [2.0]}]}
+    serialized = read_examples(json.dumps(request).encode(), SIGNATURES, CLASSIFY).examples
     features = {
         "country": tensorflow.io.FixedLenFeature([], "string"),
         "age": tensorflow.io.FixedLenFeature([], "float32"),

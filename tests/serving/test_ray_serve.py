@@ -100,8 +100,8 @@ class Service:
         given |= {"RAY_ADDRESS": self.nodes.address, "PYTHONPATH": self.nodes.folder}
         given["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "4"
         command = [sys.executable, *map(str, arguments)]
-        said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.commands.append(subprocess.Popen(command, cwd=self.folder, env=given, **said))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.commands.append(subprocess.Popen(command, cwd=self.folder, env=given, **pipes))
         return self.commands[-1]
 
     def ready(self, command: subprocess.Popen) -> dict:
@@ -174,19 +174,21 @@ class Clients(Crowd):
 def test_rest_and_grpc_answer_as_the_saved_model_does(
     service: Service, first: tuple[subprocess.Popen, dict], images: np.ndarray
 ) -> None:
-    _, told = first
-    assert (told["url"], told["grpc"]) == (service.url, f"127.0.0.1:{service.grpc_port}")
+    _, printed = first
+    assert (printed["url"], printed["grpc"]) == (service.url, f"127.0.0.1:{service.grpc_port}")
     expected = load_saved_model(service.folder / "digits" / "1")({"image": images})["probabilities"]
     answer = httpx.post(f"{service.url}{DIGITS}:predict", json={"instances": images.tolist()}, timeout=30)
-    found = [row["probabilities"] for row in answer.json()["predictions"]]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    predicted = [row["probabilities"] for row in answer.json()["predictions"]]
+    np.testing.assert_allclose(predicted, expected, atol=1e-6)
     request = predict_pb2.PredictRequest()
     request.model_spec.name = "digits"
     request.inputs["image"].CopyFrom(tf.make_tensor_proto(images))
-    with grpc.insecure_channel(told["grpc"]) as channel:
+    with grpc.insecure_channel(printed["grpc"]) as channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
         response = stub.Predict(request, timeout=30)
-        np.testing.assert_array_equal(tf.make_ndarray(response.outputs["probabilities"]), np.array(found, "float32"))
+        np.testing.assert_array_equal(
+            tf.make_ndarray(response.outputs["probabilities"]), np.array(predicted, "float32")
+        )
         assert response.model_spec.version.value == 1
         request.model_spec.name = "digit"
         with pytest.raises(grpc.RpcError) as caught:
@@ -259,8 +261,8 @@ def test_a_killed_node_fails_what_it_was_asked_and_nothing_else(
         wait_until(lambda: crowd.versions)
         nodes.kill(nodes.sessions[1])
         wait_until(lambda: len(service.replicas()) == 1)
-        asked = len(crowd.versions)
-        wait_until(lambda: len(crowd.versions) > asked + 200)
+        before = len(crowd.versions)
+        wait_until(lambda: len(crowd.versions) > before + 200)
     assert set(crowd.versions) == {"2"}
     lost = crowd.failures + crowd.broken
     assert len(lost) <= 6, lost  # each thread has one request at work

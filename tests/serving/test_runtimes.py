@@ -60,8 +60,8 @@ def test_the_installed_tensorflow_is_one_whose_sessions_were_tried(both: tuple[P
 def test_a_session_answers_as_the_official_way_bit_for_bit(
     rows: int, shop: Path, both: tuple[Predictor, Predictor]
 ) -> None:
-    asked = json.dumps({"instances": golden_rows(shop)[:rows]}).encode()
-    inputs = read_predict(asked, both[0].signatures).inputs
+    body = json.dumps({"instances": golden_rows(shop)[:rows]}).encode()
+    inputs = read_predict(body, both[0].signatures).inputs
     exact, official = (predictor.run("serving_default", inputs) for predictor in both)
     assert {name: bits(values) for name, values in exact.items()} == {n: bits(v) for n, v in official.items()}
 
@@ -112,8 +112,8 @@ def test_a_process_with_sessions_only_answers_the_same_and_imports_no_keras(
         "heavy = [name for name in ('keras', 'sklearn', 'scipy', 'polars') if name in sys.modules]\n"
         "print(json.dumps([answers['probabilities'].tobytes().hex(), heavy]))\n"
     )
-    told = subprocess.run([sys.executable, "-c", code, shop], capture_output=True, text=True, check=True, timeout=120)
-    answered, heavy = json.loads(told.stdout)
+    result = subprocess.run([sys.executable, "-c", code, shop], capture_output=True, text=True, check=True, timeout=120)
+    answered, heavy = json.loads(result.stdout)
     inputs = read_predict(json.dumps({"instances": golden_rows(shop)}).encode(), both[0].signatures).inputs
     assert bytes.fromhex(answered) == both[0].run("serving_default", inputs)["probabilities"].tobytes()
     assert heavy == []
@@ -136,8 +136,8 @@ def test_loading_again_and_again_takes_no_more_memory(shop: Path) -> None:
         "    memory.append(psutil.Process().memory_info().rss)\n"
         "print(memory[3], memory[-1])\n"
     )
-    told = subprocess.run([sys.executable, "-c", code, shop], capture_output=True, text=True, check=True, timeout=300)
-    early, late = map(int, told.stdout.split())
+    result = subprocess.run([sys.executable, "-c", code, shop], capture_output=True, text=True, check=True, timeout=300)
+    early, late = map(int, result.stdout.split())
     assert late < 1.1 * early
 
 
@@ -151,13 +151,13 @@ def test_a_model_without_golden_requests_is_asked_a_blank_row(both: tuple[Predic
 def spoil_golden(version: Path, change: Callable[[dict], object]) -> None:
     """Change what is kept with a version, as its files would be changed by other hands."""
     file = version / "assets.extra" / "golden.json"
-    told = json.loads(file.read_text())
-    change(told)
-    file.write_text(json.dumps(told))
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
 
 
-def shift(told: dict, row: int, by: float) -> None:
-    scores = told["predictions"][row]["probabilities"]
+def shift(record: dict, row: int, by: float) -> None:
+    scores = record["predictions"][row]["probabilities"]
     scores[0] += by
 
 
@@ -168,7 +168,7 @@ def test_a_version_that_answers_otherwise_is_refused(runtime: str, shop: Path, t
     load_and_warm_up(version, runtime).close()
     form = {"tensorflow": "savedmodel", "litert": "litert-float32"}[runtime]
     for row, by in ((3, 0.05), (0, float("nan"))):
-        spoil_golden(version, lambda told, row=row, by=by: shift(told, row, by))
+        spoil_golden(version, lambda record, row=row, by=by: shift(record, row, by))
         with pytest.raises(ModelError, match=f"{form} does not predict as the model did .* 'probabilities' differs by"):
             load_and_warm_up(version, runtime)
 
@@ -176,7 +176,7 @@ def test_a_version_that_answers_otherwise_is_refused(runtime: str, shop: Path, t
 def test_a_small_error_in_all_answers_is_found(shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
-    spoil_golden(version, lambda told: [shift(told, row, 0.002) for row in range(len(told["predictions"]))])
+    spoil_golden(version, lambda record: [shift(record, row, 0.002) for row in range(len(record["predictions"]))])
     with pytest.raises(ModelError, match=r"by 0\.002 on average, where 0\.01 and 0\.001"):
         load_and_warm_up(version)
 
@@ -185,10 +185,10 @@ def test_a_converted_model_that_was_meddled_with_is_refused(shop: Path, tmp_path
     version = tmp_path / "1"
     shutil.copytree(shop, version)
     record = version / "litert" / "float32" / "host.json"
-    told = json.loads(record.read_text())
-    column = next(one for each in told["inputs"] for one in each.get("columns", ()) if "scale" in one)
+    features = json.loads(record.read_text())
+    column = next(one for each in features["inputs"] for one in each.get("columns", ()) if "scale" in one)
     column["scale"] = 40 * column["scale"]
-    record.write_text(json.dumps(told))
+    record.write_text(json.dumps(features))
     with pytest.raises(ModelError, match="litert-float32 does not predict as the model did"):
         load_and_warm_up(version, "litert")
     load_and_warm_up(version, "litert", "int8").close()
@@ -198,7 +198,7 @@ def test_a_converted_model_that_was_meddled_with_is_refused(shop: Path, tmp_path
 def test_what_parity_accepted_is_accepted(shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
-    spoil_golden(version, lambda told: shift(told, 0, 0.3))
+    spoil_golden(version, lambda record: shift(record, 0, 0.3))
     with pytest.raises(ModelError, match="mlkit parity RUN --tolerance litert-int8="):
         load_and_warm_up(version, "litert", "int8")
     accepted = [
@@ -225,8 +225,9 @@ def test_a_converted_model_answers_examples_as_the_saved_model(shop: Path, both:
     for name in ("serving_examples", "classify"):
         own, other = portable.signatures[name], both[0].signatures[name]
         assert (own.method, own.inputs.keys()) == (other.method, other.inputs.keys())
-        assert {each.name: (each.dtype, each.shape) for each in own.outputs.values()} == {
-            each.name: (each.dtype, each.shape and (None, *each.shape[1:])) for each in other.outputs.values()
+        assert {example.name: (example.dtype, example.shape) for example in own.outputs.values()} == {
+            example.name: (example.dtype, example.shape and (None, *example.shape[1:]))
+            for example in other.outputs.values()
         }
         (key,) = own.inputs
         converted, exact = (predictor.run(name, {key: examples}) for predictor in (portable, both[0]))
@@ -252,14 +253,14 @@ def test_several_labels_have_a_signature_each_without_tensorflow(tmp_path: Path)
     convert_model(model, data, version / "litert", ["float32"])
     portable, exact = load_predictor(version, "litert"), load_predictor(version)
     examples = np.array([b"", b""], object)
-    methods = {name: told.method for name, told in portable.signatures.items() if told.method != PREDICT}
-    assert methods == {name: told.method for name, told in exact.signatures.items() if told.method != PREDICT}
+    methods = {name: info.method for name, info in portable.signatures.items() if info.method != PREDICT}
+    assert methods == {name: info.method for name, info in exact.signatures.items() if info.method != PREDICT}
     for name in methods:
-        found, wanted = (predictor.run(name, {"inputs": examples}) for predictor in (portable, exact))
-        for output, values in wanted.items():
+        converted, expected = (predictor.run(name, {"inputs": examples}) for predictor in (portable, exact))
+        for output, values in expected.items():
             if values.dtype == object:
-                assert found[output].tolist() == values.tolist()
+                assert converted[output].tolist() == values.tolist()
             else:
-                np.testing.assert_allclose(found[output].reshape(values.shape), values, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(converted[output].reshape(values.shape), values, rtol=1e-4, atol=1e-5)
     for predictor in (portable, exact):
         predictor.close()

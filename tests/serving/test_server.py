@@ -66,9 +66,9 @@ def write_version(shelf: Path, number: int, converted: Path) -> Path:
     hidden, target = shelf / f".{number}", shelf / str(number)
     shutil.copytree(converted, hidden)
     record = hidden / "litert" / "float32" / "host.json"
-    told = json.loads(record.read_text())
-    told["classes"] = [f"{number}:{name}" for name in told["classes"]]
-    record.write_text(json.dumps(told))
+    content = json.loads(record.read_text())
+    content["classes"] = [f"{number}:{name}" for name in content["classes"]]
+    record.write_text(json.dumps(content))
     return hidden.rename(target)
 
 
@@ -87,8 +87,8 @@ def serve(shelf: Path, **options: object) -> AbstractContextManager[RunningServe
 
 
 def states(server: RunningServer) -> dict[int, str]:
-    told = httpx.get(server.url + WINE).json()["model_version_status"]
-    return {int(each["version"]): each["state"] for each in told}
+    statuses = httpx.get(server.url + WINE).json()["model_version_status"]
+    return {int(status["version"]): status["state"] for status in statuses}
 
 
 def answered_by(server: RunningServer, row: dict, place: str = "", **headers: str) -> str:  # noqa: F811  of a URL
@@ -112,10 +112,10 @@ class Clients(Crowd):
         with httpx.Client() as client:
             while True:
                 answer = client.post(self.url, content=self.body)
-                told = answer.json().get("predictions", [{}])[0].get("class", "").partition(":")[0]
-                if answer.status_code != 200 or told != answer.headers["model-version"]:
+                number = answer.json().get("predictions", [{}])[0].get("class", "").partition(":")[0]
+                if answer.status_code != 200 or number != answer.headers["model-version"]:
                     self.failures.append((answer.status_code, answer.text))
-                self.answers.append(told)
+                self.answers.append(number)
                 yield
 
 
@@ -163,9 +163,9 @@ def test_a_version_that_cannot_be_loaded_is_refused_until_it_is_mended(shelf: Pa
         network.write_bytes(whole[: len(whole) // 2])  # as in the middle of a copy
         hidden.rename(shelf / "2")
         wait_until(lambda: states(server).get(2) == "END")
-        (told,) = httpx.get(f"{server.url}{WINE}/versions/2").json()["model_version_status"]
-        assert told["status"]["error_code"] == "FAILED_PRECONDITION"
-        assert "is not the file that was converted" in told["status"]["error_message"]
+        (status,) = httpx.get(f"{server.url}{WINE}/versions/2").json()["model_version_status"]
+        assert status["status"]["error_code"] == "FAILED_PRECONDITION"
+        assert "is not the file that was converted" in status["status"]["error_message"]
         assert answered_by(server, row) == "1"
         (shelf / "2" / "litert" / "float32" / "model.tflite").write_bytes(whole)
         wait_until(lambda: crowd.answers[-20:] == ["2"] * 20)
@@ -240,11 +240,11 @@ def converted_run(project: Path, converted: Path, number: int) -> Run:
 def refusal(server: RunningServer, number: int) -> str:
     """Why a version is not let in, once that is known."""
 
-    def told() -> str:
-        found = httpx.get(server.url + WINE).json()["model_version_status"]
-        return next((each["status"]["error_message"] for each in found if each["version"] == str(number)), "")
+    def message() -> str:
+        statuses = httpx.get(server.url + WINE).json()["model_version_status"]
+        return next((status["status"]["error_message"] for status in statuses if status["version"] == str(number)), "")
 
-    return wait_until(told)
+    return wait_until(message)
 
 
 def test_only_what_is_signed_as_it_was_registered_is_let_in(
@@ -347,7 +347,7 @@ def test_processes_that_are_no_copies_answer_as_well(shelf: Path, row: dict, mon
         assert answered_by(server, row) == "1"
         os.kill(server.pids[0], signal.SIGKILL)
         wait_until(lambda: not _lives(server.pids[0]) and readiness(server) == {"ready": 2, "of": 2})
-        everybody = [each.pid for each in psutil.Process(server.supervisor.pid).children()]
+        everybody = [process.pid for process in psutil.Process(server.supervisor.pid).children()]
         server.supervisor.kill()
         wait_until(lambda: not any(map(_lives, everybody)))
 
@@ -356,7 +356,7 @@ def test_what_processes_are_copied_from_holds_nothing_that_does_not_survive_it(s
     with serve(shelf, processes=2) as server:
         supervisor = psutil.Process(server.supervisor.pid)
         assert [child.ppid() for child in map(psutil.Process, server.pids)] == [supervisor.pid] * 2
-        libraries = " ".join(each.path for each in supervisor.memory_maps())
+        libraries = " ".join(memory_map.path for memory_map in supervisor.memory_maps())
     assert not [name for name in ("tensorflow", "polars", "grpc", "uvloop") if name in libraries]
 
 
@@ -382,7 +382,7 @@ def _accepts(server: RunningServer) -> bool:
 
 def test_processes_leave_with_a_supervisor_that_was_killed(shelf: Path) -> None:
     with serve(shelf, processes=2) as server:
-        mapped = [Path(each.path) for each in psutil.Process(server.pids[0]).memory_maps()]
+        mapped = [Path(memory_map.path) for memory_map in psutil.Process(server.pids[0]).memory_maps()]
         folder = next(path.parent for path in mapped if path.parent.name.startswith("mlkit-serve-"))
         assert (folder / "process-0.json").is_file()
         server.supervisor.kill()
@@ -463,16 +463,16 @@ def test_connections_on_which_no_whole_request_comes_are_closed(monkeypatch: pyt
         address = listening.getsockname()
         web = http_module.make_web_server(RestApplication(ModelManager({})), ServerOptions(()))
         serving = asyncio.ensure_future(web.serve(sockets=[listening]))
-        asked = b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n"
-        for begun in (b"", b"GET /li", asked + b"GET /livez HTTP/1.1\r\nhost: he"):
+        request = b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n"
+        for begun in (b"", b"GET /li", request + b"GET /livez HTTP/1.1\r\nhost: he"):
             reader, writer = await asyncio.open_connection(*address)
             writer.write(begun)
-            told = await asyncio.wait_for(reader.read(), 20)  # until it is closed
-            assert told.endswith(b'{"alive": true}' if asked in begun else b"")
+            response = await asyncio.wait_for(reader.read(), 20)  # until it is closed
+            assert response.endswith(b'{"alive": true}' if request in begun else b"")
             writer.close()
         reader, writer = await asyncio.open_connection(*address)
         for _ in range(20):  # whoever asks on stays
-            writer.write(asked)
+            writer.write(request)
             assert (await reader.readuntil(b'{"alive": true}')).startswith(b"HTTP/1.1 200")
             await asyncio.sleep(0.1)
         writer.close()
@@ -513,9 +513,9 @@ class Slow:
     """A model that answers when it is let."""
 
     def __init__(self, folder: Path):
-        told = {name: TensorInfo(name, np.dtype("float32"), (None,), name) for name in ("x", "y")}
-        one = SignatureInfo("serving_default", {"x": told["x"]}, {"y": told["y"]}, PREDICT)
-        self.signatures, self.go, self.calls = {"serving_default": one}, threading.Event(), 0
+        infos = {name: TensorInfo(name, np.dtype("float32"), (None,), name) for name in ("x", "y")}
+        signature = SignatureInfo("serving_default", {"x": infos["x"]}, {"y": infos["y"]}, PREDICT)
+        self.signatures, self.go, self.calls = {"serving_default": signature}, threading.Event(), 0
 
     def run(self, signature: str, inputs: dict) -> dict:
         self.calls += 1
@@ -617,18 +617,18 @@ def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> N
             protocol.connection_lost(ConnectionResetError())
             return wire
 
-        told = await answers(whole)
-        assert told.written.endswith(b'\r\ncontent-length: 21\r\n\r\n{"predictions":[1.0]}')
-        assert not told.closed
+        expected = await answers(whole)
+        assert expected.written.endswith(b'\r\ncontent-length: 21\r\n\r\n{"predictions":[1.0]}')
+        assert not expected.closed
         for at in range(1, len(whole)):
-            assert (await answers(whole[:at], whole[at:])).written == told.written
-        assert (await answers(*(whole[at : at + 1] for at in range(len(whole))))).written == told.written
+            assert (await answers(whole[:at], whole[at:])).written == expected.written
+        assert (await answers(*(whole[at : at + 1] for at in range(len(whole))))).written == expected.written
         several = [asked(f'{{"instances": [{number}]}}') for number in range(1, 6)]
         for packets in ([b"".join(several)], several, [b"".join(several)[:200], b"".join(several)[200:]]):
-            found = (await answers(*packets, count=5)).written
-            assert re.findall(rb"predictions...(.)", found) == [b"1", b"2", b"3", b"4", b"5"]
-        assert (await answers(asked('{"instances": [1]}', "/v1/models/slo%77:predict"))).written == told.written
-        assert (await answers(asked('{"instances": [1]}', "/v1/models/slow:predict?a=b"))).written == told.written
+            responses = (await answers(*packets, count=5)).written
+            assert re.findall(rb"predictions...(.)", responses) == [b"1", b"2", b"3", b"4", b"5"]
+        assert (await answers(asked('{"instances": [1]}', "/v1/models/slo%77:predict"))).written == expected.written
+        assert (await answers(asked('{"instances": [1]}', "/v1/models/slow:predict?a=b"))).written == expected.written
         for last in (asked('{"instances": [1]}', connection="close"), asked('{"instances": [1]}', version="1.0")):
             for packets in ((last,), (last[:-3], last[-3:])):
                 ended = await answers(*packets)
@@ -730,8 +730,8 @@ def test_the_command_shows_a_request_that_works(shelf: Path, project: Path) -> N
             (url,) = {word for word in lines[1].split() if word.startswith("http")}
             assert httpx.get(url).status_code == 200
             if example := next((line.strip() for line in lines if line.strip().startswith("curl")), ""):
-                asked = subprocess.run(example, shell=True, capture_output=True, text=True)
-                assert "predictions" in asked.stdout
+                response = subprocess.run(example, shell=True, capture_output=True, text=True)
+                assert "predictions" in response.stdout
         finally:
             process.send_signal(signal.SIGINT)
     assert process.returncode == 0

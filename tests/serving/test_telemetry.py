@@ -52,18 +52,27 @@ GIVEN = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 def numbers(text: str) -> dict[tuple[str, frozenset], float]:
     """Everything that a scrape tells."""
     families = list(parser.text_string_to_metric_families(text))  # which adds _total to names that lack it
-    told = {(sample.name, frozenset(sample.labels.items())): sample.value for one in families for sample in one.samples}
+    samples = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
     lines = [line for line in text.splitlines() if not line.startswith("#")]
-    assert len(told) == len(lines)
-    renamed = {f"{one.name}_total" for one in families if one.type == "counter" and f"\n{one.name}{{" in text}
+    assert len(samples) == len(lines)
+    renamed = {
+        f"{family.name}_total" for family in families if family.type == "counter" and f"\n{family.name}{{" in text
+    }
     return {
-        (name.removesuffix("_total") if name in renamed else name, one): value for (name, one), value in told.items()
+        (name.removesuffix("_total") if name in renamed else name, family): value
+        for (name, family), value in samples.items()
     }
 
 
-def total(told: dict, name: str, **labels: str) -> float:
+def total(samples: dict, name: str, **labels: str) -> float:
     """The sum of a metric's numbers that have certain labels."""
-    return sum(value for (one, own), value in told.items() if one == name and labels.items() <= dict(own).items())
+    return sum(
+        value for (metric, own), value in samples.items() if metric == name and labels.items() <= dict(own).items()
+    )
 
 
 def scrape(server: RunningServer) -> dict[tuple[str, frozenset], float]:
@@ -106,26 +115,26 @@ def test_every_scrape_tells_the_sum_over_processes(watched: RunningServer, row: 
     ask(watched, row, 60)
     ask(watched, {}, 7)
     for _ in range(10):  # each goes to whichever process is free
-        told = scrape(watched)
-        assert total(told, COUNT, model_name="wine", status="OK") == before + 60
-        assert total(told, "mlkit_requests_total", version="1", status="INVALID_ARGUMENT") == 7
+        samples = scrape(watched)
+        assert total(samples, COUNT, model_name="wine", status="OK") == before + 60
+        assert total(samples, "mlkit_requests_total", version="1", status="INVALID_ARGUMENT") == 7
         latency = {"model_name": "wine", "API": "predict", "entrypoint": "REST"}
-        assert total(told, ":tensorflow:serving:request_latency_count", **latency) == before + 60
-        assert total(told, ":tensorflow:serving:request_latency_bucket", le="+Inf", **latency) == before + 60
-        assert total(told, "mlkit_model_version_state", version="1", state="AVAILABLE") == 2
-        assert total(told, "mlkit_requests_in_progress") == 0
-    assert {dict(labels)["process"] for name, labels in told if name.startswith("mlkit_process_res")} == {"0", "1"}
-    assert total(told, "mlkit_batch_rows_sum", model="wine", version="1") >= 60
-    assert total(told, ":tensorflow:serving:runtime_latency_count", API="Predict") >= 60
-    assert total(told, ":tensorflow:serving:batching_session:queuing_latency_count") >= 60
+        assert total(samples, ":tensorflow:serving:request_latency_count", **latency) == before + 60
+        assert total(samples, ":tensorflow:serving:request_latency_bucket", le="+Inf", **latency) == before + 60
+        assert total(samples, "mlkit_model_version_state", version="1", state="AVAILABLE") == 2
+        assert total(samples, "mlkit_requests_in_progress") == 0
+    assert {dict(labels)["process"] for name, labels in samples if name.startswith("mlkit_process_res")} == {"0", "1"}
+    assert total(samples, "mlkit_batch_rows_sum", model="wine", version="1") >= 60
+    assert total(samples, ":tensorflow:serving:runtime_latency_count", API="Predict") >= 60
+    assert total(samples, ":tensorflow:serving:batching_session:queuing_latency_count") >= 60
     rows = [
-        total(told, f":tensorflow:serving:batching_session:{name}_batch_size_sum") for name in ("input", "processed")
+        total(samples, f":tensorflow:serving:batching_session:{name}_batch_size_sum") for name in ("input", "processed")
     ]
-    assert rows[0] == rows[1] == total(told, "mlkit_batch_rows_sum") >= 60
+    assert rows[0] == rows[1] == total(samples, "mlkit_batch_rows_sum") >= 60
     warm = ":tensorflow:serving:model_warmup_latency"
-    assert total(told, f"{warm}_count", status="OK") == 2
-    assert total(told, f"{warm}_sum", status="OK") > 0
-    assert total(told, ":tensorflow:serving:model_warmup_records_read", status="OK") >= 40
+    assert total(samples, f"{warm}_count", status="OK") == 2
+    assert total(samples, f"{warm}_sum", status="OK") > 0
+    assert total(samples, ":tensorflow:serving:model_warmup_records_read", status="OK") >= 40
 
 
 def test_numbers_outlive_a_killed_process(shelf: Path, row: dict) -> None:  # noqa: F811
@@ -170,15 +179,15 @@ def test_prometheus_scrapes_and_answers(watched: RunningServer, row: dict, tmp_p
             return None
         if answer.status_code == 503:  # it is about to be
             return None
-        found = answer.json()
-        return float(found["data"]["result"][0]["value"][1]) if found["data"]["result"] else None
+        document = answer.json()
+        return float(document["data"]["result"][0]["value"][1]) if document["data"]["result"] else None
 
     try:
         count = f'sum({{__name__="{COUNT}",model_name="wine",status="OK"}})'
         wait_until(lambda: query("up") == 1)
         ask(watched, row, 40)
-        wanted = total(scrape(watched), COUNT, model_name="wine", status="OK")
-        wait_until(lambda: query(count) == wanted, 30)
+        expected = total(scrape(watched), COUNT, model_name="wine", status="OK")
+        wait_until(lambda: query(count) == expected, 30)
         for metric, unit in ((":tensorflow:serving:request_latency", 1e6), ("mlkit_request_duration_seconds", 1)):
             half = query(f'histogram_quantile(0.5, sum by (le) ({{__name__="{metric}_bucket"}}))')
             assert 1e-5 * unit < half < 10 * unit
@@ -221,11 +230,11 @@ def in_process(tmp_path: Path, sent: list[tuple[object, dict]], **options: objec
         application = RestApplication(manager, telemetry=telemetry)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://here") as client:
             bodies = [{"content": body} if isinstance(body, bytes) else {"json": body} for body, _ in sent]
-            asked = [
+            requests = [
                 client.post("/v1/models/times:predict", headers=headers, **body)
                 for body, (_, headers) in zip(bodies, sent, strict=True)
             ]
-            answers = await asyncio.gather(*asked)
+            answers = await asyncio.gather(*requests)
         await manager.close()
         return answers
 
@@ -242,11 +251,11 @@ def test_a_trace_goes_through_and_a_new_one_begins_where_there_is_none(tmp_path:
     ]
     answers, lines, telemetry = in_process(tmp_path, [(good, header) for header in headers], requests="all")
     telemetry.close()
-    told = [answer.headers["traceparent"].split("-") for answer in answers]
-    assert told[0][1] == GIVEN[3:35]
-    assert told[0][2] != GIVEN[36:52]
-    assert told[0][3] == "01"
-    traces = [trace for _, trace, _, _ in told]
+    parts = [answer.headers["traceparent"].split("-") for answer in answers]
+    assert parts[0][1] == GIVEN[3:35]
+    assert parts[0][2] != GIVEN[36:52]
+    assert parts[0][3] == "01"
+    traces = [trace for _, trace, _, _ in parts]
     assert len(set(traces)) == 4
     assert all(len(trace) == 32 and int(trace, 16) for trace in traces)
     logged = {line["trace_id"]: line for line in map(json.loads, lines)}
@@ -260,10 +269,10 @@ def test_errors_get_a_line_and_others_only_when_asked_for(tmp_path: Path) -> Non
     text = telemetry.scrape().decode()
     telemetry.close()
     assert Counter(answer.status_code for answer in answers) == {200: 1, 500: 1, 400: 1}
-    told = [json.loads(line) for line in lines]
-    assert sorted(line["status"] for line in told) == ["INTERNAL", "INVALID_ARGUMENT"]
+    entries = [json.loads(line) for line in lines]
+    assert sorted(line["status"] for line in entries) == ["INTERNAL", "INVALID_ARGUMENT"]
     assert all(line.endswith(b"\n") and line.count(b"\n") == 1 for line in lines)
-    failed = next(line for line in told if line["status"] == "INTERNAL")
+    failed = next(line for line in entries if line["status"] == "INTERNAL")
     assert (failed["trace_id"], failed["model"], failed["version"]) == (GIVEN[3:35], "times", 1)
     assert total(numbers(text), "mlkit_requests_total", status="INTERNAL", version="1") == 1
 
@@ -282,8 +291,8 @@ def test_the_name_in_a_certificate_stands_in_the_line(tmp_path: Path) -> None:
         async def certified(scope: dict, *channels: Callable) -> None:
             await application(scope | {"state": {CERTIFICATE: "webshop"}}, *channels)
 
-        for asked in (certified, application):
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(asked), base_url="http://here") as client:
+        for target in (certified, application):
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(target), base_url="http://here") as client:
                 answer = await client.post("/v1/models/times:predict", json={"instances": [[1.0]]})
                 assert answer.status_code == 200
         await manager.close()
@@ -297,8 +306,8 @@ class TwoVersions:
     """A source with a version that answers, and one in its shadow."""
 
     def __init__(self, folder: Path):
-        wanted = tuple(VersionSpec(number, folder / str(number)) for number in (1, 2))
-        self.plan = ServingPlan(wanted, None, 1, {"challenger": 2})
+        versions = tuple(VersionSpec(number, folder / str(number)) for number in (1, 2))
+        self.plan = ServingPlan(versions, None, 1, {"challenger": 2})
 
     def look(self) -> ServingPlan:
         return self.plan
@@ -335,15 +344,15 @@ def test_what_a_shadow_says_is_counted_under_both_versions(tmp_path: Path) -> No
         await manager.close()
 
     asyncio.run(run())
-    told = numbers(telemetry.scrape().decode())
+    samples = numbers(telemetry.scrape().decode())
     telemetry.close()
     about = {"model": "times", "version": "1", "shadow": "2"}
-    assert total(told, "mlkit_shadow_requests_total", result="compared", **about) == 2
-    assert total(told, "mlkit_shadow_requests_total", result="skipped", **about) == 6
-    assert total(told, "mlkit_shadow_requests_total", result="failed", **about) == 1 + 64  # the answers had no form
-    assert total(told, "mlkit_shadow_rows_total", **about) == 4
-    assert total(told, "mlkit_shadow_rows_agreeing_total", **about) == 4
-    assert total(told, "mlkit_shadow_largest_difference", process="0", **about) == 0.5
+    assert total(samples, "mlkit_shadow_requests_total", result="compared", **about) == 2
+    assert total(samples, "mlkit_shadow_requests_total", result="skipped", **about) == 6
+    assert total(samples, "mlkit_shadow_requests_total", result="failed", **about) == 1 + 64  # the answers had no form
+    assert total(samples, "mlkit_shadow_rows_total", **about) == 4
+    assert total(samples, "mlkit_shadow_rows_agreeing_total", **about) == 4
+    assert total(samples, "mlkit_shadow_largest_difference", process="0", **about) == 0.5
 
 
 def test_the_server_writes_json_lines_when_told_to(shelf: Path, project: Path) -> None:  # noqa: F811
@@ -379,13 +388,13 @@ def test_requests_are_logged_without_sensitive_features(watched: RunningServer, 
     def entries() -> list[dict]:
         return [json.loads(line) for path in folder.glob("requests-*.jsonl") for line in path.read_text().splitlines()]
 
-    entry = wait_until(lambda: next((one for one in entries() if one["trace_id"] == GIVEN[3:35]), None), 20)
+    entry = wait_until(lambda: next((logged for logged in entries() if logged["trace_id"] == GIVEN[3:35]), None), 20)
     assert (entry["model"], entry["version"], entry["rows"]) == ("wine", 1, 1)
     assert entry["inputs"]["proline"] == "***"
     assert entry["inputs"]["alcohol"] == [1.0]
     assert "1234567" not in "".join(path.read_text() for path in folder.iterdir())
-    told = scrape(watched)
-    assert total(told, ":tensorflow:serving:request_log_count", status_code="0") == len(entries())
+    samples = scrape(watched)
+    assert total(samples, ":tensorflow:serving:request_log_count", status_code="0") == len(entries())
 
 
 def test_tf_serving_reads_the_records(tmp_path: Path) -> None:
@@ -403,7 +412,7 @@ def test_tf_serving_reads_the_records(tmp_path: Path) -> None:
         prediction_log_pb2.PredictionLog.FromString(record.numpy())
         for record in tf.data.TFRecordDataset(str(tmp_path / "requests-0.tfrecord"))
     ]
-    assert [tf.make_ndarray(each.predict_log.request.inputs["x"]).tolist() for each in records][2] == [[2.0], [2.0]]
+    assert [tf.make_ndarray(logged.predict_log.request.inputs["x"]).tolist() for logged in records][2] == [[2.0], [2.0]]
     assert tf.make_ndarray(records[1].predict_log.response.outputs["x"]).tolist() == [[2.0], [2.0]]
     assert records[0].log_metadata.model_spec.version.value == 3
 

@@ -67,8 +67,8 @@ class Clients(Crowd):
         with httpx.Client(timeout=20) as client:
             while True:
                 answer = client.post(f"{self.url}/v1/models/big:predict", content=body)
-                (told,) = answer.json()["predictions"]
-                self._answered("rest", int(answer.headers["model-version"]), told["version"].encode())
+                (prediction,) = answer.json()["predictions"]
+                self._answered("rest", int(answer.headers["model-version"]), prediction["version"].encode())
                 yield
 
     def _grpc(self) -> Iterator[None]:
@@ -83,9 +83,9 @@ class Clients(Crowd):
                 self._answered("grpc", answer.model_spec.version.value, answer.outputs["version"].string_val[0])
                 yield
 
-    def _answered(self, way: str, number: int, told: bytes) -> None:
-        if told != MARK % number:
-            self.failures.append((number, told))
+    def _answered(self, way: str, number: int, mark: bytes) -> None:
+        if mark != MARK % number:
+            self.failures.append((number, mark))
         self.answers[way, number] += 1
 
 
@@ -121,8 +121,8 @@ def test_a_hundred_swaps_under_load_lose_and_misroute_nothing_and_memory_stays(t
             wait_until(swapped, 60)
             if number in (6, 101):
                 memory[number] = settled_memory(server)
-        told = client.get("/v1/models/big").json()["model_version_status"]
-        assert [each["version"] for each in told if each["state"] == "AVAILABLE"] == ["101"]
+        statuses = client.get("/v1/models/big").json()["model_version_status"]
+        assert [status["version"] for status in statuses if status["state"] == "AVAILABLE"] == ["101"]
         assert all(psutil.pid_exists(pid) for pid in server.pids)
     assert crowd.failures == []
     assert {number for _, number in crowd.answers} == set(range(1, 102))
