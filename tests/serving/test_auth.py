@@ -208,7 +208,7 @@ def guarded(
         yield server, port, texts, folder / "logs" / "audit.jsonl"
 
 
-def test_rest_tells_401_from_403(guarded: tuple, row: dict, provider: Provider) -> None:  # noqa: F811
+def test_rest_distinguishes_401_from_403(guarded: tuple, row: dict, provider: Provider) -> None:  # noqa: F811
     server, _, texts, _ = guarded
     body = {"instances": [row]}
 
@@ -413,7 +413,7 @@ def test_only_clients_of_our_authority_get_in(shelf: Path, tmp_path: Path, row: 
                 assert call(asking, "PredictionService", "Predict")[0] == "UNAVAILABLE"
 
 
-def test_a_renewed_certificate_is_taken_up_and_a_spoilt_one_is_not(shelf: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_renewed_certificate_is_used_and_a_damaged_one_is_not(shelf: Path, tmp_path: Path) -> None:  # noqa: F811
     ours, port = Authority(tmp_path, "ours"), free_port()
     certificate, key = ours.certify("server")
 
@@ -472,7 +472,7 @@ fetch("URL", {method: "POST", headers: {"content-type": "application/json", "x-a
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
-def test_pages_of_declared_origins_ask_from_a_browser(shelf: Path, tmp_path: Path, row: dict) -> None:  # noqa: F811
+def test_pages_of_allowed_origins_predict_from_a_browser(shelf: Path, tmp_path: Path, row: dict) -> None:  # noqa: F811
     key = new_api_key(tmp_path / "api.keys", "page")
     with site() as ours, site() as theirs:
         access = AuthOptions(str(tmp_path / "api.keys"))
@@ -490,7 +490,7 @@ def test_pages_of_declared_origins_ask_from_a_browser(shelf: Path, tmp_path: Pat
                 assert page.ask(script.replace("KEY", key).replace("BODY", good)) == "TypeError"
 
 
-def test_no_page_may_ask_where_none_is_declared(guarded: tuple, row: dict) -> None:  # noqa: F811
+def test_no_cross_origin_page_is_allowed_by_default(guarded: tuple, row: dict) -> None:  # noqa: F811
     server, _, texts, _ = guarded
     origin, key = {"origin": "https://shop.example"}, bearer(texts["shop"])
     before = httpx.options(

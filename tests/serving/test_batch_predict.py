@@ -1,4 +1,4 @@
-"""Files answered in parts: the answers are the model's; a kill, a full disk or a bad file leave no half result."""
+"""Batch prediction in chunks: correct predictions, and no partial result after a kill, a full disk or a bad file."""
 
 import fcntl
 import json
@@ -40,7 +40,7 @@ ROWS = 600
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pl.DataFrame]:
-    """An untrained model of the shop and its rows: texts, dates and numbers; what it answers does not matter here."""
+    """An untrained model of the shop and its rows: texts, dates and numbers; its predictions do not matter here."""
     data = load_dataset("retail", rows=ROWS)
     folder = tmp_path_factory.mktemp("models") / "shop"
     return export_saved_model(build_model("wide_deep", data), data, folder), data.table
@@ -48,7 +48,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pl.DataFrame]:
 
 @pytest.fixture(scope="module")
 def official(shop: tuple[Path, pl.DataFrame]) -> dict[str, np.ndarray]:
-    """What the SavedModel answers when it is asked as TensorFlow has it."""
+    """Predictions of the SavedModel, loaded by TensorFlow."""
     model = load_saved_model(shop[0])
     return answers_of(model, load_dataset("retail", rows=ROWS).inputs)
 
@@ -84,7 +84,7 @@ def check(scores: pl.DataFrame, official: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_two_processes_give_the_answers_of_the_model_in_the_order_of_the_rows(
+def test_two_processes_predict_in_the_order_of_the_rows(
     shop: tuple[Path, pl.DataFrame], official: dict[str, np.ndarray], source: Path, tmp_path: Path
 ) -> None:
     progress: list[tuple[int, int]] = []
@@ -102,7 +102,7 @@ def test_two_processes_give_the_answers_of_the_model_in_the_order_of_the_rows(
     assert left_in(tmp_path) == ["orders.parquet", "scores.parquet"]
 
 
-def test_a_csv_file_and_a_pattern_of_parquet_files_are_answered_alike(
+def test_a_csv_file_and_a_pattern_of_parquet_files_get_equal_predictions(
     shop: tuple[Path, pl.DataFrame], official: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     shop[1].write_csv(tmp_path / "orders.csv")
@@ -115,7 +115,7 @@ def test_a_csv_file_and_a_pattern_of_parquet_files_are_answered_alike(
         assert scores["row"].to_list() == list(range(ROWS))
 
 
-def test_texts_of_digits_stay_texts_and_a_database_is_asked_by_its_query(tmp_path: Path) -> None:
+def test_texts_of_digits_stay_texts_and_a_database_is_queried(tmp_path: Path) -> None:
     shelves = ["007", "7", "x", "008"] * 30
     rows = pl.DataFrame({"shelf": shelves, "size": [float(n) for n in range(120)], "sold": [0, 1] * 60})
     rows.write_parquet(tmp_path / "train.parquet")
@@ -150,7 +150,7 @@ def start(model: Path, source: Path, output: Path, *options: str) -> subprocess.
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_it_goes_on_where_it_was(
+def test_a_killed_job_resumes(
     shop: tuple[Path, pl.DataFrame], official: dict[str, np.ndarray], source: Path, tmp_path: Path
 ) -> None:
     output, parts = tmp_path / "scores.parquet", tmp_path / ".scores.parquet.parts"
@@ -237,7 +237,7 @@ def test_what_only_the_rows_show_ends_it_without_a_result(
     assert left_in(tmp_path) == ["orders.parquet", "spoilt.parquet", "typed.parquet"]
 
 
-def test_a_result_is_replaced_only_when_told_and_only_by_a_whole_one(
+def test_a_result_is_replaced_only_on_request_and_only_by_a_complete_one(
     shop: tuple[Path, pl.DataFrame], source: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "scores.parquet"
@@ -288,7 +288,7 @@ def visits(rows: int) -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def cleaned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose training rows were cleaned and held against a schema."""
+    """A run whose training rows were cleaned and validated against a schema."""
     folder = tmp_path_factory.mktemp("cleaned")
     rows = visits(700).drop("visit").with_columns(bought=pl.Series(["yes", "no"] * 350))
     rows.write_parquet(folder / "train.parquet")
@@ -301,7 +301,7 @@ def cleaned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_rows_are_cleaned_as_in_training_and_those_that_are_set_aside_are_told(cleaned: Path, tmp_path: Path) -> None:
+def test_rows_are_cleaned_as_in_training_and_quarantined_rows_are_written(cleaned: Path, tmp_path: Path) -> None:
     rows, source = visits(350), tmp_path / "today.parquet"
     rows.write_parquet(source)
     done = predict_table(cleaned, source, tmp_path / "scores.parquet", key=["visit"], processes=1)
@@ -325,7 +325,7 @@ def test_rows_are_cleaned_as_in_training_and_those_that_are_set_aside_are_told(c
     assert left_in(tmp_path) == ["scores.parquet", "today.csv", "today.parquet"]
 
 
-def test_rows_that_break_the_schema_get_no_answer(cleaned: Path, tmp_path: Path) -> None:
+def test_rows_that_violate_the_schema_get_no_predictions(cleaned: Path, tmp_path: Path) -> None:
     visits(100).with_columns(device=pl.lit("toaster")).write_parquet(tmp_path / "today.parquet")
     with pytest.raises(DataValidationError, match="toaster"):
         predict_table(cleaned, tmp_path / "today.parquet", tmp_path / "scores.parquet")
@@ -385,7 +385,7 @@ def test_images_are_no_table(tmp_path: Path) -> None:
         predict_table(model, tmp_path / "rows.parquet", tmp_path / "scores.parquet")
 
 
-def test_the_command_answers_and_says_what_comes_next(
+def test_the_command_predicts_and_suggests_the_next_step(
     shop: tuple[Path, pl.DataFrame], source: Path, tmp_path: Path
 ) -> None:
     common = ("predict", str(shop[0]), "--input", "orders.parquet", "--output", "scores.parquet", "--key", "order")
@@ -416,7 +416,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, pl.
     ("reference", "kind", "names"),
     [("wine", "savedmodel", ("wine", 1)), ("wine/1", "float32", ("wine", 1)), ("latest", "savedmodel", (None, None))],
 )
-def test_each_answer_says_which_version_and_run_gave_it(
+def test_each_prediction_names_its_version_and_run(
     reference: str, kind: str, names: tuple, registered: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder, run, rows = registered
@@ -432,7 +432,7 @@ def test_each_answer_says_which_version_and_run_gave_it(
     np.testing.assert_allclose(scores["probabilities"].to_numpy(), expected, atol=1e-5)
 
 
-def test_a_version_that_was_changed_answers_nothing(
+def test_a_modified_version_makes_no_predictions(
     registered: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"

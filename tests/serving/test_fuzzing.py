@@ -1,4 +1,4 @@
-"""A server at work is asked all that clients send by mistake or by malice: it refuses in words, and goes on."""
+"""Malformed and malicious requests to a running server: each gets an error message, and serving continues."""
 
 import base64
 import contextlib
@@ -45,7 +45,7 @@ from tests.serving.test_grpc_server import examples, shelf  # noqa: F401  a fixt
 from tests.serving.test_protocol import NASTY, fast, spoil
 from tests.serving.test_server import WINE, converted, row  # noqa: F401  fixtures
 
-# -- two models: ours, and somebody else's with every type, odd shapes, and graphs that refuse what they do not like
+# -- two models: ours, and a foreign one with every type, unusual shapes, and graphs that reject some inputs
 
 SPEC = tf.TensorSpec
 EVERY = {
@@ -123,7 +123,7 @@ def _still_well(served: Served) -> Iterator[None]:
 
 
 def right_requests() -> list[tuple[str, dict]]:
-    """Path and body of requests that are answered."""
+    """Path and body of valid requests."""
     requests: list[tuple[str, dict]] = []
     for name, (takes, _) in SIGNATURES.items():
         columns = {key: value for key, (_, value) in takes.items()}
@@ -150,7 +150,7 @@ RIGHT_REQUESTS = right_requests()
 # -- what the server promises in its own document
 
 
-def test_the_document_keeps_to_openapi_and_says_nothing_of_how_it_is_made(served: Served) -> None:
+def test_the_document_is_valid_openapi_without_implementation_details(served: Served) -> None:
     document = httpx.get(f"{served.server.url}/openapi.json").json()
     schemathesis.openapi.from_dict(document).validate()
     operations = [operation for place in document["paths"].values() for operation in place.values()]
@@ -161,7 +161,7 @@ def test_the_document_keeps_to_openapi_and_says_nothing_of_how_it_is_made(served
 
 
 def cases(served: Served, mode: GenerationMode) -> Iterator[tuple[str, st.SearchStrategy]]:
-    """Requests to each operation of the document that are as it says, or are not."""
+    """Requests to each operation of the document, valid and invalid by its schemas."""
     schema = schemathesis.openapi.from_url(f"{served.server.url}/openapi.json")
     for result in schema.get_all_operations():
         operation = result.ok()
@@ -170,8 +170,8 @@ def cases(served: Served, mode: GenerationMode) -> Iterator[tuple[str, st.Search
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name)
-def test_what_the_document_promises_is_what_comes(served: Served, mode: GenerationMode) -> None:
-    """Codes, headers, content types and schemas of all answers, by the checks of schemathesis."""
+def test_responses_conform_to_the_document(served: Served, mode: GenerationMode) -> None:
+    """Codes, headers, content types and schemas of all responses, checked by schemathesis."""
     statuses = Counter()
     for _, strategy in cases(served, mode):
 
@@ -188,7 +188,7 @@ def test_what_the_document_promises_is_what_comes(served: Served, mode: Generati
 
 
 @pytest.mark.parametrize(("path", "body"), [each for each in RIGHT_REQUESTS if "complex" not in each[1].values()])
-def test_answers_are_as_the_document_says(served: Served, path: str, body: dict) -> None:
+def test_valid_requests_get_documented_responses(served: Served, path: str, body: dict) -> None:
     schema = schemathesis.openapi.from_url(f"{served.server.url}/openapi.json")
     model, verb = path.split(":")
     for place, more in (("", {}), ("/versions/{version}", {"version": 1})):
@@ -235,7 +235,7 @@ class Line:
 
 
 def check_answer(method: str, status: int, headers: dict[str, str], body: bytes) -> None:
-    """What holds for every answer, whatever was asked."""
+    """Invariants of every response."""
     assert status < 500 or status in (501, 503, 504), (status, body)
     if method == "HEAD":
         return
@@ -298,7 +298,7 @@ def as_bytes(chance: random.Random, method: str, path: str, headers: list, body:
     return "\r\n".join(lines).encode("utf-8" if chance.random() < 0.5 else "latin-1", "replace") + b"\r\n\r\n" + body
 
 
-def test_ten_thousand_requests_that_are_almost_right_are_answered_or_refused(served: Served) -> None:
+def test_ten_thousand_almost_valid_requests_succeed_or_are_rejected(served: Served) -> None:
     chance, statuses = random.Random(0), Counter()
     lines = [Line(served) for _ in range(4)]  # connections that go on and on, to both processes
     for number in range(10_000):
@@ -330,7 +330,7 @@ def right_bytes(path: str = "odd:predict", document: dict | None = None) -> byte
     )
 
 
-def test_requests_that_are_sent_ahead_are_answered_in_their_order(served: Served) -> None:
+def test_pipelined_requests_get_responses_in_order(served: Served) -> None:
     chance = random.Random(1)
     with contextlib.closing(Line(served)) as line:
         for _ in range(5):
@@ -346,7 +346,7 @@ def test_requests_that_are_sent_ahead_are_answered_in_their_order(served: Served
                 assert json.loads(body).get("predictions") == predictions
 
 
-def test_an_answer_without_a_body_does_not_wait_for_the_next_request(served: Served) -> None:
+def test_a_response_without_a_body_does_not_wait_for_the_next_request(served: Served) -> None:
     with contextlib.closing(Line(served)) as line:
         line.socket.sendall(b"HEAD /livez HTTP/1.1\r\nhost: here\r\n\r\nGET /li")  # half of the next
         assert line.answer("HEAD")[0] == 200
@@ -395,7 +395,7 @@ NO_HTTP = {
 
 
 @pytest.mark.parametrize("name", NO_HTTP)
-def test_what_is_hardly_http_is_refused_or_ends(served: Served, name: str) -> None:
+def test_malformed_http_is_rejected_or_closed(served: Served, name: str) -> None:
     with contextlib.closing(Line(served)) as line:
         with contextlib.suppress(ConnectionError):  # it has been told before it had said all
             line.socket.sendall(NO_HTTP[name])
@@ -405,7 +405,7 @@ def test_what_is_hardly_http_is_refused_or_ends(served: Served, name: str) -> No
             check_answer("POST", status, headers, body)
 
 
-def test_a_body_too_large_is_refused_before_it_has_come(served: Served) -> None:
+def test_a_body_too_large_is_rejected_before_it_has_arrived(served: Served) -> None:
     for head in (b"content-length: 1000001", b"content-length: 99999999999", b"transfer-encoding: chunked"):
         with contextlib.closing(Line(served)) as line:
             line.socket.sendall(HEAD + head + b"\r\n\r\n")
@@ -418,7 +418,7 @@ def test_a_body_too_large_is_refused_before_it_has_come(served: Served) -> None:
             check_answer("POST", status, headers, body)
 
 
-def test_requests_that_are_broken_off_anywhere_hold_up_nobody(served: Served) -> None:
+def test_interrupted_requests_delay_no_other_client(served: Served) -> None:
     whole = right_bytes("shop:predict", {"instances": [{"age": 31.0, "city": "Porto"}] * 100})
     for end in range(1, len(whole), 37):
         with contextlib.closing(Line(served)) as line:
@@ -435,7 +435,7 @@ def test_requests_that_are_broken_off_anywhere_hold_up_nobody(served: Served) ->
 
 
 def right_messages() -> list[tuple[str, Message]]:
-    """Method and message of calls that are answered."""
+    """Method and message of valid calls."""
     calls: list[tuple[str, Message]] = []
     for name, (takes, _) in SIGNATURES.items():
         request = message_class("PredictRequest")()
@@ -492,7 +492,7 @@ def spoil_tensor(chance: random.Random, tensor: Message) -> None:
 
 
 def spoil_message(chance: random.Random, request: Message) -> None:
-    """Have a request ask for what is not there, or in another form."""
+    """Make a request name something unknown, or change its form."""
     spec = request.model_spec if "model_spec" in request.DESCRIPTOR.fields_by_name else None
     kind = chance.randrange(8)
     if spec is not None and kind == 0:
@@ -527,7 +527,7 @@ def spoil_examples(chance: random.Random, messages: Any) -> None:
         del messages[:]
 
 
-def test_three_thousand_messages_that_are_almost_right_are_answered_or_refused(served: Served) -> None:
+def test_three_thousand_almost_valid_messages_succeed_or_are_rejected(served: Served) -> None:
     chance, codes = random.Random(0), Counter()
     methods = [f"{service}/{method}" for service, own in SERVICES.items() for method in own]
     with grpc.insecure_channel(f"127.0.0.1:{served.port}") as channel:

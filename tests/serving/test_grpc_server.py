@@ -68,12 +68,12 @@ from tests.conftest import free_port
 ROWS = {"age": [31.0, 47.0, 22.0], "city": ["Porto", "Lille", "nowhere"]}
 FLOAT = np.dtype("float32")
 
-# -- a server of its own, asked by tensorflow-serving-api
+# -- a server process, called by tensorflow-serving-api
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that tells a class and a number."""
+    """A model with a class and a number."""
     folder = tmp_path_factory.mktemp("grpc")
     generator = np.random.default_rng(0)
     age, city = generator.integers(18, 70, 200), generator.choice(["Porto", "Lille"], 200)
@@ -130,7 +130,7 @@ def code_of(call: Callable[[], Any]) -> str:
     return caught.value.code().name
 
 
-def test_predict_answers_as_the_model_does_and_as_rest_does(
+def test_predict_equals_the_model_and_rest(
     shelf: Path, server: tuple[RunningServer, int], channel: grpc.Channel
 ) -> None:
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
@@ -195,7 +195,7 @@ def test_a_context_counts_for_every_example(channel: grpc.Channel) -> None:
     assert stub.Regress(whole, timeout=20).result == stub.Regress(parted, timeout=20).result
 
 
-def test_the_requests_that_a_model_brings_along_are_answered_as_they_say(shelf: Path, channel: grpc.Channel) -> None:
+def test_warm_up_requests_of_a_model_get_their_stored_responses(shelf: Path, channel: grpc.Channel) -> None:
     """`assets.extra/tf_serving_warmup_requests`, read by our messages and by TensorFlow's alike."""
     stub, requests = prediction_service_pb2_grpc.PredictionServiceStub(channel), 0
     for record in tf.data.TFRecordDataset(str(shelf / "1/assets.extra/tf_serving_warmup_requests")):
@@ -217,7 +217,7 @@ def test_the_requests_that_a_model_brings_along_are_answered_as_they_say(shelf: 
     assert requests
 
 
-def test_metadata_and_status_are_told(channel: grpc.Channel) -> None:
+def test_metadata_and_status(channel: grpc.Channel) -> None:
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
     request.model_spec.name = "shop"
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
@@ -245,7 +245,7 @@ def test_no_client_has_a_folder_of_its_choosing_loaded(channel: grpc.Channel, sh
     assert code_of(lambda: stub.HandleReloadConfigRequest(request, timeout=20)) == "PERMISSION_DENIED"
 
 
-def test_what_is_wrong_is_told_with_tf_servings_code(channel: grpc.Channel) -> None:
+def test_errors_have_tf_servings_codes(channel: grpc.Channel) -> None:
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
     for code, request in {
         "NOT_FOUND": [predict_request(name="shops"), predict_request(version=7), predict_request(version_label="x")],
@@ -284,8 +284,8 @@ def test_reflection_and_health_serve_clients_without_definitions(channel: grpc.C
     assert code_of(lambda: health.Check(health_pb2.HealthCheckRequest(service="x"), timeout=20)) == "NOT_FOUND"
 
 
-def test_two_thousand_spoilt_messages_break_nothing(channel: grpc.Channel) -> None:
-    """No INTERNAL, no UNKNOWN, and the server goes on."""
+def test_two_thousand_corrupted_messages_break_nothing(channel: grpc.Channel) -> None:
+    """No INTERNAL, no UNKNOWN, and serving continues."""
     chance, codes = random.Random(0), set()
     valid = {"Predict": predict_request(), "Classify": classification_pb2.ClassificationRequest()}
     valid["Classify"].model_spec.name, valid["Classify"].model_spec.signature_name = "shop", "kept_classify"
@@ -316,11 +316,11 @@ def test_two_thousand_spoilt_messages_break_nothing(channel: grpc.Channel) -> No
     assert stub.Predict(predict_request(), timeout=20).outputs
 
 
-# -- a model that does as it is told, in this process
+# -- a controllable model, in this process
 
 
 class Slow:
-    """Answers its input, when it is let."""
+    """Returns its input, or raises an error."""
 
     def __init__(self) -> None:
         takes, gives = (TensorInfo(name, FLOAT, (None,), name) for name in ("x", "y"))
@@ -351,7 +351,7 @@ Ask = Callable[..., Awaitable[Any]]
 
 @contextlib.asynccontextmanager
 async def serving(folder: Path, batching: BatchingConfig | None = None, **options: Any) -> AsyncIterator[tuple]:
-    """A server with one model, what it runs, and a way to ask it."""
+    """A server with one model, its manager, and a client."""
     model = Slow()
     manager = ModelManager({"slow": Here(folder)}, load=lambda _: model, batching=batching)
     await manager.update()
@@ -390,7 +390,7 @@ def hold(manager: ModelManager) -> Callable[[], None]:
     return gate.set
 
 
-def test_a_deadline_is_kept_and_nobody_waits_for_the_answer(tmp_path: Path) -> None:
+def test_a_deadline_is_kept_and_its_request_is_dropped(tmp_path: Path) -> None:
     async def story() -> None:
         async with serving(tmp_path) as (_, manager, _, ask, _):
             release = hold(manager)
@@ -403,7 +403,7 @@ def test_a_deadline_is_kept_and_nobody_waits_for_the_answer(tmp_path: Path) -> N
     asyncio.run(story())
 
 
-def test_whoever_finds_no_room_is_told_when_to_come_again(tmp_path: Path) -> None:
+def test_an_overloaded_server_sends_a_retry_delay(tmp_path: Path) -> None:
     async def story() -> None:
         async with serving(tmp_path) as (_, _, model, ask, _):
             model.failure = ServingError("RESOURCE_EXHAUSTED", "128 requests wait.", retry_after=1.5)
@@ -414,7 +414,7 @@ def test_whoever_finds_no_room_is_told_when_to_come_again(tmp_path: Path) -> Non
     asyncio.run(story())
 
 
-def test_more_calls_than_the_server_is_meant_for_are_refused_at_once(tmp_path: Path) -> None:
+def test_calls_above_the_limit_are_rejected_at_once(tmp_path: Path) -> None:
     async def story() -> None:
         async with serving(tmp_path, calls=2) as (_, manager, _, ask, _):
             release = hold(manager)
@@ -428,7 +428,7 @@ def test_more_calls_than_the_server_is_meant_for_are_refused_at_once(tmp_path: P
     asyncio.run(story())
 
 
-def test_a_message_that_is_too_long_is_refused_unread(tmp_path: Path) -> None:
+def test_a_message_that_is_too_long_is_rejected_unread(tmp_path: Path) -> None:
     async def story() -> None:
         async with serving(tmp_path, message_bytes=1000) as (_, _, _, ask, channel):
             raw = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
@@ -441,7 +441,7 @@ def test_a_message_that_is_too_long_is_refused_unread(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_a_defect_is_logged_and_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_defect_is_logged_and_not_disclosed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
         async with serving(tmp_path) as (_, manager, _, ask, _):
 
@@ -455,7 +455,7 @@ def test_a_defect_is_logged_and_not_told(tmp_path: Path, caplog: pytest.LogCaptu
     asyncio.run(story())
 
 
-def test_health_tells_the_truth_and_stopping_waits_for_the_last_answer(tmp_path: Path) -> None:
+def test_health_is_current_and_stopping_waits_for_the_last_response(tmp_path: Path) -> None:
     async def story() -> None:
         async with serving(tmp_path) as (server, manager, _, ask, channel):
             health = health_pb2_grpc.HealthStub(channel)
@@ -490,7 +490,7 @@ def test_health_follows_the_models(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_an_address_that_cannot_be_had_is_told(tmp_path: Path) -> None:
+def test_an_unavailable_address_is_an_error(tmp_path: Path) -> None:
     async def story() -> None:
         manager = ModelManager({"slow": Here(tmp_path)}, load=lambda _: Slow())
         with pytest.raises(InputError, match=r"Cannot listen on 192\.0\.2\.1:8500"):  # an address of nobody

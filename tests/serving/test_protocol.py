@@ -1,4 +1,4 @@
-"""What comes in: any body and any tensor either fits a signature or is refused in words, as TF Serving's rules say."""
+"""Any body and any tensor either fits a signature or is rejected with a message, by TF Serving's rules."""
 
 import base64
 import copy
@@ -76,7 +76,7 @@ JSON = st.recursive(
 
 @st.composite
 def nearly_valid(draw: Any) -> bytes:
-    """A request that would be answered, but for one value, key or byte."""
+    """A request that is valid except for one value, key or byte."""
     name = draw(st.sampled_from(sorted(VALID)))
     columns = json.loads(json.dumps(VALID[name]))
     if draw(st.booleans()):
@@ -111,14 +111,14 @@ def fits(call: PredictCall) -> None:
 
 
 def refusal(error: ServingError) -> None:
-    """What a client is told."""
+    """Check the error that a client receives."""
     assert 400 <= error.http_status < 500 or error.code == "UNIMPLEMENTED"
     assert json.loads(write_error(error))["error"]
 
 
 @settings(fast, max_examples=300)
 @given(nearly_valid())
-def test_a_request_that_is_almost_right_is_answered_or_refused(body: bytes) -> None:
+def test_an_almost_valid_request_is_parsed_or_rejected(body: bytes) -> None:
     try:
         call = read_predict(body, SIGNATURES)
     except ServingError as error:
@@ -170,7 +170,7 @@ def values_of(place: Any) -> list:
     return list(place.values()) if isinstance(place, dict) else place
 
 
-def test_ten_thousand_spoilt_requests_are_answered_or_refused() -> None:
+def test_ten_thousand_corrupted_requests_are_parsed_or_rejected() -> None:
     chance, answered = random.Random(0), 0
     documents = [{"signature_name": name, "inputs": columns} for name, columns in VALID.items()]
     documents += [
@@ -196,7 +196,7 @@ def test_ten_thousand_spoilt_requests_are_answered_or_refused() -> None:
 
 @settings(fast, max_examples=200)
 @given(st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode())))
-def test_any_body_is_answered_or_refused(body: bytes) -> None:
+def test_any_body_is_parsed_or_rejected(body: bytes) -> None:
     for read in (lambda: read_predict(body, SIGNATURES), lambda: read_examples(body, SIGNATURES, CLASSIFY)):
         try:
             read()
@@ -206,7 +206,7 @@ def test_any_body_is_answered_or_refused(body: bytes) -> None:
 
 @settings(fast, max_examples=300)
 @given(st.dictionaries(st.text(max_size=4), st.one_of(SCALARS, st.lists(SCALARS, max_size=3)), max_size=3))
-def test_an_example_keeps_its_values_or_is_refused(features: dict[str, Any]) -> None:
+def test_an_example_keeps_its_values_or_is_rejected(features: dict[str, Any]) -> None:
     body = json.dumps({"signature_name": "classify", "examples": [features]}).encode()
     try:
         [example] = read_examples(body, SIGNATURES, CLASSIFY).examples
@@ -276,7 +276,7 @@ LISTS = st.one_of(
 
 @settings(fast, max_examples=600)
 @given(st.sampled_from(["float32", "float64", "int8", "uint8", "int32", "int64", "uint64"]), LISTS, st.integers(1, 2))
-def test_numbers_are_taken_as_tf_serving_takes_them(name: str, value: list, rank: int) -> None:
+def test_numbers_are_accepted_by_tf_servings_rules(name: str, value: list, rank: int) -> None:
     dtype, shape = np.dtype(name), (None,) * rank
     body = json.dumps({"signature_name": "x", "inputs": {"x": value}}).encode()
     expected = by_the_rules(value, dtype, shape)
@@ -290,7 +290,7 @@ def test_numbers_are_taken_as_tf_serving_takes_them(name: str, value: list, rank
         np.testing.assert_array_equal(parsed, expected)
 
 
-def test_bodies_that_would_take_all_memory_or_depth_are_refused() -> None:
+def test_bodies_that_would_exhaust_memory_or_stack_are_rejected() -> None:
     """A text among a million numbers is none of NumPy's business, and lists in lists end."""
     many = b'{"signature_name":"free","inputs":[' + b"1," * 200_000 + b'"' + b"x" * 1_000_000 + b'"]}'
     with pytest.raises(ServingError, match="takes int64, not") as caught:
@@ -303,7 +303,7 @@ def test_bodies_that_would_take_all_memory_or_depth_are_refused() -> None:
 
 @settings(fast, max_examples=100)
 @given(arrays(np.float32, array_shapes(max_dims=3, max_side=4), elements=st.floats(width=32)))
-def test_numbers_come_back_as_they_went(array: np.ndarray) -> None:
+def test_numbers_survive_a_round_trip(array: np.ndarray) -> None:
     """Of 32 bits in, through JSON, and out."""
     info = TensorInfo("x", FLOAT, None, "")
     np.testing.assert_array_equal(to_array(info, json.loads(json.dumps(array.tolist()))), array)
@@ -326,7 +326,7 @@ def test_numbers_come_back_as_they_went(array: np.ndarray) -> None:
     ),
     texts=st.lists(st.binary(max_size=3), max_size=3),
 )
-def test_any_tensor_is_an_array_or_refused(**fields: Any) -> None:
+def test_any_tensor_is_parsed_or_rejected(**fields: Any) -> None:
     tensor = message_class("TensorProto")(
         dtype=fields["dtype"], tensor_content=fields["content"], string_val=fields["texts"]
     )
@@ -348,7 +348,7 @@ def test_any_tensor_is_an_array_or_refused(**fields: Any) -> None:
 
 @settings(fast, max_examples=200)
 @given(st.binary(max_size=40), st.sampled_from(["PredictRequest", "ExamplesRequest", "SeveralRequest"]))
-def test_any_bytes_are_a_message_or_refused(body: bytes, name: str) -> None:
+def test_any_bytes_are_parsed_or_rejected(body: bytes, name: str) -> None:
     try:
         message = parse_message(name, body)
         if name != "PredictRequest":
@@ -373,7 +373,7 @@ def test_any_bytes_are_a_message_or_refused(body: bytes, name: str) -> None:
     ),
     st.integers(0, 3),
 )
-def test_any_outputs_of_a_model_are_written_or_refused(outputs: dict[str, np.ndarray], rows: int) -> None:
+def test_any_outputs_of_a_model_are_serialized_or_rejected(outputs: dict[str, np.ndarray], rows: int) -> None:
     writers = (
         lambda: write_predict(outputs, True),
         lambda: write_predict(outputs, False),

@@ -137,7 +137,7 @@ def service(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def first(service: Service) -> tuple[subprocess.Popen, dict]:
-    """The first command, as soon as its one replica answers, with what it has printed."""
+    """The first command, as soon as its one replica serves, with its output."""
     command = service.command()
     return command, service.ready(command)
 
@@ -171,7 +171,7 @@ class Clients(Crowd):
                 yield
 
 
-def test_rest_and_grpc_answer_as_the_saved_model_does(
+def test_rest_and_grpc_equal_the_saved_model(
     service: Service, first: tuple[subprocess.Popen, dict], images: np.ndarray
 ) -> None:
     _, printed = first
@@ -218,7 +218,7 @@ def test_the_application_is_the_same_behind_the_proxy(
     assert ':tensorflow:serving:request_count{model_name="digits",status="OK"}' in metrics
 
 
-def test_a_new_version_is_taken_up_under_load(
+def test_a_new_version_is_loaded_under_load(
     service: Service, first: tuple[subprocess.Popen, dict], images: np.ndarray
 ) -> None:
     before = service.replicas()
@@ -235,7 +235,7 @@ def test_a_new_version_is_taken_up_under_load(
 def test_other_options_and_more_load_fail_no_request(
     service: Service, first: tuple[subprocess.Popen, dict], images: np.ndarray
 ) -> None:
-    """Another command replaces the replica by one that asks for keys, and has two of them under load."""
+    """Another command replaces the replica by one that requires API keys, and has two of them under load."""
     old = service.replicas()
     models = (ServedPath("digits", str(service.folder / "digits")),)
     access = AuthOptions(str(service.folder / "api.keys"))
@@ -254,7 +254,7 @@ def test_other_options_and_more_load_fail_no_request(
     assert httpx.post(f"{service.url}{DIGITS}:predict", json=body, timeout=30).status_code == 401
 
 
-def test_a_killed_node_fails_what_it_was_asked_and_nothing_else(
+def test_a_killed_node_fails_its_requests_in_progress_and_nothing_else(
     nodes: Nodes, service: Service, images: np.ndarray
 ) -> None:
     with Clients(service, images) as crowd:
@@ -268,7 +268,7 @@ def test_a_killed_node_fails_what_it_was_asked_and_nothing_else(
     assert len(lost) <= 6, lost  # each thread has one request at work
 
 
-def test_what_cannot_be_is_refused(service: Service) -> None:
+def test_impossible_options_are_rejected(service: Service) -> None:
     for arguments, words in (
         (("--processes", 2), "--replicas says how many"),
         (("--replicas", "2-1"), "--replicas is a number"),
@@ -280,7 +280,7 @@ def test_what_cannot_be_is_refused(service: Service) -> None:
         assert words in refused.stderr.read()
 
 
-def test_sigterm_ends_it(service: Service) -> None:
+def test_sigterm_stops_the_server(service: Service) -> None:
     last = service.commands[1]
     last.terminate()
     assert last.wait(90) == 0

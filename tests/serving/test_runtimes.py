@@ -30,7 +30,7 @@ from mlkit.serving.runtimes import (
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model of the shop: texts, moments, numbers; what it answers does not matter here."""
+    """An untrained model of the shop: texts, dates and numbers; its predictions do not matter here."""
     data = load_dataset("retail", rows=600)
     model = build_model("wide_deep", data)
     version = export_saved_model(model, data, tmp_path_factory.mktemp("models") / "shop")
@@ -51,22 +51,20 @@ def bits(values: np.ndarray) -> object:
     return values.tolist() if values.dtype == object else (values.dtype, values.shape, values.tobytes())
 
 
-def test_the_installed_tensorflow_is_one_whose_sessions_were_tried(both: tuple[Predictor, Predictor]) -> None:
+def test_the_sessions_of_the_installed_tensorflow_were_tested(both: tuple[Predictor, Predictor]) -> None:
     assert sessions_work()
     assert [type(predictor).__name__ for predictor in both] == ["SessionPredictor", "EagerPredictor"]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 32])
-def test_a_session_answers_as_the_official_way_bit_for_bit(
-    rows: int, shop: Path, both: tuple[Predictor, Predictor]
-) -> None:
+def test_a_session_equals_eager_functions_bit_for_bit(rows: int, shop: Path, both: tuple[Predictor, Predictor]) -> None:
     body = json.dumps({"instances": golden_rows(shop)[:rows]}).encode()
     inputs = read_predict(body, both[0].signatures).inputs
     exact, official = (predictor.run("serving_default", inputs) for predictor in both)
     assert {name: bits(values) for name, values in exact.items()} == {n: bits(v) for n, v in official.items()}
 
 
-def test_every_signature_answers_the_same(shop: Path, both: tuple[Predictor, Predictor]) -> None:
+def test_every_signature_returns_the_same(shop: Path, both: tuple[Predictor, Predictor]) -> None:
     from mlkit.export.saved_model import as_examples
 
     columns = {name: [row[name] for row in golden_rows(shop)] for name in golden_rows(shop)[0]}
@@ -77,7 +75,7 @@ def test_every_signature_answers_the_same(shop: Path, both: tuple[Predictor, Pre
         assert {key: bits(values) for key, values in exact.items()} == {k: bits(v) for k, v in official.items()}
 
 
-def test_bad_examples_are_refused_with_a_reason(both: tuple[Predictor, Predictor]) -> None:
+def test_invalid_examples_are_rejected_with_a_reason(both: tuple[Predictor, Predictor]) -> None:
     for predictor in both:
         for example in (b"no example", b"\xff\xfe\xfd"):
             with pytest.raises(ServingError) as raised:
@@ -97,7 +95,7 @@ def test_threads_share_a_session(shop: Path, both: tuple[Predictor, Predictor]) 
     assert list(together) == alone * 5
 
 
-def test_a_process_with_sessions_only_answers_the_same_and_imports_no_keras(
+def test_a_process_with_sessions_only_predicts_the_same_and_imports_no_keras(
     shop: Path, both: tuple[Predictor, Predictor]
 ) -> None:
     code = (
@@ -141,11 +139,11 @@ def test_loading_again_and_again_takes_no_more_memory(shop: Path) -> None:
     assert late < 1.1 * early
 
 
-def test_a_model_without_golden_requests_is_asked_a_blank_row(both: tuple[Predictor, Predictor]) -> None:
+def test_a_model_without_golden_requests_is_warmed_up_with_a_blank_row(both: tuple[Predictor, Predictor]) -> None:
     assert warm_up(both[0], None) > 0
 
 
-# The same answers as when it was exported
+# Consistency with the exported predictions
 
 
 def spoil_golden(version: Path, change: Callable[[dict], object]) -> None:
@@ -162,7 +160,7 @@ def shift(record: dict, row: int, by: float) -> None:
 
 
 @pytest.mark.parametrize("runtime", ["tensorflow", "litert"])
-def test_a_version_that_answers_otherwise_is_refused(runtime: str, shop: Path, tmp_path: Path) -> None:
+def test_a_version_with_other_predictions_is_rejected(runtime: str, shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
     load_and_warm_up(version, runtime).close()
@@ -173,7 +171,7 @@ def test_a_version_that_answers_otherwise_is_refused(runtime: str, shop: Path, t
             load_and_warm_up(version, runtime)
 
 
-def test_a_small_error_in_all_answers_is_found(shop: Path, tmp_path: Path) -> None:
+def test_a_small_error_in_all_predictions_is_detected(shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
     spoil_golden(version, lambda record: [shift(record, row, 0.002) for row in range(len(record["predictions"]))])
@@ -181,7 +179,7 @@ def test_a_small_error_in_all_answers_is_found(shop: Path, tmp_path: Path) -> No
         load_and_warm_up(version)
 
 
-def test_a_converted_model_that_was_meddled_with_is_refused(shop: Path, tmp_path: Path) -> None:
+def test_a_tampered_converted_model_is_rejected(shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
     record = version / "litert" / "float32" / "host.json"
@@ -215,7 +213,9 @@ def test_what_parity_accepted_is_accepted(shop: Path, tmp_path: Path) -> None:
 # Examples without TensorFlow
 
 
-def test_a_converted_model_answers_examples_as_the_saved_model(shop: Path, both: tuple[Predictor, Predictor]) -> None:
+def test_a_converted_model_classifies_examples_as_the_saved_model(
+    shop: Path, both: tuple[Predictor, Predictor]
+) -> None:
     from mlkit.export.saved_model import as_examples
 
     golden = find_golden(shop)

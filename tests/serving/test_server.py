@@ -62,7 +62,7 @@ def row(converted: Path) -> dict[str, float]:
 
 
 def write_version(shelf: Path, number: int, converted: Path) -> Path:
-    """A version whose classes tell its number, put in place at once."""
+    """A version whose class names contain its number, moved into place atomically."""
     hidden, target = shelf / f".{number}", shelf / str(number)
     shutil.copytree(converted, hidden)
     record = hidden / "litert" / "float32" / "host.json"
@@ -92,7 +92,7 @@ def states(server: RunningServer) -> dict[int, str]:
 
 
 def answered_by(server: RunningServer, row: dict, place: str = "", **headers: str) -> str:  # noqa: F811  of a URL
-    """The version that answered, by its header, which has to agree with the answer."""
+    """The version of a response, by its header, which must match the prediction."""
     answer = httpx.post(f"{server.url}{WINE}{place}:predict", json={"instances": [row]}, headers=headers)
     assert answer.status_code == 200, answer.text
     number, _, _ = answer.json()["predictions"][0]["class"].partition(":")
@@ -101,7 +101,7 @@ def answered_by(server: RunningServer, row: dict, place: str = "", **headers: st
 
 
 class Clients(Crowd):
-    """Callers of the wines' model; each answer has to belong to the version that its header names."""
+    """Clients of the wines' model; each prediction must belong to the version in its header."""
 
     def __init__(self, server: RunningServer, row: dict, threads: int = 4):
         super().__init__(*[self._rest] * threads)
@@ -140,7 +140,7 @@ def test_a_reload_request_reaches_all_processes(tmp_path: Path) -> None:
     assert first.reload_token() == second.reload_token()
 
 
-# Swaps
+# Version swaps
 
 
 def test_twenty_swaps_under_load_lose_and_misroute_no_request(shelf: Path, converted: Path, row: dict) -> None:
@@ -154,7 +154,9 @@ def test_twenty_swaps_under_load_lose_and_misroute_no_request(shelf: Path, conve
     assert set(crowd.answers) == {str(number) for number in range(1, 22)}
 
 
-def test_a_version_that_cannot_be_loaded_is_refused_until_it_is_mended(shelf: Path, converted: Path, row: dict) -> None:
+def test_a_version_that_cannot_be_loaded_is_rejected_until_it_is_repaired(
+    shelf: Path, converted: Path, row: dict
+) -> None:
     with serve(shelf, processes=2) as server, Clients(server, row) as crowd:
         wait_until(lambda: "1" in crowd.answers)
         hidden = write_version(shelf, 2, converted).rename(shelf / ".2")
@@ -173,7 +175,7 @@ def test_a_version_that_cannot_be_loaded_is_refused_until_it_is_mended(shelf: Pa
     assert set(crowd.answers) == {"1", "2"}
 
 
-def test_reload_looks_at_once_and_in_all_processes(shelf: Path, converted: Path, row: dict) -> None:
+def test_reload_polls_at_once_and_in_all_processes(shelf: Path, converted: Path, row: dict) -> None:
     with serve(shelf, processes=2, poll=1.0) as server:
         write_version(shelf, 2, converted)
         assert httpx.post(f"{server.url}/reload").status_code == 200
@@ -185,7 +187,7 @@ def test_reload_looks_at_once_and_in_all_processes(shelf: Path, converted: Path,
 # The registry
 
 
-def test_the_registry_says_who_answers(
+def test_the_registry_decides_which_version_serves(
     project: Path, converted: Path, row: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
@@ -231,14 +233,14 @@ def test_the_registry_says_who_answers(
 
 
 def converted_run(project: Path, converted: Path, number: int) -> Run:
-    """A completed run with a converted model whose classes tell a number."""
+    """A completed run with a converted model whose class names contain a number."""
     run = make_run(project, others={})
     shutil.copytree(write_version(project, number, converted) / "litert", run.folder / "litert")
     return run
 
 
 def refusal(server: RunningServer, number: int) -> str:
-    """Why a version is not let in, once that is known."""
+    """Reason why a version is rejected, once it is known."""
 
     def message() -> str:
         statuses = httpx.get(server.url + WINE).json()["model_version_status"]
@@ -247,7 +249,7 @@ def refusal(server: RunningServer, number: int) -> str:
     return wait_until(message)
 
 
-def test_only_what_is_signed_as_it_was_registered_is_let_in(
+def test_only_signed_and_unmodified_versions_are_loaded(
     place: Path,  # noqa: F811
     signing: Callable[[Run], Run],  # noqa: F811
     converted: Path,
@@ -303,7 +305,7 @@ def _shadow(server: RunningServer) -> dict | None:
     return model["shadow"] if model["shadow"] and model["shadow"]["rows"] else None
 
 
-# Death and departure
+# Killed processes and shutdown
 
 
 def readiness(server: RunningServer) -> dict:
@@ -313,7 +315,7 @@ def readiness(server: RunningServer) -> dict:
         return {}
 
 
-def test_a_killed_process_is_replaced_and_readiness_tells_the_truth(shelf: Path, row: dict) -> None:
+def test_a_killed_process_is_replaced_and_readiness_is_current(shelf: Path, row: dict) -> None:
     with serve(shelf, processes=2) as server:
         away = shelf.rename(shelf.with_name("away"))  # whoever takes its place finds nothing yet
         os.kill(server.pids[0], signal.SIGKILL)
@@ -337,7 +339,7 @@ def raw_request(server: RunningServer, body: bytes, announced: int | None = None
     return connection
 
 
-def test_processes_that_are_no_copies_answer_as_well(shelf: Path, row: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spawned_processes_serve_as_well(shelf: Path, row: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     spawn = (
         "import multiprocessing, mlkit.serving.server as server\n"
         "server._PROCESSES = multiprocessing.get_context('spawn')\n"
@@ -352,7 +354,7 @@ def test_processes_that_are_no_copies_answer_as_well(shelf: Path, row: dict, mon
         wait_until(lambda: not any(map(_lives, everybody)))
 
 
-def test_what_processes_are_copied_from_holds_nothing_that_does_not_survive_it(shelf: Path) -> None:
+def test_the_supervisor_has_no_libraries_that_do_not_survive_a_fork(shelf: Path) -> None:
     with serve(shelf, processes=2) as server:
         supervisor = psutil.Process(server.supervisor.pid)
         assert [child.ppid() for child in map(psutil.Process, server.pids)] == [supervisor.pid] * 2
@@ -360,7 +362,7 @@ def test_what_processes_are_copied_from_holds_nothing_that_does_not_survive_it(s
     assert not [name for name in ("tensorflow", "polars", "grpc", "uvloop") if name in libraries]
 
 
-def test_sigterm_answers_what_has_begun_and_then_ends(shelf: Path, row: dict) -> None:
+def test_sigterm_finishes_requests_in_progress(shelf: Path, row: dict) -> None:
     with serve(shelf, processes=2) as server:
         body = json.dumps({"instances": [row]}).encode()
         begun = raw_request(server, body[:10], len(body))
@@ -380,7 +382,7 @@ def _accepts(server: RunningServer) -> bool:
         return attempt.connect_ex((host, int(port))) == 0
 
 
-def test_processes_leave_with_a_supervisor_that_was_killed(shelf: Path) -> None:
+def test_processes_stop_when_their_supervisor_is_killed(shelf: Path) -> None:
     with serve(shelf, processes=2) as server:
         mapped = [Path(memory_map.path) for memory_map in psutil.Process(server.pids[0]).memory_maps()]
         folder = next(path.parent for path in mapped if path.parent.name.startswith("mlkit-serve-"))
@@ -407,7 +409,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, converted: Path) -> Iterato
     write_version(folder, 1, converted)
     with serve(folder, body_bytes=1_000_000, limits=BatchingConfig(timeout=1.0)) as server:
         yield server
-        assert _lives(server.pids[0])  # whatever it was asked
+        assert _lives(server.pids[0])  # after all requests
 
 
 @pytest.mark.parametrize(
@@ -425,7 +427,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, converted: Path) -> Iterato
         (b" " * 1_000_001, 413, "1,000,000"),
     ],
 )
-def test_bad_bodies_are_refused(served: RunningServer, body: bytes, status: int, message: str) -> None:
+def test_invalid_bodies_are_rejected(served: RunningServer, body: bytes, status: int, message: str) -> None:
     answer = httpx.post(f"{served.url}{WINE}:predict", content=body)
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]
@@ -442,7 +444,7 @@ def test_wrong_values_name_their_feature(served: RunningServer, row: dict) -> No
     assert httpx.post(f"{served.url}{WINE}:predict", content=odd).status_code == 200
 
 
-def test_slow_and_departing_clients_hold_up_nobody(served: RunningServer, row: dict) -> None:
+def test_slow_and_disconnecting_clients_delay_no_other_client(served: RunningServer, row: dict) -> None:
     slow = [raw_request(served, b"{", 100) for _ in range(20)]
     gone = [raw_request(served, b"{", 100) for _ in range(20)]
     for connection in gone:
@@ -455,7 +457,7 @@ def test_slow_and_departing_clients_hold_up_nobody(served: RunningServer, row: d
     assert answered_by(served, row) == "1"
 
 
-def test_connections_on_which_no_whole_request_comes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_module, "IDLE_SECONDS", 1)
 
     async def story() -> None:
@@ -498,7 +500,7 @@ def test_connections_on_which_no_whole_request_comes_are_closed(monkeypatch: pyt
         ("DELETE", "/models", 405, "Method Not Allowed"),
     ],
 )
-def test_what_is_not_there_is_told_as_tf_serving_tells_it(
+def test_unknown_paths_and_models_have_tf_servings_errors(
     served: RunningServer, method: str, path: str, status: int, message: str
 ) -> None:
     answer = httpx.request(method, served.url + path, content=b"{}" if method == "POST" else None)
@@ -510,7 +512,7 @@ def test_what_is_not_there_is_told_as_tf_serving_tells_it(
 
 
 class Slow:
-    """A model that answers when it is let."""
+    """A model that returns when it is released."""
 
     def __init__(self, folder: Path):
         infos = {name: TensorInfo(name, np.dtype("float32"), (None,), name) for name in ("x", "y")}
@@ -529,7 +531,7 @@ class Slow:
         pass
 
 
-def test_more_than_can_wait_is_turned_away_and_deadlines_hold(tmp_path: Path) -> None:
+def test_a_full_queue_rejects_requests_and_deadlines_hold(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "saved_model.pb").touch()
 
@@ -562,7 +564,7 @@ def test_more_than_can_wait_is_turned_away_and_deadlines_hold(tmp_path: Path) ->
     asyncio.run(story())
 
 
-# Bytes as they come
+# Packets
 
 
 class Wire(asyncio.Transport):
@@ -592,7 +594,7 @@ def asked(body: str, path: str = "/v1/models/slow:predict", version: str = "1.1"
     return "\r\n".join([f"POST {path} HTTP/{version}", *lines, "", body]).encode()
 
 
-def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> None:
+def test_a_response_does_not_depend_on_packet_boundaries(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "saved_model.pb").touch()
     whole = asked('{"instances": [1]}')
@@ -649,7 +651,7 @@ def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> N
 # TensorFlow
 
 
-def test_a_savedmodel_of_anybody_is_served_and_swapped(tmp_path: Path) -> None:
+def test_a_foreign_savedmodel_is_served_and_swapped(tmp_path: Path) -> None:
     import tensorflow as tf
 
     def write(number: int) -> None:
@@ -737,7 +739,7 @@ def test_the_command_shows_a_request_that_works(shelf: Path, project: Path) -> N
     assert process.returncode == 0
 
 
-def test_the_command_refuses_what_cannot_be_served(shelf: Path, project: Path) -> None:
+def test_the_command_rejects_what_cannot_be_served(shelf: Path, project: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

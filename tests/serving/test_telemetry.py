@@ -50,7 +50,7 @@ GIVEN = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def numbers(text: str) -> dict[tuple[str, frozenset], float]:
-    """Everything that a scrape tells."""
+    """All samples of a scrape."""
     families = list(parser.text_string_to_metric_families(text))  # which adds _total to names that lack it
     samples = {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -110,7 +110,7 @@ def watched(
         yield server
 
 
-def test_every_scrape_tells_the_sum_over_processes(watched: RunningServer, row: dict) -> None:  # noqa: F811
+def test_every_scrape_has_the_sum_over_processes(watched: RunningServer, row: dict) -> None:  # noqa: F811
     before = total(scrape(watched), COUNT, model_name="wine", status="OK")
     ask(watched, row, 60)
     ask(watched, {}, 7)
@@ -137,7 +137,7 @@ def test_every_scrape_tells_the_sum_over_processes(watched: RunningServer, row: 
     assert total(samples, ":tensorflow:serving:model_warmup_records_read", status="OK") >= 40
 
 
-def test_numbers_outlive_a_killed_process(shelf: Path, row: dict) -> None:  # noqa: F811
+def test_metrics_survive_a_killed_process(shelf: Path, row: dict) -> None:  # noqa: F811
     with serve(shelf, processes=2) as server:
         ask(server, row, 30)
         os.kill(server.pids[0], signal.SIGKILL)
@@ -148,7 +148,7 @@ def test_numbers_outlive_a_killed_process(shelf: Path, row: dict) -> None:  # no
         assert total(scrape(server), COUNT, status="OK") == 40
 
 
-def test_names_that_clients_invent_take_no_room(watched: RunningServer) -> None:
+def test_unknown_model_names_create_no_metrics(watched: RunningServer) -> None:
     before = scrape(watched)
     with httpx.Client(headers={"connection": "close"}) as client:
         for number in range(200):
@@ -160,7 +160,7 @@ def test_names_that_clients_invent_take_no_room(watched: RunningServer) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="there is no Prometheus here")
-def test_prometheus_scrapes_and_answers(watched: RunningServer, row: dict, tmp_path: Path) -> None:  # noqa: F811
+def test_prometheus_scrapes_the_server(watched: RunningServer, row: dict, tmp_path: Path) -> None:  # noqa: F811
     address, port = watched.url.removeprefix("http://"), free_port()
     (tmp_path / "prometheus.yml").write_text(
         "global: {scrape_interval: 200ms, scrape_timeout: 200ms}\n"
@@ -218,7 +218,7 @@ class Times:
 
 
 def in_process(tmp_path: Path, sent: list[tuple[object, dict]], **options: object) -> tuple[list, list, Telemetry]:
-    """Ask a server in this process: answers, lines and its telemetry."""
+    """Send requests to a server in this process: responses, log lines and its telemetry."""
     (tmp_path / "times").mkdir()
     (tmp_path / "times" / "saved_model.pb").touch()
     lines: list[bytes] = []
@@ -241,7 +241,7 @@ def in_process(tmp_path: Path, sent: list[tuple[object, dict]], **options: objec
     return asyncio.run(run()), lines, telemetry
 
 
-def test_a_trace_goes_through_and_a_new_one_begins_where_there_is_none(tmp_path: Path) -> None:
+def test_a_trace_is_continued_or_started(tmp_path: Path) -> None:
     good = {"instances": [[1.0]]}
     headers = [
         {"traceparent": GIVEN},
@@ -263,7 +263,7 @@ def test_a_trace_goes_through_and_a_new_one_begins_where_there_is_none(tmp_path:
     assert (logged[traces[0]]["parent_id"], logged[traces[0]]["version"]) == (GIVEN[36:52], 1)
 
 
-def test_errors_get_a_line_and_others_only_when_asked_for(tmp_path: Path) -> None:
+def test_errors_get_a_log_line(tmp_path: Path) -> None:
     requests = [({"instances": [[value]]}, {"traceparent": GIVEN}) for value in (1.0, 13.0)] + [(b"{", {})]
     answers, lines, telemetry = in_process(tmp_path, requests)
     text = telemetry.scrape().decode()
@@ -277,7 +277,7 @@ def test_errors_get_a_line_and_others_only_when_asked_for(tmp_path: Path) -> Non
     assert total(numbers(text), "mlkit_requests_total", status="INTERNAL", version="1") == 1
 
 
-def test_the_name_in_a_certificate_stands_in_the_line(tmp_path: Path) -> None:
+def test_the_name_in_a_certificate_is_in_the_log_line(tmp_path: Path) -> None:
     lines: list[bytes] = []
     telemetry = Telemetry(tmp_path, models=["times"], write=lines.append, requests="all")
     (tmp_path / "1").mkdir()
@@ -303,7 +303,7 @@ def test_the_name_in_a_certificate_stands_in_the_line(tmp_path: Path) -> None:
 
 
 class TwoVersions:
-    """A source with a version that answers, and one in its shadow."""
+    """A source with a serving version and a shadow version."""
 
     def __init__(self, folder: Path):
         versions = tuple(VersionSpec(number, folder / str(number)) for number in (1, 2))
@@ -314,7 +314,7 @@ class TwoVersions:
 
 
 class Halves(Times):
-    """Another one, whose version 2 gives half as much, and takes nothing above 100."""
+    """Its version 2 returns half as much, and rejects values above 100."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -326,7 +326,7 @@ class Halves(Times):
         return {"x": super().run(signature, inputs)["x"] / self.number}
 
 
-def test_what_a_shadow_says_is_counted_under_both_versions(tmp_path: Path) -> None:
+def test_shadow_results_are_counted_under_both_versions(tmp_path: Path) -> None:
     telemetry = Telemetry(tmp_path, models=["times"])
 
     async def run() -> None:
@@ -355,7 +355,7 @@ def test_what_a_shadow_says_is_counted_under_both_versions(tmp_path: Path) -> No
     assert total(samples, "mlkit_shadow_largest_difference", process="0", **about) == 0.5
 
 
-def test_the_server_writes_json_lines_when_told_to(shelf: Path, project: Path) -> None:  # noqa: F811
+def test_the_server_writes_json_lines(shelf: Path, project: Path) -> None:  # noqa: F811
     port = free_port()
     command = ["--set", "serving.lines=json", "serve", f"wine={shelf}", "--runtime", "litert", "--port", str(port)]
     with open(project / "lines", "wb") as errors:
@@ -376,7 +376,7 @@ def test_the_server_writes_json_lines_when_told_to(shelf: Path, project: Path) -
     assert any(line["message"] == "wine/1 is loaded" for line in lines if "message" in line)
 
 
-# What was asked
+# Request/response log
 
 
 def test_requests_are_logged_without_sensitive_features(watched: RunningServer, row: dict) -> None:  # noqa: F811
@@ -417,7 +417,7 @@ def test_tf_serving_reads_the_records(tmp_path: Path) -> None:
     assert records[0].log_metadata.model_spec.version.value == 3
 
 
-def test_a_log_that_stands_still_holds_up_nobody(tmp_path: Path) -> None:
+def test_a_stalled_log_delays_no_request(tmp_path: Path) -> None:
     gate, model = threading.Event(), Times(tmp_path)
     model.model, model.number = "times", 1
     logged: list[bool] = []
@@ -432,7 +432,7 @@ def test_a_log_that_stands_still_holds_up_nobody(tmp_path: Path) -> None:
     assert len((tmp_path / "requests-0.jsonl").read_text().splitlines()) == logged.count(True)
 
 
-def test_what_waits_is_limited_in_bytes(tmp_path: Path) -> None:
+def test_the_queue_of_a_writer_is_limited_in_bytes(tmp_path: Path) -> None:
     gate = threading.Event()
     writer = BackgroundWriter(lambda entry: gate.wait(), size=1000)
     taken = [writer.put(b"", 300) for _ in range(10)]
