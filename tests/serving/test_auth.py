@@ -129,7 +129,7 @@ def test_an_invalid_token_is_denied(provider: Provider, attack: str) -> None:
 def test_a_cached_token_expires_with_its_key_and_its_lifetime(
     provider: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlkit.serving.auth._SKEW", 0)
+    monkeypatch.setattr("mlkit.serving.auth._CLOCK_SKEW", 0)
     tokens = JwtVerifier(FileKeySet(provider.path, seconds=0), ISSUER, AUDIENCE)
     good, short = provider.sign("e1"), provider.sign("r1", exp=time.time() + 2)
 
