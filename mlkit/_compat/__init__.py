@@ -1,1 +1,1 @@
-"""Uses of private APIs of other libraries, one module for each library and one function for each use."""
+"""Private interfaces of other libraries, one function and one test each."""

@@ -1,4 +1,9 @@
-"""TF Serving's services over the versions in service: predictions, metadata and states of models, beside health and reflection, on the event loop of everything else."""
+"""TF Serving's gRPC services over the loaded versions, with health and reflection, on the server's event loop.
+
+gRPC carries tensors as bytes: from about ten rows on it is faster than JSON, and it has deadlines and clients in every
+language. TF Serving's clients connect unchanged. Methods take and return serialized messages: parsing happens here and
+not in gRPC, which would report a malformed message as an error of the server.
+"""
 
 import asyncio
 import contextlib
@@ -12,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf.message import Message
 
-from mlkit.errors import InputError, MissingDependencyError, ServingError, join_names, did_you_mean
+from mlkit.errors import InputError, MissingDependencyError, ServingError, did_you_mean, join_names
 from mlkit.export.protos import (
     array_type,
     fill_tensor,
@@ -31,8 +36,8 @@ from mlkit.serving.telemetry import Telemetry, current_request
 from mlkit.serving.tls import grpc_certificate_name
 
 
-class Asked(NamedTuple):
-    """Which version of which model a request means."""
+class ModelSpec(NamedTuple):
+    """Requested model, version or label, and signature."""
 
     model: str
     version: int | None
@@ -42,21 +47,21 @@ class Asked(NamedTuple):
 
 def read_spec(
     spec: Message,  # ModelSpec
-) -> Asked:
-    """What a request asks; raises ServingError where it names no model."""
+) -> ModelSpec:
+    """Parse a model spec; raises ServingError where it names no model."""
     if not spec.name:
         raise ServingError("INVALID_ARGUMENT", "The request names no model: model_spec.name is empty.")
     choice = spec.WhichOneof("version_choice")
     version = spec.version.value if choice == "version" else None
-    return Asked(spec.name, version, spec.version_label if choice == "version_label" else None, spec.signature_name)
+    return ModelSpec(spec.name, version, spec.version_label if choice == "version_label" else None, spec.signature_name)
 
 
 def read_inputs(
     signature: SignatureInfo,
-    tensors: Mapping[str, Message],  # of a PredictRequest
+    tensors: Mapping[str, Message],  # inputs of a PredictRequest
 ) -> dict[str, np.ndarray]:
-    """Tensors as the arrays that a signature takes; raises ServingError for those that do not fit."""
-    for name in tensors:
+    """Tensors as the arrays of a signature's inputs; raises ServingError for tensors that do not fit."""
+    for name in tensors:  # first, since a wrong name explains more than a missing input
         if name not in signature.inputs:
             hint = did_you_mean(name, signature.inputs)
             raise ServingError("INVALID_ARGUMENT", f"Signature '{signature.name}' takes no input '{name}'.{hint}")
@@ -74,12 +79,12 @@ def read_inputs(
     return inputs
 
 
-def read_filter(
+def read_output_filter(
     signature: SignatureInfo,
-    wanted: Sequence[str],  # outputs; none means all
+    output_filter: Sequence[str],  # names of outputs; none means all
 ) -> list[str]:
-    """Which outputs to answer; raises ServingError for some that are not there, or named twice."""
-    names = list(wanted) or list(signature.outputs)
+    """Outputs to return; raises ServingError for unknown or repeated names."""
+    names = list(output_filter) or list(signature.outputs)
     for name in names:
         if name not in signature.outputs:
             hint = f"{did_you_mean(name, signature.outputs)} It has {join_names(signature.outputs)}."
@@ -89,221 +94,227 @@ def read_filter(
     return names
 
 
-class Caller(NamedTuple):
-    """What is known of a call beside its message."""
+class CallInfo(NamedTuple):
+    """Deadline, routing key and client of a call."""
 
-    deadline: float  # of time.monotonic()
-    key: str = ""  # calls with the same key meet the same version where traffic is divided
-    peer: str = ""  # address, as gRPC writes it: "ipv4:127.0.0.1:54321"
-    administrator: str = ""  # who has proven to be one
-    name: str = ""  # of whoever has shown a key, a token or a certificate
-
-
-def _answered(spec: Message, served: LoadedVersion, signature: str) -> None:
-    """Write into an answer who has given it."""
-    spec.name, spec.signature_name = served.model, signature
-    spec.version.value = served.number
+    deadline: float  # on the clock of time.monotonic()
+    key: str = ""  # calls with the same key reach the same version where traffic is split
+    peer: str = ""  # client address as gRPC writes it: "ipv4:127.0.0.1:54321"
+    administrator: str = ""  # principal with the scope admin
+    principal: str = ""  # name in the API key, token or certificate
 
 
-async def _ask_examples(
-    served: LoadedVersion, signature: SignatureInfo, examples: list[bytes], deadline: float
+def _fill_model_spec(spec: Message, version: LoadedVersion, signature: str) -> None:
+    spec.name, spec.signature_name = version.model, signature
+    spec.version.value = version.number
+
+
+async def _predict_examples(
+    version: LoadedVersion, signature: SignatureInfo, examples: list[bytes], deadline: float
 ) -> dict[str, np.ndarray]:
     if len(signature.inputs) != 1:
-        takes = join_names(signature.inputs)
-        raise ServingError("FAILED_PRECONDITION", f"Signature '{signature.name}' takes {takes} rather than examples.")
+        inputs = join_names(signature.inputs)
+        raise ServingError("FAILED_PRECONDITION", f"Signature '{signature.name}' takes {inputs} rather than examples.")
     inputs = {next(iter(signature.inputs)): np.array(examples, object)}
-    return await served.run(signature.name, inputs, len(examples), deadline, aside=True)
+    return await version.run(signature.name, inputs, len(examples), deadline, off_loop=True)
 
 
-def _fill_classes(result: Message, outputs: Mapping[str, np.ndarray], rows: int) -> None:
+def _fill_classifications(result: Message, outputs: Mapping[str, np.ndarray], rows: int) -> None:
     for pairs in classifications(outputs, rows):
         row = result.classifications.add()
         for label, score in pairs:
             row.classes.add(label=label, score=score)
 
 
-def _fill_numbers(result: Message, outputs: Mapping[str, np.ndarray], rows: int) -> None:
+def _fill_regressions(result: Message, outputs: Mapping[str, np.ndarray], rows: int) -> None:
     for value in regressions(outputs, rows).tolist():
         result.regressions.add(value=value)
 
 
 async def predict(
-    host: ModelManager,
+    manager: ModelManager,
     body: bytes,  # PredictRequest
-    caller: Caller,
+    call: CallInfo,
 ) -> Message:  # PredictResponse
-    """Answer for tensors; raises ServingError."""
+    """Predict on tensors; raises ServingError."""
     request = parse_message("PredictRequest", body)
-    asked = read_spec(request.model_spec)
-    with host.lease(asked.model, asked.version, asked.label, caller.key) as served:
-        signature = find_signature(served.signatures, asked.signature, PREDICT, "FAILED_PRECONDITION")
-        wanted = read_filter(signature, request.output_filter)
+    spec = read_spec(request.model_spec)
+    with manager.acquire(spec.model, spec.version, spec.label, call.key) as version:
+        signature = find_signature(version.signatures, spec.signature, PREDICT, "FAILED_PRECONDITION")
+        names = read_output_filter(signature, request.output_filter)
         inputs = read_inputs(signature, request.inputs)
-        outputs = await served.run(signature.name, inputs, count_rows(signature, inputs), caller.deadline, aside=True)
+        rows = count_rows(signature, inputs)
+        outputs = await version.run(signature.name, inputs, rows, call.deadline, off_loop=True)
         response = message_class("PredictResponse")()
-        for name in wanted:
+        for name in names:
             fill_tensor(response.outputs[name], outputs[name])
-        _answered(response.model_spec, served, signature.name)
+        _fill_model_spec(response.model_spec, version, signature.name)
         return response
 
 
-async def _examples(host: ModelManager, body: bytes, caller: Caller, method: str, fill: Callable, name: str) -> Message:
+async def _run_examples(
+    manager: ModelManager, body: bytes, call: CallInfo, method: str, fill: Callable, response_name: str
+) -> Message:
+    """Run a classify or regress request: they differ in the signature's method and the form of the result."""
     request = parse_message("ExamplesRequest", body)
-    asked, examples = read_spec(request.model_spec), serialized_examples(request.input)
-    with host.lease(asked.model, asked.version, asked.label, caller.key) as served:
-        signature = find_signature(served.signatures, asked.signature, method)
-        outputs = await _ask_examples(served, signature, examples, caller.deadline)
-        response = message_class(name)()
+    spec, examples = read_spec(request.model_spec), serialized_examples(request.input)
+    with manager.acquire(spec.model, spec.version, spec.label, call.key) as version:
+        signature = find_signature(version.signatures, spec.signature, method)
+        outputs = await _predict_examples(version, signature, examples, call.deadline)
+        response = message_class(response_name)()
         response.result.SetInParent()
         fill(response.result, outputs, len(examples))
-        _answered(response.model_spec, served, signature.name)
+        _fill_model_spec(response.model_spec, version, signature.name)
         return response
 
 
 async def classify(
-    host: ModelManager,
+    manager: ModelManager,
     body: bytes,  # ClassificationRequest
-    caller: Caller,
+    call: CallInfo,
 ) -> Message:  # ClassificationResponse
-    """Classes and scores for examples; raises ServingError."""
-    return await _examples(host, body, caller, CLASSIFY, _fill_classes, "ClassificationResponse")
+    """Predict classes and scores of examples; raises ServingError."""
+    return await _run_examples(manager, body, call, CLASSIFY, _fill_classifications, "ClassificationResponse")
 
 
 async def regress(
-    host: ModelManager,
+    manager: ModelManager,
     body: bytes,  # RegressionRequest
-    caller: Caller,
+    call: CallInfo,
 ) -> Message:  # RegressionResponse
-    """A number for each example; raises ServingError."""
-    return await _examples(host, body, caller, REGRESS, _fill_numbers, "RegressionResponse")
+    """Predict one number per example; raises ServingError."""
+    return await _run_examples(manager, body, call, REGRESS, _fill_regressions, "RegressionResponse")
 
 
 _TASKS = {
-    CLASSIFY: ("classification_result", _fill_classes),
-    REGRESS: ("regression_result", _fill_numbers),
+    CLASSIFY: ("classification_result", _fill_classifications),
+    REGRESS: ("regression_result", _fill_regressions),
 }
 
 
-def _check_tasks(tasks: Sequence[Message]) -> Asked:
-    """What all tasks of a request ask together; raises ServingError where they do not fit together."""
+def _check_tasks(tasks: Sequence[Message]) -> ModelSpec:
+    """Model spec common to all tasks of a request; raises ServingError where they do not fit together."""
     if not tasks:
         raise ServingError("INVALID_ARGUMENT", "The request has no tasks.")
-    asked = [read_spec(task.model_spec) for task in tasks]
-    if len({each[:3] for each in asked}) > 1:
-        raise ServingError("INVALID_ARGUMENT", "All tasks of a request have to ask the same version of one model.")
-    if len({each.signature for each in asked}) < len(asked):
-        raise ServingError("INVALID_ARGUMENT", "Two tasks of the request ask the same signature.")
+    specs = [read_spec(task.model_spec) for task in tasks]
+    if len({spec[:3] for spec in specs}) > 1:
+        raise ServingError("INVALID_ARGUMENT", "All tasks of a request must name the same version of one model.")
+    if len({spec.signature for spec in specs}) < len(specs):
+        raise ServingError("INVALID_ARGUMENT", "Two tasks of the request name the same signature.")
     for task in tasks:
         if task.method_name not in _TASKS:
             raise ServingError("UNIMPLEMENTED", f"Tasks are for {join_names(_TASKS)}, not '{task.method_name}'.")
-    return asked[0]
+    return specs[0]
 
 
-async def infer_several(
-    host: ModelManager,
+async def multi_inference(
+    manager: ModelManager,
     body: bytes,  # MultiInferenceRequest
-    caller: Caller,
+    call: CallInfo,
 ) -> Message:  # MultiInferenceResponse
-    """Classes, scores and numbers for the same examples; raises ServingError."""
+    """Run several signatures of one version on the same examples; raises ServingError."""
     request = parse_message("SeveralRequest", body)
-    asked, examples = _check_tasks(request.tasks), serialized_examples(request.input)
+    spec, examples = _check_tasks(request.tasks), serialized_examples(request.input)
     response = message_class("MultiInferenceResponse")()
-    with host.lease(asked.model, asked.version, asked.label, caller.key) as served:
+    with manager.acquire(spec.model, spec.version, spec.label, call.key) as version:
         for task in request.tasks:
-            signature = find_signature(served.signatures, task.model_spec.signature_name, task.method_name)
-            outputs = await _ask_examples(served, signature, examples, caller.deadline)
-            place, fill = _TASKS[task.method_name]
+            signature = find_signature(version.signatures, task.model_spec.signature_name, task.method_name)
+            outputs = await _predict_examples(version, signature, examples, call.deadline)
+            field, fill = _TASKS[task.method_name]
             result = response.results.add()
-            getattr(result, place).SetInParent()
-            fill(getattr(result, place), outputs, len(examples))
-            _answered(result.model_spec, served, signature.name)
+            getattr(result, field).SetInParent()
+            fill(getattr(result, field), outputs, len(examples))
+            _fill_model_spec(result.model_spec, version, signature.name)
     return response
 
 
 async def get_metadata(
-    host: ModelManager,
+    manager: ModelManager,
     body: bytes,  # GetModelMetadataRequest
-    caller: Caller,
+    call: CallInfo,
 ) -> Message:  # GetModelMetadataResponse
-    """What a model takes and gives; raises ServingError."""
+    """Signatures of a version; raises ServingError."""
     request = parse_message("GetModelMetadataRequest", body)
-    asked, fields = read_spec(request.model_spec), list(request.metadata_field)
+    spec, fields = read_spec(request.model_spec), list(request.metadata_field)
     if not fields:
-        raise ServingError("INVALID_ARGUMENT", "The request names no metadata_field; there is 'signature_def'.")
+        raise ServingError("INVALID_ARGUMENT", "The request names no metadata_field. Available: 'signature_def'.")
     if unknown := [name for name in fields if name != "signature_def"]:
-        raise ServingError("INVALID_ARGUMENT", f"There is no metadata_field '{unknown[0]}', but 'signature_def'.")
-    with host.lease(asked.model, asked.version, asked.label) as served:
-        return metadata_message(served.model, served.number, served.signatures)
+        raise ServingError("INVALID_ARGUMENT", f"Unknown metadata_field '{unknown[0]}'. Available: 'signature_def'.")
+    with manager.acquire(spec.model, spec.version, spec.label) as version:
+        return metadata_message(version.model, version.number, version.signatures)
 
 
 def check_config(
-    host: ModelManager,
+    manager: ModelManager,
     config: Message,  # ModelServerConfig
 ) -> None:
-    """Raise ServingError for a configuration that asks for more than to look at what is served already."""
+    """Raise ServingError for a configuration that differs from what is served.
+
+    TF Serving loads any folder that a client names. A SavedModel is a program, so here a client may at most repeat the
+    present configuration. Versions, labels and traffic are decided in the registry.
+    """
     if config.WhichOneof("config") == "custom_model_config":
-        raise ServingError("UNIMPLEMENTED", "A configuration of another platform is not understood.")
-    for told in config.model_config_list.config:
-        if told.name not in host.models():
+        raise ServingError("UNIMPLEMENTED", "A configuration of another platform is not supported.")
+    for model in config.model_config_list.config:
+        if model.name not in manager.names():
+            served = join_names(manager.names())
             raise ServingError(
-                "PERMISSION_DENIED",
-                f"Model '{told.name}' is not served, and no client can add it. Served: {join_names(host.models())}.",
+                "PERMISSION_DENIED", f"Model '{model.name}' is not served, and no client can add it. Served: {served}."
             )
-        if told.base_path and not _is_served(host, told.name, told.base_path):
-            raise ServingError("PERMISSION_DENIED", f"Model '{told.name}' is served from where it is, not elsewhere.")
-        if told.version_labels or told.HasField("model_version_policy"):
+        if model.base_path and not _is_served_from(manager, model.name, model.base_path):
+            raise ServingError("PERMISSION_DENIED", f"Model '{model.name}' is served from where it is, not elsewhere.")
+        if model.version_labels or model.HasField("model_version_policy"):
             raise ServingError(
                 "UNIMPLEMENTED",
                 "Versions and labels follow the registry (mlkit promote, mlkit rollback), not a request.",
             )
 
 
-def _is_served(host: ModelManager, name: str, path: str) -> bool:
-    """Whether the versions of a model lie in that folder."""
-    return any(str(version.folder.parent) == path.rstrip("/") for version in host.state(name).loaded.values())
+def _is_served_from(manager: ModelManager, name: str, path: str) -> bool:
+    return any(str(version.folder.parent) == path.rstrip("/") for version in manager.model(name).loaded.values())
 
 
 async def get_status(
-    host: ModelManager,
+    manager: ModelManager,
     body: bytes,  # GetModelStatusRequest
-    caller: Caller,
+    call: CallInfo,
 ) -> Message:  # GetModelStatusResponse
-    """How far the versions of a model are; raises ServingError."""
-    asked = read_spec(parse_message("GetModelStatusRequest", body).model_spec)
+    """States of a model's versions, with the reason of rejected ones; raises ServingError."""
+    spec = read_spec(parse_message("GetModelStatusRequest", body).model_spec)
     response = message_class("GetModelStatusResponse")()
     states, codes = (
         message_pool().FindEnumTypeByName(f"tensorflow.{name}").values_by_name
         for name in ("serving.ModelVersionStatus.State", "error.Code")
     )
-    for told in host.statuses(asked.model, asked.version, asked.label):
-        row = response.model_version_status.add(version=told.version, state=states[told.state].number)
-        row.status.error_code, row.status.error_message = codes[told.code].number, told.message
+    for status in manager.statuses(spec.model, spec.version, spec.label):
+        row = response.model_version_status.add(version=status.version, state=states[status.state].number)
+        row.status.error_code, row.status.error_message = codes[status.code].number, status.message
     return response
 
 
 async def reload_config(
-    reload: Callable[[str], Awaitable[None]],  # look at the sources now, for somebody
-    host: ModelManager,
+    reload: Callable[[str], Awaitable[None]],  # polls the sources; takes the principal's name
+    manager: ModelManager,
     body: bytes,  # ReloadConfigRequest
-    caller: Caller,
+    call: CallInfo,
 ) -> Message:  # ReloadConfigResponse
-    """Look at the sources now, for administrators and callers on this machine; raises ServingError."""
-    if not caller.administrator and not caller.peer.startswith(("ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]", "unix:")):
-        raise ServingError("PERMISSION_DENIED", "Only callers on the server's own machine may ask for this.")
-    check_config(host, parse_message("ReloadConfigRequest", body).config)
-    await reload(caller.name or caller.peer)
+    """Poll the sources now, for administrators and clients on this machine; raises ServingError."""
+    if not call.administrator and not call.peer.startswith(("ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]", "unix:")):
+        raise ServingError("PERMISSION_DENIED", "Only clients on the server's own machine may call this.")
+    check_config(manager, parse_message("ReloadConfigRequest", body).config)
+    await reload(call.principal or call.peer)
     response = message_class("ReloadConfigResponse")()
     response.status.SetInParent()
     return response
 
 
 _log = logging.getLogger("mlkit.serving")
-_COUNTED = ("Predict", "Classify", "Regress", "MultiInference")  # what TF Serving's metrics count
-_ACTS = {"HandleReloadConfigRequest": "reload"}  # what administrators do, and what it is called in the record
-_LONGEST = 500  # characters of an error; all headers together have 8 KiB, and a character may take 12 bytes there
+_INFERENCE = ("Predict", "Classify", "Regress", "MultiInference")  # methods in TF Serving's metrics
+_ACTIONS = {"HandleReloadConfigRequest": "reload"}  # administrative methods, and their names in the audit log
+_MAX_MESSAGE = 500  # characters; all headers together have 8 KiB, and a character may take 12 bytes there
 
 
-def _grpc() -> Any:
+def _import_grpc() -> Any:
     try:
         import grpc.aio
     except ImportError as error:
@@ -312,91 +323,91 @@ def _grpc() -> Any:
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What is around every call."""
+class CallPolicy:
+    """Timeout, authentication and telemetry of all calls."""
 
-    timeout: float  # seconds that a call without a deadline has
+    timeout: float  # seconds for a call without a deadline
     telemetry: Telemetry | None = None
-    access: Authenticator | None = None  # None: everybody may ask
-    certificates: bool = False  # whether callers may have shown one
-    refused: Callable[[str, str, ServingError], Awaitable[None]] | None = None  # is told who asked what in vain
+    auth: Authenticator | None = None  # None: no authentication
+    client_certificates: bool = False  # whether clients may have shown a certificate
+    on_denied: Callable[[str, str, ServingError], Awaitable[None]] | None = None  # principal, action, error
 
 
-def _certified(around: Surroundings, context: Any) -> str:
-    """The name in the certificate that a caller has shown; "" without one."""
-    return grpc_certificate_name(context.auth_context()) if around.certificates else ""
+def _certificate_name(policy: CallPolicy, context: Any) -> str:
+    """Name in the client certificate; "" without one."""
+    return grpc_certificate_name(context.auth_context()) if policy.client_certificates else ""
 
 
-async def _caller(around: Surroundings, name: str, headers: Mapping[bytes, bytes], context: Any) -> Caller:
-    """Who calls, and until when an answer is wanted; raises ServingError for somebody who may not."""
-    left, who = context.time_remaining(), ""
-    known = _certified(around, context)
-    if around.access is not None:
-        scope = "admin" if name in _ACTS else "predict" if name in _COUNTED else None
-        known = (await around.access.check(headers, scope)).name
-        who = known if scope == "admin" else ""
-    if known and (request := current_request.get()):
-        request.caller = known
+async def _authorize(policy: CallPolicy, name: str, headers: Mapping[bytes, bytes], context: Any) -> CallInfo:
+    """Authenticate and authorize a call; raises ServingError for a denied one."""
+    remaining, administrator = context.time_remaining(), ""
+    principal = _certificate_name(policy, context)
+    if policy.auth is not None:
+        scope = "admin" if name in _ACTIONS else "predict" if name in _INFERENCE else None
+        principal = (await policy.auth.authorize(headers, scope)).name
+        administrator = principal if scope == "admin" else ""
+    if principal and (request := current_request.get()):
+        request.client = principal
     key = headers.get(b"traffic-key", b"").decode(errors="replace")
-    seconds = around.timeout if left is None else min(around.timeout, left)
-    return Caller(time.monotonic() + seconds, key, context.peer(), who, known)
+    seconds = policy.timeout if remaining is None else min(policy.timeout, remaining)
+    return CallInfo(time.monotonic() + seconds, key, context.peer(), administrator, principal)
 
 
-async def _note_refusal(around: Surroundings, name: str, error: ServingError, context: Any) -> None:
-    """Tell of an administrator's act that somebody may not ask for."""
-    if around.refused is None or name not in _ACTS or error.code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+async def _audit_denial(policy: CallPolicy, name: str, error: ServingError, context: Any) -> None:
+    """Report a denied administrative action."""
+    if policy.on_denied is None or name not in _ACTIONS or error.code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return
-    who = getattr(error, "caller", "") or _certified(around, context) or context.peer()
-    await around.refused(who, _ACTS[name], error)
+    principal = getattr(error, "principal", "") or _certificate_name(policy, context) or context.peer()
+    await policy.on_denied(principal, _ACTIONS[name], error)
 
 
 def _headers(context: Any) -> dict[bytes, bytes]:
-    """Metadata of a call, as REST has its headers."""
-    told = context.invocation_metadata() or ()
-    return {name.encode(): value if isinstance(value, bytes) else value.encode() for name, value in told}
+    """Metadata of a call, in the form of REST headers."""
+    metadata = context.invocation_metadata() or ()
+    return {name.encode(): value if isinstance(value, bytes) else value.encode() for name, value in metadata}
 
 
 async def _abort(context: Any, error: ServingError, metadata: tuple[tuple[str, str], ...]) -> None:
-    """End a call with an error."""
-    codes = _grpc().StatusCode
-    told = error.message if len(error.message) <= _LONGEST else error.message[: _LONGEST - 3] + "..."
+    """End a call with an error; an overloaded server tells clients with a retry policy when to retry."""
+    codes = _import_grpc().StatusCode
+    message = error.message if len(error.message) <= _MAX_MESSAGE else error.message[: _MAX_MESSAGE - 3] + "..."
     if error.retry_after is not None:
         metadata += (("grpc-retry-pushback-ms", str(round(error.retry_after * 1000))),)
-    await context.abort(codes[error.code], told, metadata)
+    await context.abort(codes[error.code], message, metadata)
 
 
-async def answer_call(
-    around: Surroundings,
+async def handle_call(
+    policy: CallPolicy,
     name: str,  # of the method
-    method: Callable[[bytes, Caller], Awaitable[Message]],
+    method: Callable[[bytes, CallInfo], Awaitable[Message]],
     body: bytes,
     context: Any,  # grpc.aio.ServicerContext
 ) -> bytes:
-    """Answer one call, also with an error."""
-    headers, refusal, answer, metadata = _headers(context), None, b"", ()
-    counted = around.telemetry if name in _COUNTED else None
+    """Handle one call; unexpected errors are logged, and the client gets no details."""
+    headers, failure, response, metadata = _headers(context), None, b"", ()
+    counted = policy.telemetry if name in _INFERENCE else None
     if counted is not None:
-        request = counted.begin("GRPC", headers.get(b"traceparent"))
+        request = counted.start_request("GRPC", headers.get(b"traceparent"))
         metadata = (("traceparent", request.trace.header.decode()),)
     try:
-        answer = (await method(body, await _caller(around, name, headers, context))).SerializeToString()
+        response = (await method(body, await _authorize(policy, name, headers, context))).SerializeToString()
     except ServingError as error:
-        refusal = error
+        failure = error
     except asyncio.CancelledError:
-        refusal = ServingError("CANCELLED", "The caller has gone.")
+        failure = ServingError("CANCELLED", "The client has disconnected.")
         raise
-    except Exception:  # a defect of ours, or of a model
+    except Exception:  # a defect of the server, or of a model
         _log.exception("A gRPC call failed")
-        refusal = ServingError("INTERNAL", "The server failed; its log says why.")
+        failure = ServingError("INTERNAL", "The server failed; its log has the reason.")
     finally:
         if counted is not None:
-            counted.end(request, name, *((refusal.code, refusal.message) if refusal else ()))
-    if refusal is not None:
-        await _note_refusal(around, name, refusal, context)
-        await _abort(context, refusal, metadata)
+            counted.end_request(request, name, *((failure.code, failure.message) if failure else ()))
+    if failure is not None:
+        await _audit_denial(policy, name, failure, context)
+        await _abort(context, failure, metadata)
         return b""
     context.set_trailing_metadata(metadata)
-    return answer
+    return response
 
 
 SERVICES = {
@@ -404,35 +415,35 @@ SERVICES = {
         "Predict": predict,
         "Classify": classify,
         "Regress": regress,
-        "MultiInference": infer_several,
+        "MultiInference": multi_inference,
         "GetModelMetadata": get_metadata,
     },
     "tensorflow.serving.ModelService": {"GetModelStatus": get_status, "HandleReloadConfigRequest": reload_config},
 }
 
 
-def _health_service(host: ModelManager) -> Any:
-    """A health service that looks at the models before it answers."""
+def _health_service(manager: ModelManager) -> Any:
+    """Health servicer that reports the models' present readiness, to watchers within half a second."""
     from grpc_health.v1 import health, health_pb2
 
     states = health_pb2.HealthCheckResponse
 
     class Health(health.aio.HealthServicer):
-        """Tells what is so."""
+        """Standard health service, for the server (the empty name) and each of its services."""
 
         async def refresh(self) -> None:
-            """Have it agree with the models in service."""
-            present = states.SERVING if host.ready else states.NOT_SERVING
+            """Update the status from the models."""
+            status = states.SERVING if manager.ready else states.NOT_SERVING
             for name in ("", *SERVICES):
-                if self._server_status.get(name) != present:
-                    await self.set(name, present)
+                if self._server_status.get(name) != status:
+                    await self.set(name, status)
 
         async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 (gRPC's name)
             await self.refresh()
             return await super().Check(request, context)
 
         async def keep_fresh(self) -> None:
-            """For those who watch."""
+            """Update the status regularly, for watchers."""
             while True:
                 await self.refresh()
                 await asyncio.sleep(0.5)
@@ -441,13 +452,13 @@ def _health_service(host: ModelManager) -> Any:
 
 
 def bound_methods(
-    host: ModelManager,
-    reload: Callable[[str], Awaitable[None]],  # look at the sources now, for somebody
-) -> dict[str, dict[str, Callable[[bytes, Caller], Awaitable[Message]]]]:  # of each service, by name
-    """The methods of `SERVICES` for the models of a host."""
+    manager: ModelManager,
+    reload: Callable[[str], Awaitable[None]],  # polls the sources; takes the principal's name
+) -> dict[str, dict[str, Callable[[bytes, CallInfo], Awaitable[Message]]]]:  # by service and method
+    """Methods of `SERVICES`, bound to the models of a manager."""
     return {
         service: {
-            name: functools.partial(method, *([reload] if method is reload_config else []), host)
+            name: functools.partial(method, *([reload] if method is reload_config else []), manager)
             for name, method in methods.items()
         }
         for service, methods in SERVICES.items()
@@ -455,13 +466,13 @@ def bound_methods(
 
 
 def _add_services(
-    server: Any, host: ModelManager, around: Surroundings, reload: Callable[[str], Awaitable[None]]
+    server: Any, manager: ModelManager, policy: CallPolicy, reload: Callable[[str], Awaitable[None]]
 ) -> None:
-    """Let a server answer for the services of TF Serving."""
-    grpc = _grpc()
-    for service, methods in bound_methods(host, reload).items():
+    """Register TF Serving's services, with bytes as requests and responses."""
+    grpc = _import_grpc()
+    for service, methods in bound_methods(manager, reload).items():
         handlers = {
-            name: grpc.unary_unary_rpc_method_handler(functools.partial(answer_call, around, name, method))
+            name: grpc.unary_unary_rpc_method_handler(functools.partial(handle_call, policy, name, method))
             for name, method in methods.items()
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
@@ -470,7 +481,7 @@ def _add_services(
 def add_reflection(
     server: Any,  # grpc.aio.Server
 ) -> None:
-    """Let a server tell what it speaks."""
+    """Register server reflection, with which grpcurl and its like need no .proto files."""
     from grpc_health.v1 import health, health_pb2
     from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -481,38 +492,42 @@ def add_reflection(
 
 
 class GrpcServer:
-    """A server that answers."""
+    """Running gRPC server."""
 
     def __init__(self, server: Any, health: Any, port: int):
         self._server, self._health, self.port = server, health, port
-        self._fresh = asyncio.get_running_loop().create_task(health.keep_fresh())
+        self._refresher = asyncio.get_running_loop().create_task(health.keep_fresh())
 
     async def stop(
         self,
-        grace: float = 30.0,  # seconds that calls have to end
+        grace: float = 30.0,  # shutdown grace period, seconds
     ) -> None:
-        """Take no more calls, and end when the last one is answered."""
-        self._fresh.cancel()
+        """Accept no more calls, and end with the last one in progress."""
+        self._refresher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await self._fresh
+            await self._refresher
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
 
 
 async def start_grpc(
-    host: ModelManager,
-    address: str,  # "127.0.0.1:8500"; port 0 is any that is free
+    manager: ModelManager,
+    address: str,  # "127.0.0.1:8500"; port 0 is any free port
     *,
-    message_bytes: int = 64 * 2**20,  # the longest request
-    calls: int = 4096,  # at once; more are refused
+    message_bytes: int = 64 * 2**20,  # largest request
+    calls: int = 4096,  # maximum calls in progress
     credentials: Any = None,  # grpc.ServerCredentials; None: no TLS
-    reload: Callable[[str], Awaitable[None]] | None = None,  # look at the sources now; by default in this process
+    reload: Callable[[str], Awaitable[None]] | None = None,  # polls the sources; default: in this process
     telemetry: Telemetry | None = None,
-    access: Authenticator | None = None,  # None: everybody may ask
-    refused: Callable[[str, str, ServingError], Awaitable[None]] | None = None,  # is told who asked what in vain
+    auth: Authenticator | None = None,  # None: no authentication
+    on_denied: Callable[[str, str, ServingError], Awaitable[None]] | None = None,  # principal, action, error
 ) -> GrpcServer:
-    """Answer gRPC on this event loop; raises InputError for a port in use."""
-    grpc = _grpc()
+    """Serve gRPC on this event loop; raises InputError for a port in use.
+
+    Several processes listen on one port, and the kernel distributes connections. gRPC itself rejects messages above
+    the limit before they are read, and calls above the limit.
+    """
+    grpc = _import_grpc()
     options = (
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", -1),
@@ -520,14 +535,14 @@ async def start_grpc(
     )
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
 
-    async def reload_here(who: str) -> None:
-        await host.reload()
+    async def reload_this_process(principal: str) -> None:
+        await manager.reload()
 
-    around = Surroundings(host.limits.timeout, telemetry, access, credentials is not None, refused)
-    _add_services(server, host, around, reload or reload_here)
+    policy = CallPolicy(manager.batching.timeout, telemetry, auth, credentials is not None, on_denied)
+    _add_services(server, manager, policy, reload or reload_this_process)
     from grpc_health.v1 import health_pb2_grpc
 
-    health = _health_service(host)
+    health = _health_service(manager)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     add_reflection(server)
     try:

@@ -1,4 +1,7 @@
-"""Options of the model server."""
+"""Options of the model server, in one place; its processes receive them as JSON.
+
+The processes do what the options said when the server started, whatever has become of the settings since.
+"""
 
 import dataclasses
 import json
@@ -9,7 +12,7 @@ from typing import Any
 
 from mlkit.config import Settings
 from mlkit.registry.audit_log import current_user
-from mlkit.serving.auth import AuthOptions, Audit
+from mlkit.serving.auth import Audit, AuthOptions
 from mlkit.serving.batcher import BatchingConfig
 from mlkit.serving.sources import FolderSource, RegistrySource, Source
 from mlkit.serving.tls import TlsOptions
@@ -17,14 +20,14 @@ from mlkit.serving.tls import TlsOptions
 
 @dataclass(frozen=True)
 class ServedPath:
-    """A model to be served, and where its versions are."""
+    """Model to serve: a name, and the location of its versions."""
 
-    name: str  # in URLs
-    path: str = ""  # of a SavedModel, of a folder of versions, or of a run
+    name: str  # name in URLs
+    path: str = ""  # SavedModel, folder of versions, or run
     reference: str = ""  # in the registry: churn, churn@champion, churn/3
 
     def source(self, options: "ServerOptions") -> Source:
-        """Where its versions come from; raises NotFoundError."""
+        """Source of the model's versions; raises NotFoundError."""
         if self.reference:
             return RegistrySource(self.reference, options.registry or None, options.verify)
         return FolderSource(self.path, options.runtime)
@@ -32,80 +35,81 @@ class ServedPath:
 
 @dataclass(frozen=True)
 class LogOptions:
-    """What a server writes down."""
+    """Logs of a server. No request data is logged by default, and sensitive features never."""
 
-    folder: str = ""  # of the audit log, and of requests that are logged; empty: neither is written
-    lines: str = "text"  # or json
-    requests: str = "errors"  # that get a line: all, errors or none
-    share: float = 0.0  # of requests that are logged with their answers
-    form: str = "jsonl"  # of mlkit.serving.request_log.LOG_FORMATS
-    sensitive: tuple[str, ...] = ()  # features that are told nowhere
+    folder: str = ""  # folder of the audit log and the request log; empty: neither is written
+    lines: str = "text"  # format of log lines: text or json
+    requests: str = "errors"  # requests that get a log line: all, errors or none
+    share: float = 0.0  # sampling rate of the request log
+    form: str = "jsonl"  # format of the request log, one of mlkit.serving.request_log.LOG_FORMATS
+    sensitive: tuple[str, ...] = ()  # features that must not appear in logs
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "LogOptions":
-        """What the section `[serving]` says."""
-        told = settings.serving
-        sensitive = tuple(filter(None, (name.strip() for name in told.sensitive.split(","))))
-        return cls(str(told.logs), told.lines, told.requests, told.share, told.form, sensitive)
+        """Options of the section `[serving]`."""
+        section = settings.serving
+        sensitive = tuple(filter(None, (name.strip() for name in section.sensitive.split(","))))
+        return cls(str(section.logs), section.lines, section.requests, section.share, section.form, sensitive)
 
     def audit(self) -> Audit | None:
-        """The record of administrative acts, if one is wanted."""
+        """Audit log of administrative actions; None without a folder."""
         return Audit(Path(self.folder) / "audit.jsonl") if self.folder else None
 
     def record(
         self,
-        what: str,
+        action: str,
         result: str,
-        **facts: Any,  # ready for JSON
+        **details: Any,  # JSON-compatible values
     ) -> None:
-        """Write down what whoever runs the server has done; raises StorageError."""
+        """Record an action of the server's operator in the audit log; raises StorageError."""
         if audit := self.audit():
-            audit.add(current_user(), what, result, **facts)
+            audit.record(current_user(), action, result, **details)
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What a server is told; it travels to its processes as JSON."""
+    """Options of a server."""
 
     models: tuple[ServedPath, ...]
-    host: str = "127.0.0.1"
-    port: int = 8501  # 0: any that is free
+    host: str = "127.0.0.1"  # address to listen on
+    port: int = 8501  # REST; 0: any free port
     grpc_port: int | None = None  # None: no gRPC
     processes: int = 1
-    runtime: str = "tensorflow"  # of mlkit.serving.runtimes.RUNTIMES
-    kind: str = "float32"  # of converted models
-    registry: str = ""  # folder; by default the setting registry.root
-    verify: bool = True  # models of the registry have to be signed
-    limits: BatchingConfig = field(default_factory=BatchingConfig)
-    shadow: str = ""  # alias of the version that is asked in the shadow of the default
-    body_bytes: int = 64 * 2**20
-    cache_bytes: int = 0
-    poll: float = 0.5  # seconds between two looks at the sources
-    grace: float = 30.0  # seconds that requests have when the server stops
-    access: AuthOptions = field(default_factory=AuthOptions)  # who may ask; by default everybody
+    runtime: str = "tensorflow"  # one of mlkit.serving.runtimes.RUNTIMES
+    kind: str = "float32"  # precision variant of converted models
+    registry: str = ""  # folder; default: the setting registry.root
+    verify: bool = True  # registered models must be signed
+    limits: BatchingConfig = field(default_factory=BatchingConfig)  # batching and queue limits
+    shadow: str = ""  # alias of the version that receives shadow traffic
+    body_bytes: int = 64 * 2**20  # largest request body
+    cache_bytes: int = 0  # size of the response cache; 0: no cache
+    poll: float = 0.5  # seconds between two polls of the sources
+    grace: float = 30.0  # shutdown grace period, seconds
+    access: AuthOptions = field(default_factory=AuthOptions)  # authentication; default: none
     tls: TlsOptions = field(default_factory=TlsOptions)
     logs: LogOptions = field(default_factory=LogOptions)
-    origins: tuple[str, ...] = ()  # of web pages that may ask from a browser
+    origins: tuple[str, ...] = ()  # allowed CORS origins
 
     @property
     def public(self) -> bool:
-        """Whether other machines reach it."""
+        """Whether other machines can reach the server."""
         return not self.host.startswith(("127.", "::1", "localhost"))
 
     @property
-    def divided(self) -> bool:
-        """Whether each process has a socket of its own: one that is common to all gives most callers to one of them."""
+    def reuse_port(self) -> bool:
+        """Whether each process has a socket of its own: a shared one gives most connections to one process."""
         return self.processes > 1 and sys.platform == "linux"
 
     def to_json(self) -> str:
-        """For another process."""
+        """Serialize for another process."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "ServerOptions":
-        """From another process."""
-        told = json.loads(text)
-        told["models"] = tuple(ServedPath(**each) for each in told["models"])
-        told["logs"]["sensitive"], told["origins"] = tuple(told["logs"]["sensitive"]), tuple(told["origins"])
-        parts = {"limits": BatchingConfig, "access": AuthOptions, "tls": TlsOptions, "logs": LogOptions}
-        return cls(**told | {name: part(**told[name]) for name, part in parts.items()})
+        """Options from `to_json`."""
+        record = json.loads(text)
+        record["models"] = tuple(ServedPath(**model) for model in record["models"])
+        record["logs"]["sensitive"] = tuple(record["logs"]["sensitive"])
+        record["origins"] = tuple(record["origins"])
+        sections = {"limits": BatchingConfig, "access": AuthOptions, "tls": TlsOptions, "logs": LogOptions}
+        return cls(**record | {name: section(**record[name]) for name, section in sections.items()})

@@ -1,4 +1,9 @@
-"""TF Serving's REST interface over the versions in service: predict, classify, regress, status and metadata, with its bodies and its codes."""
+"""TF Serving's REST API over the loaded versions: predict, classify, regress, status and metadata.
+
+The ASGI application handles inference, status, metadata and probes itself, without a framework: they are nearly all of
+a server's requests. FastAPI provides the documentation and the admin API; it takes half a second to import, so it is
+loaded with the first request that needs it. Request and response bodies are handled by `mlkit.serving.protocol`.
+"""
 
 import asyncio
 import contextlib
@@ -39,7 +44,7 @@ _PATH = re.compile(
 
 
 class Target(NamedTuple):
-    """What a path means."""
+    """Parsed request path: a verb on a model, optionally on a version or a label."""
 
     model: str
     version: int | None
@@ -49,307 +54,322 @@ class Target(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def read_path(
-    path: str,  # of a URL, without what follows a question mark
+    path: str,  # of a URL, without the query
 ) -> Target | None:
-    """What a path means; None for one that is none of the interface."""
-    found = _PATH.fullmatch(path)
-    if found is None:
+    """Parse a request path; None for a path outside TF Serving's API."""
+    match = _PATH.fullmatch(path)
+    if match is None:
         return None
-    model, version, label, verb, metadata = found.groups()
-    told = verb.lower() if verb else "metadata" if metadata else "status"
-    return Target(model, int(version) if version else None, label, told)
+    model, version, label, verb, metadata = match.groups()
+    verb = verb.lower() if verb else "metadata" if metadata else "status"
+    return Target(model, int(version) if version else None, label, verb)
 
 
-class _TooLarge(Exception):
+class _BodyTooLargeError(Exception):
     pass
 
 
-class _Gone(Exception):
+class _DisconnectedError(Exception):
     pass
 
 
 async def _read_body(headers: Mapping[bytes, bytes], receive: Callable[[], Awaitable[dict]], limit: int) -> bytes:
     announced = headers.get(b"content-length", b"0")
     if announced.isdigit() and int(announced) > limit:
-        raise _TooLarge
+        raise _BodyTooLargeError
     message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):  # the usual case: all at once
+    if message["type"] == "http.request" and not message.get("more_body"):  # the usual case: one message
         if len(message["body"]) > limit:
-            raise _TooLarge
+            raise _BodyTooLargeError
         return message["body"]
     parts, size = [], 0
     while True:
         if message["type"] != "http.request":
-            raise _Gone
+            raise _DisconnectedError
         parts.append(message["body"])
         size += len(message["body"])
         if size > limit:
-            raise _TooLarge
+            raise _BodyTooLargeError
         if not message.get("more_body"):
             return b"".join(parts)
         message = await receive()
 
 
-def _error_body(text: str) -> bytes:
-    return write_error(ServingError("INVALID_ARGUMENT", text))
+def _error_body(message: str) -> bytes:
+    return write_error(ServingError("INVALID_ARGUMENT", message))
 
 
-class _Bodies:
-    """Reads bodies of so many bytes in so many seconds."""
+class _BodyReader:
+    """Reads request bodies within a limit of bytes and seconds.
+
+    A timer per body would cost as much as reading it. One timer serves all: it fires when the oldest body is due, and
+    bodies past their time end with `TimeoutError`.
+    """
 
     def __init__(self, limit: int, seconds: float):
         self._limit, self._seconds, self._timer = limit, seconds, None
-        self._since: dict[asyncio.Task, float] = {}  # the oldest first
+        self._started: dict[asyncio.Task, float] = {}  # oldest first
 
     async def read(self, headers: Mapping[bytes, bytes], receive: Callable[[], Awaitable[dict]]) -> bytes:
         task, now = asyncio.current_task(), time.monotonic()
-        self._since[task] = now
+        self._started[task] = now
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._look)
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expire)
         try:
             return await _read_body(headers, receive, self._limit)
         except asyncio.CancelledError:
-            if task in self._since:  # somebody else has cancelled it
+            if task in self._started:  # not cancelled by the timer
                 raise
             task.uncancel()
             raise TimeoutError from None
         finally:
-            self._since.pop(task, None)
+            self._started.pop(task, None)
 
-    def _look(self) -> None:
+    def _expire(self) -> None:
         now = time.monotonic()
-        for task in [task for task, since in self._since.items() if now >= since + self._seconds]:
-            del self._since[task]
+        for task in [task for task, started in self._started.items() if now >= started + self._seconds]:
+            del self._started[task]
             task.cancel()
-        oldest = next(iter(self._since.values()), None)
-        left = None if oldest is None else oldest + self._seconds - now
-        self._timer = None if left is None else asyncio.get_running_loop().call_later(left, self._look)
+        oldest = next(iter(self._started.values()), None)
+        delay = None if oldest is None else oldest + self._seconds - now
+        self._timer = None if delay is None else asyncio.get_running_loop().call_later(delay, self._expire)
 
 
 class ResponseCache:
-    """The answers of late, up to so many bytes."""
+    """Least-recently-used cache of response bodies, by version and request body."""
 
     def __init__(
         self,
-        limit: int,  # bytes of questions and answers
+        limit: int,  # bytes of keys and responses
     ):
         self.limit, self.size, self.hits, self.misses = limit, 0, 0, 0
-        self._answers: OrderedDict[tuple, bytes] = OrderedDict()
+        self._responses: OrderedDict[tuple, bytes] = OrderedDict()
 
     def get(self, key: tuple) -> bytes | None:
-        """The answer to a question, if it is known."""
-        answer = self._answers.get(key)
-        if answer is None:
+        """Cached response for a key."""
+        response = self._responses.get(key)
+        if response is None:
             self.misses += 1
             return None
-        self._answers.move_to_end(key)
+        self._responses.move_to_end(key)
         self.hits += 1
-        return answer
+        return response
 
-    def put(self, key: tuple, answer: bytes) -> None:
-        """Keep an answer; one that takes more than a tenth of the room is not kept."""
-        size = self._size(key, answer)
+    def put(self, key: tuple, response: bytes) -> None:
+        """Cache a response, unless it takes more than a tenth of the cache."""
+        size = self._size(key, response)
         if size * 10 > self.limit:
             return
-        if key in self._answers:
-            self.size -= self._size(key, self._answers.pop(key))
-        self._answers[key] = answer
+        if key in self._responses:
+            self.size -= self._size(key, self._responses.pop(key))
+        self._responses[key] = response
         self.size += size
         while self.size > self.limit:
-            self.size -= self._size(*self._answers.popitem(last=False))
+            self.size -= self._size(*self._responses.popitem(last=False))
 
     @staticmethod
-    def _size(key: tuple, answer: bytes) -> int:
-        return len(answer) + sum(len(part) for part in key if isinstance(part, bytes)) + 200
+    def _size(key: tuple, response: bytes) -> int:
+        return len(response) + sum(len(part) for part in key if isinstance(part, bytes)) + 200
 
 
 _log = logging.getLogger("mlkit.serving")
-CERTIFICATE = "mlkit.certificate"  # where a connection's state has the name in the certificate that was shown
-CLOSE = (b"connection", b"close")  # a header
+CERTIFICATE = "mlkit.certificate"  # key of the client certificate's name in a connection's state
+CLOSE = (b"connection", b"close")  # header
 _JSON = (b"content-type", b"application/json")
 
 
 class RestApplication:
-    """An ASGI application that answers for models in service."""
+    """ASGI application for TF Serving's REST API and the admin API.
+
+    Request headers: requests with the same `traffic-key` reach the same version where traffic is split, and
+    `request-timeout` limits the time to the response. Response headers: `model-version` names the version that
+    predicted, `traceparent` the trace.
+    """
 
     def __init__(
         self,
-        host: ModelManager,
+        manager: ModelManager,
         *,
-        body_bytes: int = 64 * 2**20,  # the longest body
-        cache_bytes: int = 0,  # room for answers that come again; 0: none are kept
-        readiness: Callable[[], dict[str, Any]] | None = None,  # more about the server, beside {"ready": ...}
-        reload: Callable[[str], Awaitable[None]] | None = None,  # look at the sources now, for somebody
+        body_bytes: int = 64 * 2**20,  # largest request body
+        cache_bytes: int = 0,  # size of the response cache; 0: no cache
+        readiness: Callable[[], dict[str, Any]] | None = None,  # more fields for /readyz
+        reload: Callable[[str], Awaitable[None]] | None = None,  # polls the sources; takes the principal's name
         telemetry: Telemetry | None = None,
-        access: Authenticator | None = None,  # None: everybody may ask
-        certificates: bool = False,  # whether callers have shown one: its name is in the scope's state
-        refused: Callable[[str, str, ServingError], Awaitable[None]] | None = None,  # is told who asked what in vain
+        auth: Authenticator | None = None,  # None: no authentication
+        client_certificates: bool = False,  # whether the scope's state has the name in a client certificate
+        on_denied: Callable[[str, str, ServingError], Awaitable[None]] | None = None,  # principal, action, error
     ):
-        self.host, self.body_bytes, self._readiness = host, body_bytes, readiness or dict
-        self._bodies = _Bodies(body_bytes, host.limits.timeout)
-        self._reload, self._telemetry, self._access = reload or self._reload_here, telemetry, access
-        self._refused, self._asks_who = refused, access is not None or certificates
+        self.manager, self.body_bytes, self._readiness = manager, body_bytes, readiness or dict
+        self._bodies = _BodyReader(body_bytes, manager.batching.timeout)
+        self._reload, self._telemetry, self.auth = reload or self._reload_this_process, telemetry, auth
+        self._on_denied, self._identifies = on_denied, auth is not None or client_certificates
         self.cache = ResponseCache(cache_bytes) if cache_bytes else None
         self.draining = False
-        self._rest: Callable | None = None
+        self._admin_api: Callable | None = None
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return
         target = read_path(scope["path"])
         if target is None or scope["method"] not in ("GET", "POST"):
-            await self._other(scope, receive, send)
+            await self._handle_other(scope, receive, send)
             return
-        with contextlib.suppress(_Gone):
-            status, told, body = await self.answer(target, scope, receive)
-            await send({"type": "http.response.start", "status": status, "headers": told})
+        with contextlib.suppress(_DisconnectedError):
+            status, headers, body = await self.respond(target, scope, receive)
+            await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
 
-    async def answer(
+    async def respond(
         self,
         target: Target,
-        scope: Mapping[str, Any],  # as ASGI has it
-        receive: Callable[[], Awaitable[dict]] | None,  # as ASGI has it; None where the body has come already
-        body: bytes | None = None,  # of the request, where it has
+        scope: Mapping[str, Any],  # ASGI scope
+        receive: Callable[[], Awaitable[dict]] | None,  # ASGI receive; None where the body has arrived
+        body: bytes | None = None,  # request body, if it has arrived
     ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-        """Status, headers and body of an answer."""
+        """Status, headers and body of the response to a request of TF Serving's API."""
         counted = self._telemetry if scope["method"] == "POST" and target.verb in INFERENCE else None
-        headers, end = dict(scope["headers"]), ("CANCELLED", "The caller has gone.")
-        request = counted and counted.begin("REST", headers.get(b"traceparent"))
+        headers, outcome = dict(scope["headers"]), ("CANCELLED", "The client has disconnected.")
+        request = counted and counted.start_request("REST", headers.get(b"traceparent"))
         try:
-            status, told, answer, end = await self._answer(target, scope, headers, receive, body)
+            status, response_headers, content, outcome = await self._respond(target, scope, headers, receive, body)
         finally:
             if counted:
-                counted.end(request, target.verb, *end)
+                counted.end_request(request, target.verb, *outcome)
         if request:
-            told.append((b"traceparent", request.trace.header))
-        told.append((b"content-length", b"%d" % len(answer)))
-        if self.draining and CLOSE not in told:
-            told.append(CLOSE)
-        return status, told, answer
+            response_headers.append((b"traceparent", request.trace.header))
+        response_headers.append((b"content-length", b"%d" % len(content)))
+        if self.draining and CLOSE not in response_headers:
+            response_headers.append(CLOSE)
+        return status, response_headers, content
 
-    async def _answer(
+    async def _respond(
         self, target: Target, scope: Mapping, headers: dict[bytes, bytes], receive: Callable | None, body: bytes | None
     ) -> tuple[int, list, bytes, tuple]:
-        """Status, headers and body; code and words of an error."""
+        """Status, headers and body; code and message of an error."""
         method = scope["method"]
         try:
-            if self._asks_who:
-                await self._admit(scope, headers, "predict" if target.verb in INFERENCE else None)
+            if self._identifies:
+                await self._authorize(scope, headers, "predict" if target.verb in INFERENCE else None)
             if method == "POST" and target.verb in INFERENCE:
                 return 200, *await self._infer(target, headers, receive, body), ()
             if method == "GET" and target.verb not in INFERENCE:
                 return 200, [_JSON], self._describe(target), ()
             raise ServingError("INVALID_ARGUMENT", f"Malformed request: {method} {scope['path']}")
         except ServingError as error:
-            return error.http_status, _headers_of(error), write_error(error), (error.code, error.message)
-        except _TooLarge:
-            text = f"The body has more than the {self.body_bytes:,} bytes that are accepted."
-            return 413, [_JSON, CLOSE], _error_body(text), ("INVALID_ARGUMENT", text)
+            return error.http_status, _error_headers(error), write_error(error), (error.code, error.message)
+        except _BodyTooLargeError:
+            message = f"The body has more than the {self.body_bytes:,} bytes that are accepted."
+            return 413, [_JSON, CLOSE], _error_body(message), ("INVALID_ARGUMENT", message)
         except TimeoutError:
-            text = "The body did not come in time."
-            return 408, [_JSON, CLOSE], _error_body(text), ("DEADLINE_EXCEEDED", text)
-        except _Gone:
+            message = "The body did not arrive in time."
+            return 408, [_JSON, CLOSE], _error_body(message), ("DEADLINE_EXCEEDED", message)
+        except _DisconnectedError:
             raise
-        except Exception:  # a defect of ours
+        except Exception:  # a defect of the server
             _log.exception("A request failed")
-            error = ServingError("INTERNAL", "The server failed; its log says why.")
+            error = ServingError("INTERNAL", "The server failed; its log has the reason.")
             return error.http_status, [_JSON], write_error(error), (error.code, error.message)
 
-    async def _admit(self, scope: dict, headers: dict[bytes, bytes], needed: str | None) -> str:
-        """Who asks, if that is known; raises ServingError for somebody who may not."""
-        name = _certified(scope)
-        if self._access is not None:
-            name = (await self._access.check(headers, needed)).name
+    async def _authorize(self, scope: dict, headers: dict[bytes, bytes], required: str | None) -> str:
+        """Name of the principal, if known; raises ServingError for a denied request."""
+        name = _certificate_name(scope)
+        if self.auth is not None:
+            name = (await self.auth.authorize(headers, required)).name
         if (request := current_request.get()) is not None:
-            request.caller = name
+            request.client = name
         return name
 
-    async def note_refusal(self, scope: dict, error: ServingError) -> None:
-        """Tell of an administrator's act that somebody may not ask for."""
-        if self._refused is None or error.code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+    async def audit_denial(self, scope: dict, error: ServingError) -> None:
+        """Report a denied administrative action."""
+        if self._on_denied is None or error.code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             return
         address = scope["client"][0] if scope.get("client") else "this machine"
-        what = "reload" if scope["path"] == "/reload" else f"{scope['method']} {scope['path']}"[:100]
-        await self._refused(getattr(error, "caller", "") or _certified(scope) or address, what, error)
+        action = "reload" if scope["path"] == "/reload" else f"{scope['method']} {scope['path']}"[:100]
+        await self._on_denied(getattr(error, "principal", "") or _certificate_name(scope) or address, action, error)
 
-    async def _reload_here(self, who: str) -> None:
-        await self.host.reload()
+    async def _reload_this_process(self, principal: str) -> None:
+        await self.manager.reload()
 
     def _describe(self, target: Target) -> bytes:
         """Status or metadata of a model; raises ServingError."""
         if target.verb == "status":
-            return write_status(self.host.statuses(target.model, target.version, target.label))
-        served = self.host.lease(target.model, target.version, target.label)
-        return write_metadata(served.model, served.number, served.signatures)
+            return write_status(self.manager.statuses(target.model, target.version, target.label))
+        version = self.manager.acquire(target.model, target.version, target.label)
+        return write_metadata(version.model, version.number, version.signatures)
 
     async def _infer(
         self, target: Target, headers: dict[bytes, bytes], receive: Callable | None, body: bytes | None
     ) -> tuple[list, bytes]:
-        deadline = time.monotonic() + _seconds(headers, self.host.limits.timeout)
+        deadline = time.monotonic() + _timeout(headers, self.manager.batching.timeout)
         if body is None:
             body = await self._bodies.read(headers, receive)
         key = headers.get(b"traffic-key", b"").decode("latin-1")
-        with self.host.lease(target.model, target.version, target.label, key) as served:
-            ask = INFERENCE[target.verb] if self.cache is None else functools.partial(self._remember, target.verb)
-            return [_JSON, *served.headers], await ask(served, body, deadline)
+        with self.manager.acquire(target.model, target.version, target.label, key) as version:
+            infer = INFERENCE[target.verb] if self.cache is None else functools.partial(self._cached, target.verb)
+            return [_JSON, *version.headers], await infer(version, body, deadline)
 
-    async def _remember(self, verb: str, served: LoadedVersion, body: bytes, deadline: float) -> bytes:
-        """The answer that is known already, or a new one."""
-        asked = (served.model, served.number, verb, body)
-        known = self.cache.get(asked)
+    async def _cached(self, verb: str, version: LoadedVersion, body: bytes, deadline: float) -> bytes:
+        """Response from the cache, or a new one."""
+        key = (version.model, version.number, verb, body)
+        response = self.cache.get(key)
         if self._telemetry is not None:
-            self._telemetry.cache(served.model, known is not None, self.cache.size)
-        if known is None:
-            known = await INFERENCE[verb](served, body, deadline)
-            self.cache.put(asked, known)
-        return known
+            self._telemetry.count_cache_lookup(version.model, response is not None, self.cache.size)
+        if response is None:
+            response = await INFERENCE[verb](version, body, deadline)
+            self.cache.put(key, response)
+        return response
 
-    async def _other(self, scope: dict, receive: Callable, send: Callable) -> None:
-        """Everything that is not asked a thousand times a second."""
-        if scope["path"] in ("/livez", "/readyz") and scope["method"] in ("GET", "HEAD"):
-            ready = scope["path"] == "/livez" or (self.host.ready and not self.draining)
-            told = {"ready": ready, **self._readiness()} if scope["path"] == "/readyz" else {"alive": True}
-            await _send(send, 200 if ready else 503, json.dumps(told).encode())
+    async def _handle_other(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """Probes, metrics, malformed paths and the admin API: everything that is not frequent."""
+        path, method = scope["path"], scope["method"]
+        if path in ("/livez", "/readyz") and method in ("GET", "HEAD"):
+            ready = path == "/livez" or (self.manager.ready and not self.draining)
+            content = {"ready": ready, **self._readiness()} if path == "/readyz" else {"alive": True}
+            await _send(send, 200 if ready else 503, json.dumps(content).encode())
             return
-        if scope["path"].startswith("/v1/models") and scope["method"] in ("GET", "POST"):
-            missing = scope["path"].rstrip("/") == "/v1/models" and scope["method"] == "GET"
-            text = (
-                "Missing model name in request." if missing else f"Malformed request: {scope['method']} {scope['path']}"
-            )
-            await _send(send, 400, _error_body(text))
+        if path.startswith("/v1/models") and method in ("GET", "POST"):
+            missing = path.rstrip("/") == "/v1/models" and method == "GET"
+            message = "Missing model name in request." if missing else f"Malformed request: {method} {path}"
+            await _send(send, 400, _error_body(message))
             return
-        looks = scope["method"] in ("GET", "HEAD", "OPTIONS")
-        try:
-            scope["mlkit.caller"] = await self._admit(scope, dict(scope["headers"]), None if looks else "admin")
-            scope["mlkit.administrator"] = self._access is not None and not looks
-        except ServingError as error:
-            if not looks:
-                await self.note_refusal(scope, error)
-            await _send(send, error.http_status, write_error(error), _headers_of(error))
+        if not await self._admit_to_admin_api(scope, send):
             return
-        if scope["path"] == METRICS_PATH and scope["method"] == "GET" and self._telemetry is not None:
+        if path == METRICS_PATH and method == "GET" and self._telemetry is not None:
             self._telemetry.sample()
-            numbers = await asyncio.to_thread(self._telemetry.read)  # of all processes
-            await _send(send, 200, numbers, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
+            metrics = await asyncio.to_thread(self._telemetry.read)  # of all processes
+            await _send(send, 200, metrics, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
             return
-        if self._rest is None:
-            self._rest = await asyncio.get_running_loop().run_in_executor(None, administration, self, self._reload)
-        await self._rest(scope, receive, send)
+        if self._admin_api is None:
+            loop = asyncio.get_running_loop()
+            self._admin_api = await loop.run_in_executor(None, make_admin_api, self, self._reload)
+        await self._admin_api(scope, receive, send)
+
+    async def _admit_to_admin_api(self, scope: dict, send: Callable) -> bool:
+        """Authorize reading or changing; False when the request was denied and answered."""
+        reads = scope["method"] in ("GET", "HEAD", "OPTIONS")
+        try:
+            scope["mlkit.principal"] = await self._authorize(scope, dict(scope["headers"]), None if reads else "admin")
+            scope["mlkit.administrator"] = self.auth is not None and not reads
+        except ServingError as error:
+            if not reads:
+                await self.audit_denial(scope, error)
+            await _send(send, error.http_status, write_error(error), _error_headers(error))
+            return False
+        return True
 
 
-def _certified(scope: Mapping[str, Any]) -> str:
-    """The name in the certificate that a caller has shown; "" without one."""
+def _certificate_name(scope: Mapping[str, Any]) -> str:
+    """Name in the client certificate; "" without one."""
     return scope.get("state", {}).get(CERTIFICATE, "")
 
 
-def _headers_of(error: ServingError) -> list[tuple[bytes, bytes]]:
-    told = [_JSON]
+def _error_headers(error: ServingError) -> list[tuple[bytes, bytes]]:
+    headers = [_JSON]
     if error.retry_after is not None:
-        told.append((b"retry-after", b"%d" % max(1, round(error.retry_after))))
+        headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after))))
     if error.code == "UNAUTHENTICATED":
-        told.append((b"www-authenticate", b'Bearer realm="mlkit"'))
-    return told
+        headers.append((b"www-authenticate", b'Bearer realm="mlkit"'))
+    return headers
 
 
 async def _send(send: Callable, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]] = (_JSON,)) -> None:
@@ -358,71 +378,76 @@ async def _send(send: Callable, status: int, body: bytes, headers: Sequence[tupl
     await send({"type": "http.response.body", "body": body})
 
 
-def _seconds(headers: Mapping[bytes, bytes], longest: float) -> float:
-    """How long a request may take; raises ServingError."""
-    given = headers.get(b"request-timeout")
-    if given is None:
-        return longest
+def _timeout(headers: Mapping[bytes, bytes], default: float) -> float:
+    """Seconds until the deadline of a request; raises ServingError."""
+    header = headers.get(b"request-timeout")
+    if header is None:
+        return default
     try:
-        seconds = float(given)
+        seconds = float(header)
     except ValueError:
         seconds = float("nan")
     if not 0 < seconds < float("inf"):
-        raise ServingError("INVALID_ARGUMENT", f"request-timeout is a number of seconds. Received: {given[:40]!r}")
-    return min(seconds, longest)
+        raise ServingError("INVALID_ARGUMENT", f"request-timeout is a number of seconds. Received: {header[:40]!r}")
+    return min(seconds, default)
 
 
-async def _predict(served: LoadedVersion, body: bytes, deadline: float) -> bytes:
-    call = read_predict(body, served.signatures)
-    outputs = await served.run(call.signature.name, call.inputs, call.rows, deadline)
+async def _predict(version: LoadedVersion, body: bytes, deadline: float) -> bytes:
+    call = read_predict(body, version.signatures)
+    outputs = await version.run(call.signature.name, call.inputs, call.rows, deadline)
     return write_predict(outputs, call.row_format)
 
 
-async def _classify(served: LoadedVersion, body: bytes, deadline: float) -> bytes:
-    return write_classify(*await _ask_examples(served, body, deadline, CLASSIFY))
+async def _classify(version: LoadedVersion, body: bytes, deadline: float) -> bytes:
+    return write_classify(*await _predict_examples(version, body, deadline, CLASSIFY))
 
 
-async def _regress(served: LoadedVersion, body: bytes, deadline: float) -> bytes:
-    return write_regress(*await _ask_examples(served, body, deadline, REGRESS))
+async def _regress(version: LoadedVersion, body: bytes, deadline: float) -> bytes:
+    return write_regress(*await _predict_examples(version, body, deadline, REGRESS))
 
 
-async def _ask_examples(served: LoadedVersion, body: bytes, deadline: float, method: str) -> tuple[dict, int]:
-    call = read_examples(body, served.signatures, method)
+async def _predict_examples(version: LoadedVersion, body: bytes, deadline: float, method: str) -> tuple[dict, int]:
+    call = read_examples(body, version.signatures, method)
     inputs = {next(iter(call.signature.inputs)): np.array(call.examples, object)}
-    return await served.run(call.signature.name, inputs, len(call.examples), deadline), len(call.examples)
+    return await version.run(call.signature.name, inputs, len(call.examples), deadline), len(call.examples)
 
 
 INFERENCE = {"predict": _predict, "classify": _classify, "regress": _regress}
-_HERE = ("127.0.0.1", "::1", None)  # None: a unix socket
-_OWN_NAME = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")  # others may lead here, too, by somebody's DNS
+_LOCAL_ADDRESSES = ("127.0.0.1", "::1", None)  # None: a unix socket
+_LOCAL_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")  # other names may resolve here, by foreign DNS
 
 
-def _is_here(address: str | None, headers: Mapping[str, str]) -> bool:
-    """Whether somebody on this machine asks, and not a page from elsewhere that a browser on it shows."""
-    origin, name = headers.get("origin"), headers.get("host", "")
-    own = origin is None or (_OWN_NAME.fullmatch(name) and origin in (f"http://{name}", f"https://{name}"))
-    return address in _HERE and bool(own)
+def _is_local(address: str | None, headers: Mapping[str, str]) -> bool:
+    """Whether the client is on this machine, and is not a foreign web page in a browser on it."""
+    origin, host = headers.get("origin"), headers.get("host", "")
+    same_origin = origin is None or (_LOCAL_HOST.fullmatch(host) and origin in (f"http://{host}", f"https://{host}"))
+    return address in _LOCAL_ADDRESSES and bool(same_origin)
 
 
-def overview(host: ModelManager) -> list[dict[str, Any]]:  # ready for JSON
-    """All models, with who answers what."""
-    return [_overview(host, name) for name in host.models()]
+def overview(manager: ModelManager) -> list[dict[str, Any]]:  # ready for JSON
+    """All models, with their versions and routing."""
+    return [_overview(manager, name) for name in manager.names()]
 
 
-def _overview(host: ModelManager, name: str) -> dict[str, Any]:
-    served = host.state(name)
-    told = {"name": name, "default": served.default, "labels": served.labels, "traffic": served.traffic}
-    versions = [status._asdict() for status in host.statuses(name)]
-    shadows = [version.shadow for version in served.loaded.values() if version.shadow is not None]
+def _overview(manager: ModelManager, name: str) -> dict[str, Any]:
+    model = manager.model(name)
+    routing = {"name": name, "default": model.default, "labels": model.labels, "traffic": model.traffic}
+    versions = [status._asdict() for status in manager.statuses(name)]
+    shadows = [version.shadow for version in model.loaded.values() if version.shadow is not None]
     shadow = dataclasses.asdict(shadows[0].counts) if shadows else None
-    return told | {"versions": versions, "shadow": shadow, "problem": served.problem}
+    return routing | {"versions": versions, "shadow": shadow, "problem": model.source_error}
 
 
-def administration(
+def make_admin_api(
     application: RestApplication,
-    reload: Callable[[str], Awaitable[None]],  # for somebody
+    reload: Callable[[str], Awaitable[None]],  # polls the sources; takes the principal's name
 ) -> Callable:  # an ASGI application
-    """FastAPI's part of the interface; raises MissingDependencyError."""
+    """FastAPI application with the documentation and the admin API; raises MissingDependencyError.
+
+    `POST /reload` takes no path and no name, so that no client can have a file of its choice loaded. It requires the
+    scope admin, or, without authentication, a client on this machine. A browser on this machine may show foreign
+    pages, which can send such a request without being able to read the response: only the server's own pages may.
+    """
     try:
         from fastapi import FastAPI, Request
         from fastapi.responses import JSONResponse, RedirectResponse
@@ -430,54 +455,56 @@ def administration(
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
     except ImportError as error:
         raise MissingDependencyError(f"{error}. The model server needs: pip install 'mlkit[serve]'") from error
-    host, refusals = application.host, (401, 403) if application._access else ()
-    told = {"title": "mlkit", "summary": "Models in service, as TF Serving serves them", "version": mlkit.__version__}
-    api = FastAPI(**told, docs_url="/docs", redoc_url=None)
+    manager, denials = application.manager, (401, 403) if application.auth else ()
+    about = {"title": "mlkit", "summary": "Deployed models, with TF Serving's API", "version": mlkit.__version__}
+    api = FastAPI(**about, docs_url="/docs", redoc_url=None)
 
     @api.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
+    async def send_http_error(request: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
 
     @api.exception_handler(ServingError)
-    async def explain(request: Request, error: ServingError) -> JSONResponse:
+    async def send_serving_error(request: Request, error: ServingError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, error.http_status)
 
     @api.get("/", include_in_schema=False)
     async def home() -> RedirectResponse:
         return RedirectResponse("/docs")
 
-    told = {"tags": ["administration"], "response_class": JSONResponse}
-    looking, acting = _answers(_OVERVIEW, *refusals), _answers(_OVERVIEW, *refusals[:1], 403, 503)
+    route = {"tags": ["administration"], "response_class": JSONResponse}
+    reading, changing = _responses(_OVERVIEW, *denials), _responses(_OVERVIEW, *denials[:1], 403, 503)
 
-    @api.get("/models", summary="All models, and which version answers what", openapi_extra=looking, **told)
+    @api.get("/models", summary="All models, their versions and routing", openapi_extra=reading, **route)
     async def models() -> list[dict]:
-        return overview(host)
+        return overview(manager)
 
-    @api.post("/reload", summary="Look for new versions now", openapi_extra=acting, **told)
+    @api.post("/reload", summary="Poll for new versions now", openapi_extra=changing, **route)
     async def reload_now(request: Request) -> list[dict]:
-        who, place = request.scope["mlkit.caller"], request.client.host if request.client else None
-        if not request.scope["mlkit.administrator"] and not _is_here(place, request.headers):
-            error = ServingError("PERMISSION_DENIED", "Administrators ask from the machine on which the server runs.")
-            await application.note_refusal(request.scope, error)
+        principal, address = request.scope["mlkit.principal"], request.client.host if request.client else None
+        if not request.scope["mlkit.administrator"] and not _is_local(address, request.headers):
+            error = ServingError("PERMISSION_DENIED", "Without API keys, only clients on the server's machine may.")
+            await application.audit_denial(request.scope, error)
             raise error
-        await reload(who or str(place))
-        return overview(host)
+        await reload(principal or str(address))
+        return overview(manager)
 
-    _document(api, host.models(), refusals)
-    return ProxyHeadersMiddleware(api)  # who asks through a proxy on this machine is not on this machine
+    _document(api, manager.names(), denials)
+    return ProxyHeadersMiddleware(api)  # a client behind a proxy on this machine is not on this machine
 
 
+# FastAPI documents the paths that `RestApplication` handles itself, from the schemas below. The inputs of a model's
+# signatures are left to its metadata, because versions come and go while the server runs.
 def _object(*required: str, **properties: dict) -> dict[str, Any]:
-    """The schema of a JSON object."""
+    """JSON schema of an object."""
     return {"type": "object", "properties": properties, "required": list(required)}
 
 
 _TEXT, _LIST = {"type": "string"}, {"type": "array", "minItems": 1}
-_ASKED = _object(signature_name=_TEXT, instances=_LIST, inputs={})
+_PREDICT_BODY = _object(signature_name=_TEXT, instances=_LIST, inputs={})
 _EXAMPLES = _object("examples", signature_name=_TEXT, examples=_LIST | {"items": _object()}, context=_object())
-_BODIES = {  # what is asked, an example of it, what is answered
+_BODIES = {  # schema of the request, an example of it, schema of the response
     "predict": (
-        _ASKED | {"oneOf": [{"required": ["instances"]}, {"required": ["inputs"]}]},
+        _PREDICT_BODY | {"oneOf": [{"required": ["instances"]}, {"required": ["inputs"]}]},
         {"instances": [{"feature": 1.0}]},
         _object(predictions=_LIST, outputs={}) | {"oneOf": [{"required": ["predictions"]}, {"required": ["outputs"]}]},
     ),
@@ -492,87 +519,92 @@ _METADATA = _object("model_spec", "metadata", model_spec=_object("name", "versio
 _OVERVIEW = {"type": "array", "items": _object("name", "default", "labels", "traffic", "versions", "shadow", "problem")}
 _READY = _object("ready", ready={"type": "boolean"})
 _ERROR = _object("error", error=_TEXT) | {"additionalProperties": False}
-_REFUSALS = {
-    400: "It does not fit the model, or is no such request",
-    401: "Nobody knows who asks",
-    403: "Whoever asks may not",
-    404: "There is no such model, version or label",
-    408: "The body did not come in time",
-    413: "The body is too long",
-    429: "Too many requests wait; `retry-after` tells when to come again",
+_ERROR_DESCRIPTIONS = {
+    400: "The request is malformed or does not fit the model",
+    401: "The client is not authenticated",
+    403: "The client is not authorized",
+    404: "Unknown model, version or label",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    429: "Too many queued requests; `retry-after` has the seconds to wait",
     500: "The model failed",
-    501: "The signature takes or gives what JSON cannot hold",
-    503: "It cannot be done at present",
-    504: "The time that the request had is over",
+    501: "The signature has types that JSON cannot represent",
+    503: "Temporarily unavailable",
+    504: "The deadline was exceeded",
 }
 
 
-def _answers(answer: dict, *refusals: int, kind: str = "application/json", **more: Any) -> dict[str, Any]:
-    """What comes back: schema of the answer, and codes of refusals."""
-    good = {"description": "The answer", "content": {kind: {"schema": answer}}} | more
-    refused = {"content": {"application/json": {"schema": _ERROR}}}
-    return {"responses": {"200": good} | {str(code): {"description": _REFUSALS[code]} | refused for code in refusals}}
+def _responses(schema: dict, *errors: int, content_type: str = "application/json", **more: Any) -> dict[str, Any]:
+    """OpenAPI responses: schema of a success, status codes of errors."""
+    success = {"description": "Success", "content": {content_type: {"schema": schema}}} | more
+    error = {"content": {"application/json": {"schema": _ERROR}}}
+    descriptions = {str(code): {"description": _ERROR_DESCRIPTIONS[code]} | error for code in errors}
+    return {"responses": {"200": success} | descriptions}
 
 
 def _parameter(place: str, name: str, schema: dict, **more: str) -> dict[str, Any]:
     return {"in": place, "name": name, "schema": schema, "required": place == "path"} | more
 
 
-def _inference(verb: str, refusals: Sequence[int]) -> dict[str, Any]:
-    """How a model is asked."""
-    takes, example, gives = _BODIES[verb]
-    named = {name: {"schema": _TEXT, "required": True} for name in ("model-name", "model-version")}
-    told = _answers(gives, 400, *refusals, 404, 408, 413, 429, 500, 501, 503, 504, headers=named)
-    body = {"required": True, "content": {"application/json": {"schema": takes, "example": example}}}
-    seconds, same = {"type": "number", "exclusiveMinimum": 0}, "Requests with the same key meet the same version"
+def _inference(verb: str, denials: Sequence[int]) -> dict[str, Any]:
+    """OpenAPI description of an inference request."""
+    request, example, response = _BODIES[verb]
+    headers = {name: {"schema": _TEXT, "required": True} for name in ("model-name", "model-version")}
+    operation = _responses(response, 400, *denials, 404, 408, 413, 429, 500, 501, 503, 504, headers=headers)
+    body = {"required": True, "content": {"application/json": {"schema": request, "example": example}}}
+    seconds = {"type": "number", "exclusiveMinimum": 0}
+    same = "Requests with the same key reach the same version where traffic is split"
     parameters = [
-        _parameter("header", "request-timeout", seconds, description="Seconds that the answer may take"),
-        _parameter("header", "traffic-key", _TEXT, description=f"{same}, where traffic is divided"),
+        _parameter("header", "request-timeout", seconds, description="Maximum seconds until the response"),
+        _parameter("header", "traffic-key", _TEXT, description=same),
     ]
-    return told | {"requestBody": body, "parameters": parameters}
+    return operation | {"requestBody": body, "parameters": parameters}
 
 
-def _document(api: Any, models: Sequence[str], refusals: Sequence[int]) -> None:
-    """Describe the paths that `RestApplication` answers itself."""
-    add, numbers = functools.partial(_add, api, models), _answers(_TEXT, *refusals, kind="text/plain")
-    for place, which in (("", "the default"), ("/versions/{version}", "one"), ("/labels/{label}", "a label's")):
+def _document(api: Any, models: Sequence[str], denials: Sequence[int]) -> None:
+    """Describe the paths that `RestApplication` handles itself."""
+    add, metrics = functools.partial(_add, api, models), _responses(_TEXT, *denials, content_type="text/plain")
+    for place, version in (("", "the default"), ("/versions/{version}", "one"), ("/labels/{label}", "a label's")):
         path = f"/v1/models/{{model}}{place}"
         for verb in _BODIES:
-            add(f"{path}:{verb}", f"{verb.title()} by {which} version", "inference", _inference(verb, refusals))
-        add(path, "How versions stand", "models", _answers(_STATUS, 400, *refusals, 404))
-        described = _answers(_METADATA, 400, *refusals, 404, 503)
-        add(f"{path}/metadata", "What a version takes and gives", "models", described)
-    ready = _answers(_READY)
-    ready["responses"]["503"] = ready["responses"]["200"] | {"description": "Some model cannot answer"}
-    add("/livez", "Whether the process is alive", "probes", _answers(_object("alive")))
-    add("/readyz", "Whether every model can answer", "probes", ready)
-    add(METRICS_PATH, "Numbers for Prometheus", "administration", numbers)
+            add(f"{path}:{verb}", f"{verb.title()} by {version} version", "inference", _inference(verb, denials))
+        add(path, "Status of the versions", "models", _responses(_STATUS, 400, *denials, 404))
+        metadata = _responses(_METADATA, 400, *denials, 404, 503)
+        add(f"{path}/metadata", "Signatures of a version", "models", metadata)
+    ready = _responses(_READY)
+    ready["responses"]["503"] = ready["responses"]["200"] | {"description": "Some model cannot predict"}
+    add("/livez", "Liveness of the process", "probes", _responses(_object("alive")))
+    add("/readyz", "Readiness of all models", "probes", ready)
+    add(METRICS_PATH, "Metrics for Prometheus", "administration", metrics)
 
 
-def _add(api: Any, models: Sequence[str], path: str, summary: str, tag: str, told: dict[str, Any]) -> None:
+def _add(api: Any, models: Sequence[str], path: str, summary: str, tag: str, operation: dict[str, Any]) -> None:
     from fastapi import Response
 
-    async def answered() -> None:
-        pass  # never called: `RestApplication` has answered
+    async def never_called() -> None:
+        pass  # `RestApplication` has handled the request
 
     schemas = {"model": _TEXT | {"enum": models}, "version": {"type": "integer", "minimum": 0}, "label": _TEXT}
     places = [_parameter("path", name, schemas[name]) for name in re.findall(r"{(\w+)}", path)]
-    told["parameters"] = places + told.get("parameters", [])
-    method = "POST" if "requestBody" in told else "GET"
-    options = {"name": summary.replace(" ", "_"), "response_class": Response, "openapi_extra": told}
-    api.add_api_route(path, answered, methods=[method], summary=summary, tags=[tag], **options)
+    operation["parameters"] = places + operation.get("parameters", [])
+    method = "POST" if "requestBody" in operation else "GET"
+    options = {"name": summary.replace(" ", "_"), "response_class": Response, "openapi_extra": operation}
+    api.add_api_route(path, never_called, methods=[method], summary=summary, tags=[tag], **options)
 
 
+# A browser lets a page call only the server it came from, unless another server allows the page's origin (CORS):
+# https://fetch.spec.whatwg.org/#http-cors-protocol. Origins are declared one by one; by default none is allowed.
+# Programs other than browsers are not affected: for those there are API keys.
 _ORIGIN = re.compile(r"https?://[^/\s*?#]+")
-_MAY_SEND = ("authorization", "content-type", "request-timeout", "traceparent", "traffic-key", "x-api-key")
-_MAY_READ = ("model-name", "model-version", "retry-after", "traceparent")
+_REQUEST_HEADERS = ("authorization", "content-type", "request-timeout", "traceparent", "traffic-key", "x-api-key")
+_RESPONSE_HEADERS = ("model-name", "model-version", "retry-after", "traceparent")
 
 
 def read_origins(
-    text: str,  # with commas between them
+    text: str,  # separated by commas
 ) -> tuple[str, ...]:
-    """Origins of web pages; raises InputError for what is none."""
-    origins = tuple(filter(None, (each.strip() for each in text.split(","))))
+    """Parse allowed CORS origins; raises InputError for a malformed one."""
+    origins = tuple(filter(None, (origin.strip() for origin in text.split(","))))
     for origin in origins:
         if not _ORIGIN.fullmatch(origin):
             raise InputError(f"A page's origin is like https://shop.example or http://localhost:3000, not '{origin}'.")
@@ -581,14 +613,14 @@ def read_origins(
 
 def allow_origins(
     application: Callable,  # an ASGI application
-    origins: Sequence[str],  # none: no page of others may ask
+    origins: Sequence[str],  # none: no cross-origin requests
 ) -> Callable:
-    """Let web pages of these origins ask; raises MissingDependencyError."""
+    """Allow web pages of these origins (CORS); raises MissingDependencyError."""
     if not origins:
         return application
     try:
         from starlette.middleware.cors import CORSMiddleware
     except ImportError as error:
         raise MissingDependencyError(f"{error}. The model server needs: pip install 'mlkit[serve]'") from error
-    allowed = {"allow_methods": ("GET", "POST"), "allow_headers": _MAY_SEND, "expose_headers": _MAY_READ}
-    return CORSMiddleware(application, allow_origins=origins, **allowed)
+    headers = {"allow_headers": _REQUEST_HEADERS, "expose_headers": _RESPONSE_HEADERS}
+    return CORSMiddleware(application, allow_origins=origins, allow_methods=("GET", "POST"), **headers)

@@ -1,4 +1,9 @@
-"""Metrics under TF Serving's names and under our own, a trace through everything, and log lines that a machine can read."""
+"""Telemetry of one process: metrics under TF Serving's names and our own, W3C traces, and structured log lines.
+
+Code below a request finds it through `current_request`, because each request runs in a context of its own. Nothing is
+looked up or formatted while a request is handled: the slots of its metrics are cached, and log entries are handed to a
+writer thread.
+"""
 
 import contextlib
 import contextvars
@@ -15,8 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlkit.serving.metrics import (
-    _LIMITS,
-    _ROWS,
     BATCH_ROWS,
     CACHE,
     CACHE_BYTES,
@@ -30,12 +33,15 @@ from mlkit.serving.metrics import (
     LOG_COUNT,
     MEMORY,
     METRICS,
+    MICROSECOND_BUCKETS,
     PROCESSED_SIZE,
     PROCESSOR,
+    QUEUED,
     QUEUING_LATENCY,
     REQUEST_COUNT,
     REQUEST_LATENCY,
     REQUESTS,
+    ROW_BUCKETS,
     RUN_COUNT,
     RUNTIME_LATENCY,
     SHADOW_AGREEING,
@@ -44,13 +50,12 @@ from mlkit.serving.metrics import (
     SHADOW_ROWS,
     STARTED,
     STATE,
-    WAITING,
     WARMUP_LATENCY,
     WARMUP_RECORDS,
-    Counters,
+    ProcessMetrics,
     Request,
     exposition,
-    read_counters,
+    read_metrics,
     read_trace,
 )
 from mlkit.serving.protocol import VersionStatus
@@ -59,43 +64,43 @@ current_request: contextvars.ContextVar[Request | None] = contextvars.ContextVar
 
 
 class JsonLines(logging.Formatter):
-    """Log records as JSON objects, one on each line."""
+    """Log formatter: one JSON object per line, with the trace of the current request."""
 
     def __init__(
         self,
-        **always: Any,  # belongs to each line, for example process=0
+        **fields: Any,  # added to each line, for example process=0
     ):
         super().__init__()
-        self._always = always
+        self._fields = fields
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
-        told = {"time": _moment(record.created), "level": record.levelname.lower(), "logger": record.name}
-        told |= self._always | {"message": record.getMessage()}
+        """Line of a log record."""
+        entry = {"time": _timestamp(record.created), "level": record.levelname.lower(), "logger": record.name}
+        entry |= self._fields | {"message": record.getMessage()}
         if request := current_request.get():
-            told |= {"trace_id": request.trace.trace, "span_id": request.trace.span}
+            entry |= {"trace_id": request.trace.trace, "span_id": request.trace.span}
         if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        return json.dumps(told, ensure_ascii=False)
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
 
 
-def _moment(seconds: float) -> str:
+def _timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class BackgroundWriter:
-    """Writes what it is given, one after another, on a thread of its own."""
+    """Bounded queue with a writer thread: a slow disk or pipe drops log entries and never delays a request."""
 
     def __init__(
         self,
         write: Callable[[Any], None],
         *,
-        entries: int = 4096,  # that may wait
-        size: int = 64 * 2**20,  # bytes that may wait
+        entries: int = 4096,  # maximum entries in the queue
+        size: int = 64 * 2**20,  # maximum bytes in the queue
     ):
         self._write, self._entries, self._size = write, entries, size
-        self.left_out = self.failed = 0
-        self._given = self._done = 0  # bytes; each is changed by one thread only
+        self.dropped = self.failed = 0
+        self._queued_bytes = self._written_bytes = 0  # each is changed by one thread only
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._closed = False
@@ -104,39 +109,41 @@ class BackgroundWriter:
     def put(
         self,
         entry: Any,
-        size: int = 256,  # bytes it holds on to, about
-    ) -> bool:  # False when it is left out
-        """Hand over an entry; never waits."""
-        if self._closed or self._queue.qsize() >= self._entries or self._given - self._done + size > self._size:
-            self.left_out += 1
+        size: int = 256,  # approximate bytes held by the entry
+    ) -> bool:  # False when it was dropped
+        """Queue an entry without waiting."""
+        pending = self._queued_bytes - self._written_bytes
+        if self._closed or self._queue.qsize() >= self._entries or pending + size > self._size:
+            self.dropped += 1
             return False
-        self._given += size
+        self._queued_bytes += size
         self._queue.put((entry, size))
         return True
 
     def _run(self) -> None:
-        while (told := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:
+            entry, size = item
             try:
-                self._write(told[0])
-            except Exception as error:  # a full disk, a closed pipe: what answers must go on
+                self._write(entry)
+            except Exception as error:  # a full disk, a closed pipe: serving must continue
                 self.failed += 1
                 if self.failed == 1:
                     with contextlib.suppress(Exception):
                         logging.getLogger("mlkit.telemetry").warning("A log cannot be written: %s", error)
-            self._done += told[1]
+            self._written_bytes += size
 
     def close(
         self,
-        seconds: float = 5.0,  # at most
+        seconds: float = 5.0,  # maximum wait
     ) -> None:
-        """Write what waits, and stop."""
+        """Write the queued entries and stop."""
         self._closed = True
         self._queue.put(None)
         self._thread.join(seconds)
 
 
-class _Places(NamedTuple):
-    """Where a kind of request is counted; 0 where it is not."""
+class _RequestSlots(NamedTuple):
+    """Slots of one kind of request; 0 where it is not counted."""
 
     count: int
     latency: int
@@ -145,232 +152,237 @@ class _Places(NamedTuple):
 
 
 class Telemetry:
-    """What one process of a server tells about itself."""
+    """Metrics and request log lines of one server process.
+
+    Clients choose the model names in their requests, so names of models that are not served are counted together,
+    under an empty name: otherwise anybody could fill the memory of the server and of Prometheus with names. Log
+    messages may quote request data, so a message that names a sensitive feature is replaced.
+    """
 
     def __init__(
         self,
-        folder: Path | str,  # the same for all processes of the server
-        index: int = 0,  # of this process
+        folder: Path | str,  # shared by all processes of the server
+        index: int = 0,  # number of this process
         *,
-        models: Iterable[str] = (),  # in service
-        runtime: str = "TF1",  # as TF Serving calls what runs the model
-        requests: str = "errors",  # which get a line: all, errors or none
-        write: Callable[[bytes], None] | None = None,  # a line; by default to standard error
-        mask: Iterable[str] = (),  # features that must not be told
+        models: Iterable[str] = (),  # names of served models
+        runtime: str = "TF1",  # TF Serving's name of the runtime
+        requests: str = "errors",  # requests that get a log line: all, errors or none
+        write: Callable[[bytes], None] | None = None,  # writer of log lines; default: standard error
+        sensitive: Iterable[str] = (),  # features that must not appear in logs
     ):
         self.folder, self.index, self.models, self._runtime = Path(folder), index, frozenset(models), runtime
-        self._counters = Counters(folder, index, METRICS)
-        self._values, self._requests, self._mask = self._counters.values, requests, tuple(mask)
-        self._places: dict[tuple, _Places] = {}
-        self._batches: dict[tuple, tuple[int, ...]] = {}
-        self._began: dict[tuple[str, int], float] = {}
-        self._progress = {each: self._counters.slot(IN_PROGRESS, each) for each in ("REST", "GRPC")}
-        self._counters.put(STARTED, str(index), value=time.time())
-        self.samplers: list[Callable[[], None]] = []  # are called before numbers are read
+        self._metrics = ProcessMetrics(folder, index, METRICS)
+        self._values, self._requests, self._sensitive = self._metrics.values, requests, tuple(sensitive)
+        self._request_slots: dict[tuple, _RequestSlots] = {}
+        self._batch_slots: dict[tuple, tuple[int, ...]] = {}
+        self._loading_since: dict[tuple[str, int], float] = {}
+        self._progress = {name: self._metrics.slot(IN_PROGRESS, name) for name in ("REST", "GRPC")}
+        self._metrics.set(STARTED, str(index), value=time.time())
+        self.samplers: list[Callable[[], None]] = []  # called before metrics are read
         self._write = write or _to_standard_error
         self._writer = BackgroundWriter(self._write_line)
-        self.report_dropped("requests", self._writer)
+        self.export_dropped("requests", self._writer)
 
-    # -- requests
+    # Requests
 
-    def begin(
+    def start_request(
         self,
         entrypoint: str,  # REST or GRPC
-        traceparent: bytes | None = None,  # the header
+        traceparent: bytes | None = None,  # header
     ) -> Request:
-        """A request has come."""
+        """Count a request in and make it the current one."""
         self._values[self._progress[entrypoint]] += 1
         request = Request(entrypoint, read_trace(traceparent))
         current_request.set(request)
         return request
 
-    def end(
+    def end_request(
         self,
         request: Request,
-        api: str,  # predict, classify... or Predict, Classify... with gRPC
-        code: str = "OK",  # of gRPC
-        message: str = "",  # of the error
+        api: str,  # predict, classify, ... for REST; Predict, Classify, ... for gRPC
+        code: str = "OK",  # gRPC status code
+        message: str = "",  # error message
     ) -> None:
-        """It has been answered."""
+        """Count a request out, with its status and latency."""
         seconds = time.perf_counter() - request.began
         values = self._values
         values[self._progress[request.entrypoint]] -= 1
         key = (request.entrypoint, api, request.model, request.version, code)
-        places = self._places.get(key) or self._find_places(*key)
-        values[places.count] += 1
-        values[places.own_count] += 1
-        if places.latency:
-            bucket = bisect_left(_LIMITS, seconds * 1e6)
-            values[places.latency + bucket] += 1
-            values[places.latency + _SUM] += seconds * 1e6
-            values[places.own_latency + bucket] += 1
-            values[places.own_latency + _SUM] += seconds
+        slots = self._request_slots.get(key) or self._find_slots(*key)
+        values[slots.count] += 1
+        values[slots.own_count] += 1
+        if slots.latency:
+            bucket = bisect_left(MICROSECOND_BUCKETS, seconds * 1e6)
+            values[slots.latency + bucket] += 1
+            values[slots.latency + _SUM] += seconds * 1e6
+            values[slots.own_latency + bucket] += 1
+            values[slots.own_latency + _SUM] += seconds
         if self._requests == "all" or (code != "OK" and self._requests == "errors"):
             self._writer.put((time.time(), request, key, seconds, message))
 
-    def _find_places(self, entrypoint: str, api: str, model: str, version: int | None, code: str) -> _Places:
-        known = model if model in self.models else ""
-        number = str(version) if version is not None and known else ""
-        slot, own = self._counters.slot, (known, number, api, entrypoint)
-        places = _Places(
-            slot(REQUEST_COUNT, known, code),
-            slot(REQUEST_LATENCY, known, api, entrypoint) if code == "OK" else 0,
+    def _find_slots(self, entrypoint: str, api: str, model: str, version: int | None, code: str) -> _RequestSlots:
+        name = model if model in self.models else ""
+        number = str(version) if version is not None and name else ""
+        slot, own = self._metrics.slot, (name, number, api, entrypoint)
+        slots = _RequestSlots(
+            slot(REQUEST_COUNT, name, code),
+            slot(REQUEST_LATENCY, name, api, entrypoint) if code == "OK" else 0,
             slot(REQUESTS, *own, code),
             slot(DURATION, *own) if code == "OK" else 0,
         )
-        if known == model:
-            self._places[entrypoint, api, model, version, code] = places
-        return places
+        if name == model:
+            self._request_slots[entrypoint, api, model, version, code] = slots
+        return slots
 
-    # -- models
+    # Models
 
-    def batch(
+    def count_batch(
         self,
         model: str,
         version: int,
         api: str,  # Predict, Classify, Regress
-        sizes: Sequence[int],  # rows of each request in it
-        seconds: float,  # that the model took
-        waits: Iterable[float],  # seconds that each of them had waited
+        sizes: Sequence[int],  # rows of each request in the batch
+        seconds: float,  # duration of the model call
+        waits: Iterable[float],  # seconds that each request was queued
     ) -> None:
-        """A model has been asked."""
+        """Count one model call."""
         key = (model, version, api)
-        places = self._batches.get(key)
-        if places is None:
-            slot = self._counters.slot
+        slots = self._batch_slots.get(key)
+        if slots is None:
+            slot = self._metrics.slot
             own = (slot(BATCH_ROWS, model, str(version)), slot(QUEUING_LATENCY, model), slot(RUN_COUNT))
-            places = self._batches[key] = (*own, slot(RUNTIME_LATENCY, model, api, self._runtime), slot(INPUT_SIZE))
-        batch, queuing, runs, runtime, given = places
+            slots = self._batch_slots[key] = (*own, slot(RUNTIME_LATENCY, model, api, self._runtime), slot(INPUT_SIZE))
+        batch, queuing, runs, runtime, input_size = slots
         values, rows = self._values, sum(sizes)
         values[runs] += 1
-        values[given + INPUT_SIZE.size - 1] += rows
+        values[input_size + INPUT_SIZE.size - 1] += rows
         for size in sizes:
-            values[given + bisect_left(_ROWS, size)] += 1
-        values[batch + bisect_left(_ROWS, rows)] += 1
+            values[input_size + bisect_left(ROW_BUCKETS, size)] += 1
+        values[batch + bisect_left(ROW_BUCKETS, rows)] += 1
         values[batch + BATCH_ROWS.size - 1] += rows
-        values[runtime + bisect_left(_LIMITS, seconds * 1e6)] += 1
+        values[runtime + bisect_left(MICROSECOND_BUCKETS, seconds * 1e6)] += 1
         values[runtime + _SUM] += seconds * 1e6
         for wait in waits:
-            values[queuing + bisect_left(QUEUING_LATENCY.limits, wait * 1e6)] += 1
+            values[queuing + bisect_left(QUEUING_LATENCY.buckets, wait * 1e6)] += 1
             values[queuing + QUEUING_LATENCY.size - 1] += wait * 1e6
 
-    def state(self, state: str, model: str, status: VersionStatus) -> None:
-        """A version has come into a state: one of the listeners of `ModelManager`."""
+    def set_version_state(self, state: str, model: str, status: VersionStatus) -> None:
+        """Record the new state of a version: a state listener of `ModelManager`."""
         key, now = (model, status.version), time.monotonic()
-        for each in _STATES:
-            self._counters.put(STATE, model, str(status.version), each, value=float(each == state))
+        for name in _STATES:
+            self._metrics.set(STATE, model, str(status.version), name, value=float(name == state))
         if state == "LOADING":
-            self._began[key] = now
-        elif (began := self._began.pop(key, None)) is not None and state == "AVAILABLE":
-            self._counters.put(LOADING, str(self.index), model, str(status.version), value=now - began)
+            self._loading_since[key] = now
+        elif (began := self._loading_since.pop(key, None)) is not None and state == "AVAILABLE":
+            self._metrics.set(LOADING, str(self.index), model, str(status.version), value=now - began)
 
-    def warmed(
+    def count_warm_up(
         self,
-        path: Path | str,  # of a version
-        code: str,  # OK, or why it is refused
-        seconds: float,  # that it took
-        requests: int,  # that were answered
+        path: Path | str,  # folder of the version
+        code: str,  # OK, or why the version was rejected
+        seconds: float,
+        requests: int,  # warm-up requests that succeeded
     ) -> None:
-        """A version has been asked its golden requests."""
-        self._counters.observe(WARMUP_LATENCY, str(path), code, value=seconds * 1e6)
-        self._counters.add(WARMUP_RECORDS, str(path), code, amount=requests)
+        """Count the warm-up of a version."""
+        self._metrics.observe(WARMUP_LATENCY, str(path), code, value=seconds * 1e6)
+        self._metrics.increment(WARMUP_RECORDS, str(path), code, amount=requests)
 
-    def shadow(
+    def count_shadow(
         self,
         model: str,
-        version: int,  # that has answered
-        shadow: int,  # the version that was asked the same
+        version: int,  # serving version
+        shadow: int,  # shadow version
         result: str,  # compared, failed or skipped
-        rows: int = 0,  # that were compared
-        agreeing: int = 0,  # of these, those whose texts are the same
-        difference: float = 0.0,  # the largest between two numbers
+        rows: int = 0,  # compared rows
+        agreeing: int = 0,  # compared rows with equal string outputs
+        difference: float = 0.0,  # largest difference of two numeric outputs
     ) -> None:
-        """A shadow was asked, or should have been."""
-        told = (model, str(version), str(shadow))
-        self._counters.add(SHADOW_REQUESTS, *told, result)
+        """Count a shadow request."""
+        labels = (model, str(version), str(shadow))
+        self._metrics.increment(SHADOW_REQUESTS, *labels, result)
         if result == "compared":
-            self._counters.add(SHADOW_ROWS, *told, amount=rows)
-            self._counters.add(SHADOW_AGREEING, *told, amount=agreeing)
-            slot = self._counters.slot(SHADOW_DIFFERENCE, str(self.index), *told)
+            self._metrics.increment(SHADOW_ROWS, *labels, amount=rows)
+            self._metrics.increment(SHADOW_AGREEING, *labels, amount=agreeing)
+            slot = self._metrics.slot(SHADOW_DIFFERENCE, str(self.index), *labels)
             self._values[slot] = max(self._values[slot], difference)
 
-    def examples(self, model: str, rows: int) -> None:
-        """A request had so many examples."""
-        self._counters.observe(EXAMPLE_COUNTS, model, value=rows)
-        self._counters.add(EXAMPLE_TOTAL, model, amount=rows)
+    def count_examples(self, model: str, rows: int) -> None:
+        """Count the examples of a request."""
+        self._metrics.observe(EXAMPLE_COUNTS, model, value=rows)
+        self._metrics.increment(EXAMPLE_TOTAL, model, amount=rows)
 
-    def cache(
+    def count_cache_lookup(
         self,
         model: str,
         hit: bool,
-        size: int,  # bytes that known answers take by now
+        size: int,  # bytes of the response cache
     ) -> None:
-        """An answer was looked up."""
-        self._counters.add(CACHE, model, "hit" if hit else "miss")
-        self._counters.put(CACHE_BYTES, value=size)
+        """Count a lookup in the response cache."""
+        self._metrics.increment(CACHE, model, "hit" if hit else "miss")
+        self._metrics.set(CACHE_BYTES, value=size)
 
-    def waiting(self, model: str, version: int, requests: int) -> None:
-        """So many requests wait for a version: for samplers to tell."""
-        self._counters.put(WAITING, model, str(version), value=requests)
+    def set_queued(self, model: str, version: int, requests: int) -> None:
+        """Record the queue size of a version: for samplers."""
+        self._metrics.set(QUEUED, model, str(version), value=requests)
 
-    def logged(self, model: str, done: bool) -> None:
-        """What was asked and answered has been logged, or could not be."""
-        self._counters.add(LOG_COUNT, model, "0" if done else "8")
+    def count_logged(self, model: str, logged: bool) -> None:
+        """Count a request sampled for the request log, logged or dropped."""
+        self._metrics.increment(LOG_COUNT, model, "0" if logged else "8")
 
-    def report_dropped(
+    def export_dropped(
         self,
-        log: str,  # its name
+        log: str,  # name of the log
         writer: BackgroundWriter,
     ) -> None:
-        """Tell how many entries a log had to leave out."""
-        slot = self._counters.slot(DROPPED, log)
-        before = self._values[slot]  # of a process whose place we have taken
+        """Export how many entries a log dropped or could not write."""
+        slot = self._metrics.slot(DROPPED, log)
+        before = self._values[slot]  # count of the process that this one replaces
 
         def sample() -> None:
-            self._values[slot] = before + writer.left_out + writer.failed
+            self._values[slot] = before + writer.dropped + writer.failed
 
         self.samplers.append(sample)
 
     def _write_line(self, entry: tuple) -> None:
         moment, request, (entrypoint, api, model, version, code), seconds, message = entry
-        told = {"time": _moment(moment), "level": "info" if code == "OK" else "warning", "logger": "mlkit.requests"}
-        told |= {"process": self.index, "trace_id": request.trace.trace, "span_id": request.trace.span}
-        told |= {"parent_id": request.trace.parent} if request.trace.parent else {}
-        told |= {"entrypoint": entrypoint, "api": api, "model": model[:100], "version": version, "status": code}
-        told |= {"milliseconds": round(seconds * 1000, 3)} | ({"caller": request.caller} if request.caller else {})
+        line = {"time": _timestamp(moment), "level": "info" if code == "OK" else "warning", "logger": "mlkit.requests"}
+        line |= {"process": self.index, "trace_id": request.trace.trace, "span_id": request.trace.span}
+        line |= {"parent_id": request.trace.parent} if request.trace.parent else {}
+        line |= {"entrypoint": entrypoint, "api": api, "model": model[:100], "version": version, "status": code}
+        line |= {"milliseconds": round(seconds * 1000, 3)} | ({"caller": request.client} if request.client else {})
         if message:
-            named = any(name in message for name in self._mask)
-            told["message"] = "(it names a sensitive feature)" if named else message[:1000]
-        self._write(json.dumps(told, ensure_ascii=False).encode(errors="replace") + b"\n")
+            masked = any(name in message for name in self._sensitive)
+            line["message"] = "(it names a sensitive feature)" if masked else message[:1000]
+        self._write(json.dumps(line, ensure_ascii=False).encode(errors="replace") + b"\n")
 
-    # -- for those who look
+    # Reading
 
     def sample(self) -> None:
-        """Look how this process stands: now and then, for whoever is asked by Prometheus."""
+        """Update the gauges of this process: regularly, since any process may be scraped."""
         for sampler in self.samplers:
             sampler()
-        self._counters.put(MEMORY, str(self.index), value=_resident_bytes())
-        self._counters.put(PROCESSOR, str(self.index), value=time.process_time())
+        self._metrics.set(MEMORY, str(self.index), value=_resident_bytes())
+        self._metrics.set(PROCESSOR, str(self.index), value=time.process_time())
 
     def read(self) -> bytes:
-        """The numbers of all processes, in Prometheus's text format; from any thread."""
-        numbers = read_counters(self.folder, METRICS)
-        if batches := [values for (metric, _), values in numbers.items() if metric == BATCH_ROWS]:
-            numbers[PROCESSED_SIZE, ()] = [sum(each) for each in zip(*batches, strict=True)]
-        return exposition(METRICS, numbers)
+        """Metrics of all processes in Prometheus's text format; from any thread."""
+        samples = read_metrics(self.folder, METRICS)
+        if batches := [values for (metric, _), values in samples.items() if metric == BATCH_ROWS]:
+            samples[PROCESSED_SIZE, ()] = [sum(column) for column in zip(*batches, strict=True)]
+        return exposition(METRICS, samples)
 
     def scrape(self) -> bytes:
-        """The same, with a look at how this process stands."""
+        """Sample this process, then read the metrics of all."""
         self.sample()
         return self.read()
 
     def close(self) -> None:
-        """Write what waits; afterwards nothing may be counted any more."""
+        """Write the queued log lines; nothing may be counted afterwards."""
         self._writer.close()
-        self._counters.close()
+        self._metrics.close()
 
 
-_SUM = REQUEST_LATENCY.size - 1
+_SUM = REQUEST_LATENCY.size - 1  # offset of a latency histogram's sum
 _STATES = ("START", "LOADING", "AVAILABLE", "UNLOADING", "END")
 
 
@@ -379,12 +391,12 @@ def _to_standard_error(line: bytes) -> None:
 
 
 def _resident_bytes() -> int:
-    """Memory that this process has; the most it ever had where the system does not tell."""
+    """Resident memory of this process; its maximum where the system reports no current value."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         import resource
         import sys
 
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

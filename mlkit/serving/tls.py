@@ -1,5 +1,10 @@
-"""TLS and client certificates of the model server."""
+"""TLS of the model server: its certificate, client certificates (mTLS), and the names in them.
 
+REST and gRPC use the same files. Renewed certificate files count for the next connection, without a restart; files
+that do not fit together are ignored until they do. A new client authority needs a restart.
+"""
+
+import logging
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,20 +13,22 @@ from typing import Any
 
 from mlkit.config import Settings
 from mlkit.errors import InputError, MissingDependencyError, join_names
-from mlkit.serving.auth import AuthOptions, _log
+from mlkit.serving.auth import AuthOptions
+
+_log = logging.getLogger("mlkit.access")
 
 
 class Tls:
-    """The certificate of a server, and whose certificates its clients have to show."""
+    """TLS context of a server, with an optional authority for client certificates (mTLS)."""
 
     def __init__(
         self,
-        certificate: Path | str,  # PEM, with those that lead up to its authority
-        key: Path | str,  # PEM, its private key, not encrypted
-        clients: Path | str = "",  # PEM: the authority of clients; empty: they need no certificate
+        certificate: Path | str,  # PEM file, with the intermediate certificates
+        key: Path | str,  # PEM file of its private key, not encrypted
+        clients: Path | str = "",  # PEM file of the client authority; empty: no client certificates
     ):
         self._certificate, self._key, self._clients = Path(certificate), Path(key), Path(clients) if clients else None
-        self._files = self._seen = self._token()
+        self._loaded_revision = self._checked_revision = self._revision()
         self.context = self._new_context()
 
     def _new_context(self) -> ssl.SSLContext:
@@ -37,64 +44,70 @@ class Tls:
                 context.load_verify_locations(self._clients)
                 context.verify_mode = ssl.CERT_REQUIRED
         except (OSError, ValueError) as error:
-            files = join_names(str(path) for path in (self._certificate, self._key, self._clients) if path)
+            files = join_names(map(str, self._paths))
             raise InputError(f"These files do not make a certificate to serve with: {files}: {error}") from None
         return context
 
-    def _token(self) -> list[tuple]:
-        paths = [path for path in (self._certificate, self._key, self._clients) if path]
+    @property
+    def _paths(self) -> list[Path]:
+        return [path for path in (self._certificate, self._key, self._clients) if path]
+
+    def _revision(self) -> list[tuple]:
+        """Identity of the files' present content."""
         try:
-            return [(told.st_ino, told.st_size, told.st_mtime_ns) for told in map(Path.stat, paths)]
+            return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, self._paths)]
         except OSError as error:
             raise InputError(f"There is no {error.filename}.") from None
 
-    def refresh(self) -> bool:  # whether there was something new
-        """Take up renewed files: to be called now and then."""
+    def refresh(self) -> bool:  # whether new files were loaded
+        """Load renewed certificate files; to be called regularly."""
         try:
-            token = self._token()
-            if token == self._seen:
+            revision = self._revision()
+            if revision == self._checked_revision:
                 return False
-            self._seen = token
-            self._new_context()  # they fit together
+            self._checked_revision = revision
+            self._new_context()  # raises where they do not fit together
             self.context.load_cert_chain(self._certificate, self._key)
         except InputError as error:
             _log.warning("The renewed certificate is not used: %s", error)
             return False
-        self._files = token
+        self._loaded_revision = revision
         return True
 
-    def credentials(self) -> Any:  # grpc.ServerCredentials
-        """The same for gRPC; raises MissingDependencyError."""
+    def grpc_credentials(self) -> Any:  # grpc.ServerCredentials
+        """The same files as credentials for gRPC; raises MissingDependencyError."""
         try:
             import grpc
         except ImportError as error:
             raise MissingDependencyError(f"{error}. gRPC needs: pip install 'mlkit[serve]'") from error
-        used = self._files
+        used = self._loaded_revision
 
         def read() -> Any:
             pair = (self._key.read_bytes(), self._certificate.read_bytes())
             return grpc.ssl_server_certificate_configuration([pair], self._clients and self._clients.read_bytes())
 
-        def renewed() -> Any:
+        def read_renewed() -> Any:
             nonlocal used
-            if self._files == used:
+            if self._loaded_revision == used:
                 return None
-            used = self._files
+            used = self._loaded_revision
             return read()
 
-        return grpc.dynamic_ssl_server_credentials(read(), renewed, require_client_authentication=bool(self._clients))
+        return grpc.dynamic_ssl_server_credentials(
+            read(), read_renewed, require_client_authentication=bool(self._clients)
+        )
 
 
 @dataclass(frozen=True)
 class TlsOptions:
-    """Certificates, as settings tell them; they travel to a server's processes."""
+    """TLS files as the settings name them; sent to the server's processes."""
 
-    certificate: str = ""
-    key: str = ""
-    clients: str = ""
+    certificate: str = ""  # PEM file
+    key: str = ""  # PEM file of the private key
+    clients: str = ""  # PEM file of the client authority
 
     def open(self) -> Tls | None:
-        """The files; None without a certificate. Raises InputError for some that cannot be used."""
+        """Load the files; None without a certificate. Raises InputError for files that cannot be used."""
         if not self.certificate and (self.key or self.clients):
             raise InputError("TLS needs the server's certificate: access.certificate, beside access.private_key.")
         return Tls(self.certificate, self.key, self.clients) if self.certificate else None
@@ -103,33 +116,38 @@ class TlsOptions:
 def read_options(
     settings: Settings,
 ) -> tuple[AuthOptions, TlsOptions]:
-    """What the section `[access]` says, with files relative to the project."""
-    told = settings.access
+    """Options of the section `[access]`, with paths relative to the project."""
+    section = settings.access
 
     def path(text: str) -> str:
         return str(settings.project / Path(text).expanduser()) if text else ""
 
-    jwks = told.jwks if told.jwks.startswith(("http:", "https:")) else path(told.jwks)
-    access = AuthOptions(path(told.keys), jwks, told.issuer, told.audience)
-    return access, TlsOptions(path(told.certificate), path(told.private_key), path(told.clients))
+    jwks = section.jwks if section.jwks.startswith(("http:", "https:")) else path(section.jwks)
+    auth = AuthOptions(path(section.keys), jwks, section.issuer, section.audience)
+    return auth, TlsOptions(path(section.certificate), path(section.private_key), path(section.clients))
 
 
-_LONGEST_NAME = 200  # characters: names come from elsewhere
+# The name in a client certificate is verified by its authority. It grants no permission, which is what API keys and
+# tokens are for; it appears in logs and in the audit log.
+_MAX_NAME_LENGTH = 200  # characters: names come from outside
 
 
 def certificate_name(
-    certificate: Mapping[str, Any] | None,  # as `ssl.SSLSocket.getpeercert` tells it
-) -> str:  # "" where there is none, or one without a name
-    """Who has shown a certificate over HTTPS."""
-    told = certificate or {}
-    common = [value for part in told.get("subject", ()) for name, value in part if name == "commonName"]
-    others = [value for _, value in told.get("subjectAltName", ())]
-    return next(filter(None, (*common, *others)), "")[:_LONGEST_NAME]
+    certificate: Mapping[str, Any] | None,  # result of `ssl.SSLSocket.getpeercert`
+) -> str:  # "" without a certificate, or without a name in it
+    """Common name of an HTTPS client's certificate, else its first alternative name."""
+    fields = certificate or {}
+    common = [value for part in fields.get("subject", ()) for name, value in part if name == "commonName"]
+    alternative = [value for _, value in fields.get("subjectAltName", ())]
+    return next(filter(None, (*common, *alternative)), "")[:_MAX_NAME_LENGTH]
 
 
 def grpc_certificate_name(
-    told: Mapping[str, Iterable[bytes]],  # as `grpc.ServicerContext.auth_context` tells it
-) -> str:  # "" where there is none, or one without a name
-    """Who has shown a certificate over gRPC."""
-    names = (*told.get("x509_common_name", ()), *told.get("x509_subject_alternative_name", ()))
-    return next(filter(None, names), b"").decode(errors="replace")[:_LONGEST_NAME]
+    auth_context: Mapping[str, Iterable[bytes]],  # result of `grpc.ServicerContext.auth_context`
+) -> str:  # "" without a certificate, or without a name in it
+    """Common name of a gRPC client's certificate, else its first alternative name."""
+    names = (
+        *auth_context.get("x509_common_name", ()),
+        *auth_context.get("x509_subject_alternative_name", ()),
+    )
+    return next(filter(None, names), b"").decode(errors="replace")[:_MAX_NAME_LENGTH]

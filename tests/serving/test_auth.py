@@ -1,4 +1,4 @@
-"""Who may ask a server: keys, tokens and certificates, over the wire, and the record of what administrators did."""
+"""Authentication and authorization over the wire: API keys, tokens, certificates, and the audit log of the server."""
 
 import asyncio
 import base64
@@ -63,15 +63,15 @@ class Provider:
 
     def publish(self, **keys: Any) -> None:
         algorithms = jwt.algorithms.RSAAlgorithm, jwt.algorithms.ECAlgorithm
-        told = [
+        entries = [
             json.loads(algorithms[isinstance(key, ec.EllipticCurvePrivateKey)].to_jwk(key.public_key())) | {"kid": kid}
             for kid, key in keys.items()
         ]
-        self.path.write_text(json.dumps({"keys": told}))
+        self.path.write_text(json.dumps({"keys": entries}))
 
     def claims(self, **claims: Any) -> dict[str, Any]:
-        told = {"iss": ISSUER, "aud": AUDIENCE, "sub": "shop", "scope": "predict", "exp": time.time() + 300} | claims
-        return {name: value for name, value in told.items() if value is not None}
+        payload = {"iss": ISSUER, "aud": AUDIENCE, "sub": "shop", "scope": "predict", "exp": time.time() + 300} | claims
+        return {name: value for name, value in payload.items() if value is not None}
 
     def sign(self, kid: str | None = "r1", key: Any = None, algorithm: str | None = None, **claims: Any) -> str:
         key = key or (self.ec if kid == "e1" else self.rsa)
@@ -79,7 +79,7 @@ class Provider:
         return jwt.encode(self.claims(**claims), key, algorithm, headers={"kid": kid} if kid else None)
 
     def forge(self, head: dict[str, Any], secret: bytes = b"") -> str:
-        parts = [base64.urlsafe_b64encode(json.dumps(each).encode()).rstrip(b"=") for each in (head, self.claims())]
+        parts = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in (head, self.claims())]
         signed = b".".join(parts)
         proof = hmac.digest(secret, signed, "sha256") if secret else b""
         return (signed + b"." + base64.urlsafe_b64encode(proof).rstrip(b"=")).decode()
@@ -117,37 +117,39 @@ ATTACKS: dict[str, Callable[[Provider], str]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_token_that_is_not_good_is_refused(provider: Provider, attack: str) -> None:
+def test_an_invalid_token_is_denied(provider: Provider, attack: str) -> None:
     tokens = JwtVerifier(FileKeySet(provider.path), ISSUER, AUDIENCE)
-    assert asyncio.run(tokens.find(provider.sign())).name == "shop"
+    assert asyncio.run(tokens.authenticate(provider.sign())).name == "shop"
     text = ATTACKS[attack](provider).encode(errors="replace").decode("latin-1")
     with pytest.raises(ServingError) as caught:
-        asyncio.run(tokens.find(text))
+        asyncio.run(tokens.authenticate(text))
     assert (caught.value.code, caught.value.http_status) == ("UNAUTHENTICATED", 401)
 
 
-def test_a_known_token_ends_with_its_key_and_its_time(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlkit.serving.auth._SKEW", 0)
+def test_a_cached_token_expires_with_its_key_and_its_lifetime(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlkit.serving.auth._CLOCK_SKEW", 0)
     tokens = JwtVerifier(FileKeySet(provider.path, seconds=0), ISSUER, AUDIENCE)
     good, short = provider.sign("e1"), provider.sign("r1", exp=time.time() + 2)
 
-    def refused(text: str) -> str:
+    def denial(text: str) -> str:
         try:
-            assert asyncio.run(tokens.find(text)).scopes == {"predict"}
+            assert asyncio.run(tokens.authenticate(text)).scopes == {"predict"}
         except ServingError as error:
             return str(error)
         return ""
 
-    assert [refused(text) for text in (good, short, good)] == [""] * 3
-    assert "expired" in wait_until(lambda: refused(short), 20)
-    assert not refused(good)
+    assert [denial(text) for text in (good, short, good)] == [""] * 3
+    assert "expired" in wait_until(lambda: denial(short), 20)
+    assert not denial(good)
     provider.publish(r1=provider.rsa)
-    assert "not known here" in refused(good)
+    assert "unknown key" in denial(good)
     provider.publish(r1=provider.rsa, e1=provider.ec)
-    assert not refused(good)
+    assert not denial(good)
 
 
-def test_many_callers_fetch_keys_once(provider: Provider) -> None:
+def test_many_clients_fetch_keys_once(provider: Provider) -> None:
     keys, fetched = UrlKeySet("https://id.example/jwks"), []
 
     def fetch() -> bytes:
@@ -157,19 +159,19 @@ def test_many_callers_fetch_keys_once(provider: Provider) -> None:
 
     keys._fetch = fetch
 
-    async def ask() -> list:
+    async def authenticate() -> list:
         tokens = JwtVerifier(keys, ISSUER, AUDIENCE)
-        good = [tokens.find(provider.sign("e1", sub=f"caller {number}")) for number in range(10)]
-        bad = [tokens.find(provider.sign(f"unknown {number}")) for number in range(10)]
+        good = [tokens.authenticate(provider.sign("e1", sub=f"caller {number}")) for number in range(10)]
+        bad = [tokens.authenticate(provider.sign(f"unknown {number}")) for number in range(10)]
         return await asyncio.gather(*good, *bad, return_exceptions=True)
 
-    answers = asyncio.run(ask())
-    assert [answer.name for answer in answers[:10]] == [f"caller {number}" for number in range(10)]
-    assert {error.code for error in answers[10:]} == {"UNAUTHENTICATED"}
+    principals = asyncio.run(authenticate())
+    assert [principal.name for principal in principals[:10]] == [f"caller {number}" for number in range(10)]
+    assert {error.code for error in principals[10:]} == {"UNAUTHENTICATED"}
     assert len(fetched) == 1
 
 
-def test_options_that_would_let_nobody_or_everybody_in_are_refused(tmp_path: Path, provider: Provider) -> None:
+def test_options_that_would_deny_or_admit_everybody_are_rejected(tmp_path: Path, provider: Provider) -> None:
     for options in (
         AuthOptions(jwks=str(provider.path)),
         AuthOptions(jwks=str(provider.path), issuer=ISSUER),
@@ -180,7 +182,7 @@ def test_options_that_would_let_nobody_or_everybody_in_are_refused(tmp_path: Pat
             options.open()
 
 
-# A server that asks who is there
+# A server with authentication
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,7 @@ def guarded(
         yield server, port, texts, folder / "logs" / "audit.jsonl"
 
 
-def test_rest_tells_401_from_403(guarded: tuple, row: dict, provider: Provider) -> None:  # noqa: F811
+def test_rest_distinguishes_401_from_403(guarded: tuple, row: dict, provider: Provider) -> None:  # noqa: F811
     server, _, texts, _ = guarded
     body = {"instances": [row]}
 
@@ -232,7 +234,7 @@ def test_rest_tells_401_from_403(guarded: tuple, row: dict, provider: Provider) 
 @pytest.mark.parametrize(
     "path", [WINE, f"{WINE}/metadata", "/models", "/docs", "/openapi.json", "/monitoring/prometheus/metrics"]
 )
-def test_looking_takes_a_known_caller_and_probes_take_none(guarded: tuple, path: str) -> None:
+def test_reading_requires_authentication_and_probes_do_not(guarded: tuple, path: str) -> None:
     server, _, texts, _ = guarded
     assert httpx.get(server.url + path).status_code == 401
     assert httpx.get(server.url + path, headers=bearer(texts["shop"])).status_code == 200
@@ -240,7 +242,7 @@ def test_looking_takes_a_known_caller_and_probes_take_none(guarded: tuple, path:
         assert httpx.get(server.url + probe).status_code == 200
 
 
-def test_grpc_asks_the_same(guarded: tuple, provider: Provider) -> None:
+def test_grpc_authorizes_alike(guarded: tuple, provider: Provider) -> None:
     _, port, texts, _ = guarded
     request = message_class("GetModelStatusRequest")()
     request.model_spec.name = "wine"
@@ -258,31 +260,31 @@ def test_grpc_asks_the_same(guarded: tuple, provider: Provider) -> None:
         assert health(b"", timeout=20)
 
 
-def test_what_administrators_do_is_recorded(guarded: tuple) -> None:
+def test_administrative_actions_are_recorded(guarded: tuple) -> None:
     server, port, texts, path = guarded
-    before = len(Audit(path).acts())
+    before = len(Audit(path).actions())
     assert httpx.post(f"{server.url}/reload", headers=bearer(texts["boss"])).status_code == 200
     assert httpx.post(f"{server.url}/reload", headers=bearer(texts["shop"])).status_code == 403
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         assert call(channel, "ModelService", "HandleReloadConfigRequest", **bearer(texts["boss"]))[0] == "OK"
-    acts = Audit(path).acts()
-    told = [(act["what"], act["caller"], act["result"]) for act in acts[before:]]
+    actions = Audit(path).actions()
+    summaries = [(action["what"], action["caller"], action["result"]) for action in actions[before:]]
     done = [("reload", "boss", "begun"), ("reload", "boss", "done")]
-    assert told == [*done, ("reload", "shop", "refused"), *done]
-    assert acts[-1]["versions"] == {"wine": 1}
-    assert acts[0]["what"] == "start"
-    kept = path.read_text()
-    path.write_text(kept.replace('"boss"', '"shop"', 1))
+    assert summaries == [*done, ("reload", "shop", "refused"), *done]
+    assert actions[-1]["versions"] == {"wine": 1}
+    assert actions[0]["what"] == "start"
+    intact = path.read_text()
+    path.write_text(intact.replace('"boss"', '"shop"', 1))
     with pytest.raises(StorageError, match="changed by other hands"):
-        Audit(path).acts()
+        Audit(path).actions()
     refused = httpx.post(f"{server.url}/reload", headers=bearer(texts["boss"]))
     assert refused.status_code == 503  # what cannot be recorded is not done
-    path.write_text(kept)
+    path.write_text(intact)
 
 
-def test_who_may_not_act_is_recorded_too(guarded: tuple, row: dict) -> None:  # noqa: F811
+def test_denied_actions_are_recorded_too(guarded: tuple, row: dict) -> None:  # noqa: F811
     server, port, texts, path = guarded
-    before = len(Audit(path).acts())
+    before = len(Audit(path).actions())
     assert httpx.post(f"{server.url}/reload").status_code == 401
     assert httpx.delete(f"{server.url}/models", headers=bearer(texts["shop"])).status_code == 403
     assert httpx.post(f"{server.url}{WINE}:predict", json={"instances": [row]}).status_code == 401  # no act
@@ -291,18 +293,18 @@ def test_who_may_not_act_is_recorded_too(guarded: tuple, row: dict) -> None:  # 
         for headers in ({}, bearer(texts["shop"])):
             call(channel, "ModelService", "HandleReloadConfigRequest", **headers)
         assert call(channel, "PredictionService", "Predict")[0] == "UNAUTHENTICATED"
-    acts = Audit(path).acts()[before:]
-    assert [(act["what"], act["caller"].partition(":")[0], act["code"]) for act in acts] == [
+    actions = Audit(path).actions()[before:]
+    assert [(action["what"], action["caller"].partition(":")[0], action["code"]) for action in actions] == [
         ("reload", "127.0.0.1", "UNAUTHENTICATED"),
         ("DELETE /models", "shop", "PERMISSION_DENIED"),
         ("reload", "ipv4", "UNAUTHENTICATED"),
         ("reload", "shop", "PERMISSION_DENIED"),
     ]
-    assert {act["result"] for act in acts} == {"refused"}
-    assert acts[1]["reason"] == "shop may predict here, and this needs the scope 'admin'."
+    assert {action["result"] for action in actions} == {"refused"}
+    assert actions[1]["reason"] == "shop may predict here, and this needs the scope 'admin'."
 
 
-def test_a_key_that_is_taken_back_is_good_no_longer(guarded: tuple, keys: Path, row: dict) -> None:  # noqa: F811
+def test_a_revoked_key_is_no_longer_valid(guarded: tuple, keys: Path, row: dict) -> None:  # noqa: F811
     server, _, _, _ = guarded
     guest = new_api_key(keys, "guest")
 
@@ -322,8 +324,8 @@ def test_the_command_hands_out_lists_and_takes_back(project: Path) -> None:
 
     made = access("new", "shop", "--days", "30")
     options = AuthOptions(str(project / "api.keys")).open()
-    caller = asyncio.run(options.check({b"x-api-key": made["key"].encode()}, "predict"))
-    assert (caller.name, caller.how) == ("shop", "key")
+    principal = asyncio.run(options.authorize({b"x-api-key": made["key"].encode()}, "predict"))
+    assert (principal.name, principal.credential) == ("shop", "key")
     assert made["key"] not in (project / "api.keys").read_text()
     (listed,) = access("list")
     assert (listed["name"], listed["scopes"], "sha256" in listed) == ("shop", ["predict"], False)
@@ -350,7 +352,7 @@ class Authority:
 
     def _make(self, name: str, issuer: str, signer: Any) -> tuple:
         key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-        names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, each)]) for each in (name, issuer)]
+        names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in (name, issuer)]
         made = x509.CertificateBuilder().subject_name(names[0]).issuer_name(names[1]).public_key(key.public_key())
         made = made.serial_number(x509.random_serial_number())
         made = made.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
@@ -401,8 +403,8 @@ def test_only_clients_of_our_authority_get_in(shelf: Path, tmp_path: Path, row: 
         with channel(friend) as asking:
             assert call(asking, "PredictionService", "Predict")[0] == "INVALID_ARGUMENT"
             assert call(asking, "ModelService", "HandleReloadConfigRequest")[0] == "OK"
-        acts = Audit(tmp_path / "logs" / "audit.jsonl").acts()
-        assert [(act["what"], act["caller"], act["result"]) for act in acts[1:]] == [
+        actions = Audit(tmp_path / "logs" / "audit.jsonl").actions()
+        assert [(action["what"], action["caller"], action["result"]) for action in actions[1:]] == [
             ("reload", "friend", "begun"),
             ("reload", "friend", "done"),
         ] * 2
@@ -411,7 +413,7 @@ def test_only_clients_of_our_authority_get_in(shelf: Path, tmp_path: Path, row: 
                 assert call(asking, "PredictionService", "Predict")[0] == "UNAVAILABLE"
 
 
-def test_a_renewed_certificate_is_taken_up_and_a_spoilt_one_is_not(shelf: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_renewed_certificate_is_used_and_a_damaged_one_is_not(shelf: Path, tmp_path: Path) -> None:  # noqa: F811
     ours, port = Authority(tmp_path, "ours"), free_port()
     certificate, key = ours.certify("server")
 
@@ -420,15 +422,15 @@ def test_a_renewed_certificate_is_taken_up_and_a_spoilt_one_is_not(shelf: Path, 
 
     with serve(shelf, tls=TlsOptions(str(certificate), str(key)), grpc_port=port) as server:
         ports = int(server.url.rpartition(":")[2]), port
-        assert [shown(each) for each in ports] == [certificate.read_text()] * 2
+        assert [shown(port_number) for port_number in ports] == [certificate.read_text()] * 2
         ours.certify("server")
-        wait_until(lambda: [shown(each) for each in ports] == [certificate.read_text()] * 2, 20)
+        wait_until(lambda: [shown(port_number) for port_number in ports] == [certificate.read_text()] * 2, 20)
         good = certificate.read_text()
         certificate.write_text("half a certif")
         with httpx.Client(verify=ssl.create_default_context(cafile=ours.file)) as client:
             for _ in range(5):
                 assert client.get(f"https://localhost:{ports[0]}/livez").status_code == 200
-        assert [shown(each) for each in ports] == [good] * 2
+        assert [shown(port_number) for port_number in ports] == [good] * 2
 
 
 def test_files_that_make_no_certificate_are_refused_at_the_start(shelf: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -470,13 +472,13 @@ fetch("URL", {method: "POST", headers: {"content-type": "application/json", "x-a
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
-def test_pages_of_declared_origins_ask_from_a_browser(shelf: Path, tmp_path: Path, row: dict) -> None:  # noqa: F811
+def test_pages_of_allowed_origins_predict_from_a_browser(shelf: Path, tmp_path: Path, row: dict) -> None:  # noqa: F811
     key = new_api_key(tmp_path / "api.keys", "page")
     with site() as ours, site() as theirs:
         access = AuthOptions(str(tmp_path / "api.keys"))
         with serve(shelf, origins=(ours,), access=access) as server:
             script = ASK.replace("URL", f"{server.url}{WINE}:predict")
-            good, bad = (json.dumps({"instances": [each]}) for each in (row, {}))
+            good, bad = (json.dumps({"instances": [instance]}) for instance in (row, {}))
             with Page(f"{ours}/") as page:
                 status, version, answer = page.ask(script.replace("KEY", key).replace("BODY", good))
                 assert (status, version, len(answer["predictions"])) == (200, "1", 1)
@@ -488,15 +490,15 @@ def test_pages_of_declared_origins_ask_from_a_browser(shelf: Path, tmp_path: Pat
                 assert page.ask(script.replace("KEY", key).replace("BODY", good)) == "TypeError"
 
 
-def test_no_page_may_ask_where_none_is_declared(guarded: tuple, row: dict) -> None:  # noqa: F811
+def test_no_cross_origin_page_is_allowed_by_default(guarded: tuple, row: dict) -> None:  # noqa: F811
     server, _, texts, _ = guarded
     origin, key = {"origin": "https://shop.example"}, bearer(texts["shop"])
     before = httpx.options(
         f"{server.url}{WINE}:predict", headers=origin | {"access-control-request-method": "POST"} | key
     )
-    asked = httpx.post(f"{server.url}{WINE}:predict", json={"instances": [row]}, headers=origin | key)
-    assert asked.status_code == 200
-    assert not [name for answer in (before, asked) for name in answer.headers if name.startswith("access-control")]
+    response = httpx.post(f"{server.url}{WINE}:predict", json={"instances": [row]}, headers=origin | key)
+    assert response.status_code == 200
+    assert not [name for answer in (before, response) for name in answer.headers if name.startswith("access-control")]
 
 
 def test_what_is_no_origin_is_refused_before_anything_starts(project: Path) -> None:

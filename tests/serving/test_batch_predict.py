@@ -1,4 +1,4 @@
-"""Files answered in parts: the answers are the model's; a kill, a full disk or a bad file leave no half result."""
+"""Batch prediction in chunks: correct predictions, and no partial result after a kill, a full disk or a bad file."""
 
 import fcntl
 import json
@@ -40,7 +40,7 @@ ROWS = 600
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pl.DataFrame]:
-    """An untrained model of the shop and its rows: texts, dates and numbers; what it answers does not matter here."""
+    """An untrained model of the shop and its rows: texts, dates and numbers; its predictions do not matter here."""
     data = load_dataset("retail", rows=ROWS)
     folder = tmp_path_factory.mktemp("models") / "shop"
     return export_saved_model(build_model("wide_deep", data), data, folder), data.table
@@ -48,7 +48,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pl.DataFrame]:
 
 @pytest.fixture(scope="module")
 def official(shop: tuple[Path, pl.DataFrame]) -> dict[str, np.ndarray]:
-    """What the SavedModel answers when it is asked as TensorFlow has it."""
+    """Predictions of the SavedModel, loaded by TensorFlow."""
     model = load_saved_model(shop[0])
     return answers_of(model, load_dataset("retail", rows=ROWS).inputs)
 
@@ -76,33 +76,33 @@ def left_in(folder: Path) -> list[str]:
 
 def check(scores: pl.DataFrame, official: dict[str, np.ndarray]) -> None:
     for name, values in official.items():
-        found = scores[name].to_numpy()
+        values_found = scores[name].to_numpy()
         if values.dtype == np.float32:
-            np.testing.assert_allclose(found, values, atol=1e-6)
+            np.testing.assert_allclose(values_found, values, atol=1e-6)
         else:
             assert scores[name].to_list() == [text if isinstance(text, str) else text.decode() for text in values]
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_two_processes_give_the_answers_of_the_model_in_the_order_of_the_rows(
+def test_two_processes_predict_in_the_order_of_the_rows(
     shop: tuple[Path, pl.DataFrame], official: dict[str, np.ndarray], source: Path, tmp_path: Path
 ) -> None:
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     done = predict_table(
         shop[0], source, tmp_path / "scores.parquet", key=["order", "item_id"], processes=2,
-        progress=lambda *counts: told.append(counts),
+        progress=lambda *counts: progress.append(counts),
     )  # fmt: skip
     scores = pl.read_parquet(tmp_path / "scores.parquet")
     assert scores.columns == ["order", "item_id", *sorted(official), "model", "version", "run"]
     assert scores["order"].to_list() == list(range(ROWS))
     assert scores["item_id"].to_list() == shop[1]["item_id"].to_list()
     check(scores, official)
-    assert [count for count, _ in told] == list(range(0, ROWS + 1, 100))
+    assert [count for count, _ in progress] == list(range(0, ROWS + 1, 100))
     assert (done.rows, done.kept) == (ROWS, 0)
     assert left_in(tmp_path) == ["orders.parquet", "scores.parquet"]
 
 
-def test_a_csv_file_and_a_pattern_of_parquet_files_are_answered_alike(
+def test_a_csv_file_and_a_pattern_of_parquet_files_get_equal_predictions(
     shop: tuple[Path, pl.DataFrame], official: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     shop[1].write_csv(tmp_path / "orders.csv")
@@ -115,7 +115,7 @@ def test_a_csv_file_and_a_pattern_of_parquet_files_are_answered_alike(
         assert scores["row"].to_list() == list(range(ROWS))
 
 
-def test_texts_of_digits_stay_texts_and_a_database_is_asked_by_its_query(tmp_path: Path) -> None:
+def test_texts_of_digits_stay_texts_and_a_database_is_queried(tmp_path: Path) -> None:
     shelves = ["007", "7", "x", "008"] * 30
     rows = pl.DataFrame({"shelf": shelves, "size": [float(n) for n in range(120)], "sold": [0, 1] * 60})
     rows.write_parquet(tmp_path / "train.parquet")
@@ -129,8 +129,8 @@ def test_texts_of_digits_stay_texts_and_a_database_is_asked_by_its_query(tmp_pat
         database.execute("create table today (shelf text, size integer)")
         database.executemany("insert into today values (?, ?)", today.rows())
     database.close()
-    asked = {"today.csv": None, f"sqlite:///{tmp_path}/today.db": "select * from today"}
-    for given, query in asked.items():
+    sources = {"today.csv": None, f"sqlite:///{tmp_path}/today.db": "select * from today"}
+    for given, query in sources.items():
         place = given if query else tmp_path / given
         predict_table(model, place, tmp_path / "scores.parquet", query=query, replace=True)
         np.testing.assert_allclose(pl.read_parquet(tmp_path / "scores.parquet")["probabilities"], expected, atol=1e-6)
@@ -145,12 +145,12 @@ def is_alive(process: psutil.Process) -> bool:
 
 def start(model: Path, source: Path, output: Path, *options: str) -> subprocess.Popen:
     """`mlkit predict` in parts of 20 rows, in a process of its own."""
-    code = "import mlkit.serving.batch_predict, sys; mlkit.serving.batch_predict._PART_ROWS = 20; from mlkit.cli.main import main; main()"
+    code = "import mlkit.serving.batch_predict as p, sys; p._PART_ROWS = 20; from mlkit.cli.main import main; main()"
     command = [sys.executable, "-c", code, "predict", model, "--input", source, "--output", output, *options]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_it_goes_on_where_it_was(
+def test_a_killed_job_resumes(
     shop: tuple[Path, pl.DataFrame], official: dict[str, np.ndarray], source: Path, tmp_path: Path
 ) -> None:
     output, parts = tmp_path / "scores.parquet", tmp_path / ".scores.parquet.parts"
@@ -161,13 +161,13 @@ def test_killed_it_goes_on_where_it_was(
     first.communicate()
     wait_until(lambda: not any(map(is_alive, answering)))
     assert not output.exists()
-    kept = list(parts.glob("part-*.parquet"))
+    finished = list(parts.glob("part-*.parquet"))
     with pytest.raises(InputError, match=r"another key. The same command"):
         predict_table(shop[0], source, output, key=["order"])
     second = start(shop[0], source, output, "--json")
-    said, errors = second.communicate(timeout=120)
+    stdout, errors = second.communicate(timeout=120)
     assert second.returncode == 0, errors
-    assert json.loads(said)["from_before"] >= 20 * len(kept)
+    assert json.loads(stdout)["from_before"] >= 20 * len(finished)
     check(pl.read_parquet(output), official)
     assert left_in(tmp_path) == ["orders.parquet", "scores.parquet"]
 
@@ -179,7 +179,7 @@ def test_a_process_that_is_killed_is_an_error_and_what_is_finished_stays(
     def kill_one(answered: int, total: int) -> None:
         if answered == 100:
             for child in psutil.Process().children():
-                if "answer_parts" in " ".join(child.cmdline()):
+                if "predict_chunks" in " ".join(child.cmdline()):
                     os.kill(child.pid, signal.SIGKILL)
 
     output = tmp_path / "scores.parquet"
@@ -231,13 +231,13 @@ def test_what_only_the_rows_show_ends_it_without_a_result(
     content[4:600] = b"\xff" * 596  # pages, not the footer
     (tmp_path / "spoilt.parquet").write_bytes(content)
     refused = {"typed": "rows 1 to 600: Feature 'price' is declared as number", "spoilt": "cannot be read"}
-    for name, said in refused.items():
-        with pytest.raises(DatasetError, match=f"{name}.parquet.*{said}"):
+    for name, message in refused.items():
+        with pytest.raises(DatasetError, match=f"{name}.parquet.*{message}"):
             predict_table(shop[0], tmp_path / f"{name}.parquet", tmp_path / "scores.parquet")
     assert left_in(tmp_path) == ["orders.parquet", "spoilt.parquet", "typed.parquet"]
 
 
-def test_a_result_is_replaced_only_when_told_and_only_by_a_whole_one(
+def test_a_result_is_replaced_only_on_request_and_only_by_a_complete_one(
     shop: tuple[Path, pl.DataFrame], source: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "scores.parquet"
@@ -288,7 +288,7 @@ def visits(rows: int) -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def cleaned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose training rows were cleaned and held against a schema."""
+    """A run whose training rows were cleaned and validated against a schema."""
     folder = tmp_path_factory.mktemp("cleaned")
     rows = visits(700).drop("visit").with_columns(bought=pl.Series(["yes", "no"] * 350))
     rows.write_parquet(folder / "train.parquet")
@@ -301,7 +301,7 @@ def cleaned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_rows_are_cleaned_as_in_training_and_those_that_are_set_aside_are_told(cleaned: Path, tmp_path: Path) -> None:
+def test_rows_are_cleaned_as_in_training_and_quarantined_rows_are_written(cleaned: Path, tmp_path: Path) -> None:
     rows, source = visits(350), tmp_path / "today.parquet"
     rows.write_parquet(source)
     done = predict_table(cleaned, source, tmp_path / "scores.parquet", key=["visit"], processes=1)
@@ -325,7 +325,7 @@ def test_rows_are_cleaned_as_in_training_and_those_that_are_set_aside_are_told(c
     assert left_in(tmp_path) == ["scores.parquet", "today.csv", "today.parquet"]
 
 
-def test_rows_that_break_the_schema_get_no_answer(cleaned: Path, tmp_path: Path) -> None:
+def test_rows_that_violate_the_schema_get_no_predictions(cleaned: Path, tmp_path: Path) -> None:
     visits(100).with_columns(device=pl.lit("toaster")).write_parquet(tmp_path / "today.parquet")
     with pytest.raises(DataValidationError, match="toaster"):
         predict_table(cleaned, tmp_path / "today.parquet", tmp_path / "scores.parquet")
@@ -365,17 +365,17 @@ def write_long(rows: int, file: Path) -> str:
 
 @pytest.mark.parametrize("name", ["notes.csv.gz", "notes.db"])
 def test_memory_does_not_grow_with_the_source(name: str, tmp_path: Path) -> None:
-    found = []
+    measurements = []
     for rows in (800_000, 1_600_000):
         source = write_long(rows, tmp_path / f"{rows}-{name}")
         query = "select * from notes" if name.endswith(".db") else ""
         command = [sys.executable, "-c", PEAK, source, tmp_path / str(rows), query]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
-    assert [each["rows"] for each in found] == [800_000, 1_600_000]
+        measurements.append(json.loads(done.stdout))
+    assert [measurement["rows"] for measurement in measurements] == [800_000, 1_600_000]
     # in memory the rows more take 320 megabytes
-    assert found[1]["megabytes"] < found[0]["megabytes"] + 150, found
+    assert measurements[1]["megabytes"] < measurements[0]["megabytes"] + 150, measurements
 
 
 def test_images_are_no_table(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_images_are_no_table(tmp_path: Path) -> None:
         predict_table(model, tmp_path / "rows.parquet", tmp_path / "scores.parquet")
 
 
-def test_the_command_answers_and_says_what_comes_next(
+def test_the_command_predicts_and_suggests_the_next_step(
     shop: tuple[Path, pl.DataFrame], source: Path, tmp_path: Path
 ) -> None:
     common = ("predict", str(shop[0]), "--input", "orders.parquet", "--output", "scores.parquet", "--key", "order")
@@ -413,15 +413,15 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, pl.
 
 
 @pytest.mark.parametrize(
-    ("asked", "kind", "names"),
+    ("reference", "kind", "names"),
     [("wine", "savedmodel", ("wine", 1)), ("wine/1", "float32", ("wine", 1)), ("latest", "savedmodel", (None, None))],
 )
-def test_each_answer_says_which_version_and_run_gave_it(
-    asked: str, kind: str, names: tuple, registered: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_each_prediction_names_its_version_and_run(
+    reference: str, kind: str, names: tuple, registered: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder, run, rows = registered
     monkeypatch.chdir(folder)
-    done = predict_table(asked, "wine", tmp_path / "scores.parquet", kind=kind, key=["cultivar"])
+    done = predict_table(reference, "wine", tmp_path / "scores.parquet", kind=kind, key=["cultivar"])
     scores = pl.read_parquet(tmp_path / "scores.parquet")
     model, version = names
     assert done.names == {"model": model or run, "version": version, "run": run}
@@ -432,7 +432,7 @@ def test_each_answer_says_which_version_and_run_gave_it(
     np.testing.assert_allclose(scores["probabilities"].to_numpy(), expected, atol=1e-5)
 
 
-def test_a_version_that_was_changed_answers_nothing(
+def test_a_modified_version_makes_no_predictions(
     registered: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"

@@ -1,4 +1,4 @@
-"""A server at work is asked all that clients send by mistake or by malice: it refuses in words, and goes on."""
+"""Malformed and malicious requests to a running server: each gets an error message, and serving continues."""
 
 import base64
 import contextlib
@@ -45,7 +45,7 @@ from tests.serving.test_grpc_server import examples, shelf  # noqa: F401  a fixt
 from tests.serving.test_protocol import NASTY, fast, spoil
 from tests.serving.test_server import WINE, converted, row  # noqa: F401  fixtures
 
-# -- two models: ours, and somebody else's with every type, odd shapes, and graphs that refuse what they do not like
+# -- two models: ours, and a foreign one with every type, unusual shapes, and graphs that reject some inputs
 
 SPEC = tf.TensorSpec
 EVERY = {
@@ -73,7 +73,7 @@ SIGNATURES = {
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module, made = tf.Module(), {}
     for name, (takes, answer) in SIGNATURES.items():
-        specs = {key: SPEC(told.shape, told.dtype, key) for key, (told, _) in takes.items()}
+        specs = {key: SPEC(spec.shape, spec.dtype, key) for key, (spec, _) in takes.items()}
         made[name] = tf.function(answer).get_concrete_function(**specs)
     folder = tmp_path_factory.mktemp("odd")
     tf.saved_model.save(module, str(folder / "1"), signatures=made)
@@ -123,24 +123,26 @@ def _still_well(served: Served) -> Iterator[None]:
 
 
 def right_requests() -> list[tuple[str, dict]]:
-    """Path and body of requests that are answered."""
-    asked: list[tuple[str, dict]] = []
+    """Path and body of valid requests."""
+    requests: list[tuple[str, dict]] = []
     for name, (takes, _) in SIGNATURES.items():
         columns = {key: value for key, (_, value) in takes.items()}
-        asked.append(("odd:predict", {"signature_name": name, "inputs": columns}))
+        requests.append(("odd:predict", {"signature_name": name, "inputs": columns}))
         if all(isinstance(value, list) for value in columns.values()):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            asked.append(("odd:predict", {"signature_name": name, "instances": rows}))
-    buyer, kept, spent = {"age": 31.0, "city": "Porto"}, "kept_classify", "spent_regress"
+            requests.append(("odd:predict", {"signature_name": name, "instances": rows}))
+    buyer, classify, spent = {"age": 31.0, "city": "Porto"}, "kept_classify", "spent_regress"
     text = base64.b64encode(examples()[0].SerializeToString()).decode()
-    asked += [
+    requests += [
         ("shop:predict", {"instances": [buyer, buyer]}),
         ("shop:predict", {"inputs": {"age": [1], "city": ["x"]}}),
     ]
-    asked += [("shop:classify", {"signature_name": kept, "examples": [buyer, buyer], "context": {"city": "Lille"}})]
-    asked += [("shop:regress", {"signature_name": spent, "examples": [buyer]})]
-    asked += [("shop:predict", {"signature_name": "serving_examples", "instances": [{"b64": text}]})] * 2
-    return asked
+    requests += [
+        ("shop:classify", {"signature_name": classify, "examples": [buyer, buyer], "context": {"city": "Lille"}})
+    ]
+    requests += [("shop:regress", {"signature_name": spent, "examples": [buyer]})]
+    requests += [("shop:predict", {"signature_name": "serving_examples", "instances": [{"b64": text}]})] * 2
+    return requests
 
 
 RIGHT_REQUESTS = right_requests()
@@ -148,28 +150,28 @@ RIGHT_REQUESTS = right_requests()
 # -- what the server promises in its own document
 
 
-def test_the_document_keeps_to_openapi_and_says_nothing_of_how_it_is_made(served: Served) -> None:
+def test_the_document_is_valid_openapi_without_implementation_details(served: Served) -> None:
     document = httpx.get(f"{served.server.url}/openapi.json").json()
     schemathesis.openapi.from_dict(document).validate()
-    operations = [told for place in document["paths"].values() for told in place.values()]
-    assert len({told["operationId"] for told in operations}) == len(operations)
+    operations = [operation for place in document["paths"].values() for operation in place.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
     assert "RestApplication" not in json.dumps(document)
     (model, *_) = document["paths"]["/v1/models/{model}"]["get"]["parameters"]
     assert model["schema"]["enum"] == ["shop", "odd"]
 
 
 def cases(served: Served, mode: GenerationMode) -> Iterator[tuple[str, st.SearchStrategy]]:
-    """Requests to each operation of the document that are as it says, or are not."""
+    """Requests to each operation of the document, valid and invalid by its schemas."""
     schema = schemathesis.openapi.from_url(f"{served.server.url}/openapi.json")
-    for found in schema.get_all_operations():
-        operation = found.ok()
+    for result in schema.get_all_operations():
+        operation = result.ok()
         if mode is GenerationMode.POSITIVE or operation.body or "{version}" in operation.path:  # what can be wrong
             yield operation.label, operation.as_strategy(generation_mode=mode)
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name)
-def test_what_the_document_promises_is_what_comes(served: Served, mode: GenerationMode) -> None:
-    """Codes, headers, content types and schemas of all answers, by the checks of schemathesis."""
+def test_responses_conform_to_the_document(served: Served, mode: GenerationMode) -> None:
+    """Codes, headers, content types and schemas of all responses, checked by schemathesis."""
     statuses = Counter()
     for _, strategy in cases(served, mode):
 
@@ -186,7 +188,7 @@ def test_what_the_document_promises_is_what_comes(served: Served, mode: Generati
 
 
 @pytest.mark.parametrize(("path", "body"), [each for each in RIGHT_REQUESTS if "complex" not in each[1].values()])
-def test_answers_are_as_the_document_says(served: Served, path: str, body: dict) -> None:
+def test_valid_requests_get_documented_responses(served: Served, path: str, body: dict) -> None:
     schema = schemathesis.openapi.from_url(f"{served.server.url}/openapi.json")
     model, verb = path.split(":")
     for place, more in (("", {}), ("/versions/{version}", {"version": 1})):
@@ -233,15 +235,15 @@ class Line:
 
 
 def check_answer(method: str, status: int, headers: dict[str, str], body: bytes) -> None:
-    """What holds for every answer, whatever was asked."""
+    """Invariants of every response."""
     assert status < 500 or status in (501, 503, 504), (status, body)
     if method == "HEAD":
         return
     if status >= 400:
         assert headers["content-type"] == "application/json", body
-        told = json.loads(body)
-        assert list(told) == ["error"]
-        assert told["error"]
+        document = json.loads(body)
+        assert list(document) == ["error"]
+        assert document["error"]
     elif headers.get("content-type") == "application/json":
         json.loads(body)
 
@@ -296,18 +298,18 @@ def as_bytes(chance: random.Random, method: str, path: str, headers: list, body:
     return "\r\n".join(lines).encode("utf-8" if chance.random() < 0.5 else "latin-1", "replace") + b"\r\n\r\n" + body
 
 
-def test_ten_thousand_requests_that_are_almost_right_are_answered_or_refused(served: Served) -> None:
+def test_ten_thousand_almost_valid_requests_succeed_or_are_rejected(served: Served) -> None:
     chance, statuses = random.Random(0), Counter()
     lines = [Line(served) for _ in range(4)]  # connections that go on and on, to both processes
     for number in range(10_000):
         line = lines[number % 4]
         method, path, headers, body = almost_right(chance)
         line.socket.sendall(as_bytes(chance, method, path, headers, body))
-        status, told, answer = line.answer(method)
+        status, response_headers, answer = line.answer(method)
         statuses[status] += 1
         assert status, (method, path, headers, body)
-        check_answer(method, status, told, answer)
-        if told.get("connection") == "close":
+        check_answer(method, status, response_headers, answer)
+        if response_headers.get("connection") == "close":
             line.close()
             lines[number % 4] = Line(served)
     for line in lines:
@@ -328,23 +330,23 @@ def right_bytes(path: str = "odd:predict", document: dict | None = None) -> byte
     )
 
 
-def test_requests_that_are_sent_ahead_are_answered_in_their_order(served: Served) -> None:
+def test_pipelined_requests_get_responses_in_order(served: Served) -> None:
     chance = random.Random(1)
     with contextlib.closing(Line(served)) as line:
         for _ in range(5):
-            wanted, asked = [], b""
+            expected, pipelined = [], b""
             for _ in range(100):
                 value = chance.choice([0, 1, 2, 7, "x"])
-                wanted.append({0: [1], 1: [2], 2: [3]}.get(value))
-                asked += right_bytes(document={"signature_name": "picky", "instances": [value]})
-            line.socket.sendall(asked)
-            for each in wanted:
+                expected.append({0: [1], 1: [2], 2: [3]}.get(value))
+                pipelined += right_bytes(document={"signature_name": "picky", "instances": [value]})
+            line.socket.sendall(pipelined)
+            for predictions in expected:
                 status, headers, body = line.answer()
                 check_answer("POST", status, headers, body)
-                assert json.loads(body).get("predictions") == each
+                assert json.loads(body).get("predictions") == predictions
 
 
-def test_an_answer_without_a_body_does_not_wait_for_the_next_request(served: Served) -> None:
+def test_a_response_without_a_body_does_not_wait_for_the_next_request(served: Served) -> None:
     with contextlib.closing(Line(served)) as line:
         line.socket.sendall(b"HEAD /livez HTTP/1.1\r\nhost: here\r\n\r\nGET /li")  # half of the next
         assert line.answer("HEAD")[0] == 200
@@ -393,7 +395,7 @@ NO_HTTP = {
 
 
 @pytest.mark.parametrize("name", NO_HTTP)
-def test_what_is_hardly_http_is_refused_or_ends(served: Served, name: str) -> None:
+def test_malformed_http_is_rejected_or_closed(served: Served, name: str) -> None:
     with contextlib.closing(Line(served)) as line:
         with contextlib.suppress(ConnectionError):  # it has been told before it had said all
             line.socket.sendall(NO_HTTP[name])
@@ -403,7 +405,7 @@ def test_what_is_hardly_http_is_refused_or_ends(served: Served, name: str) -> No
             check_answer("POST", status, headers, body)
 
 
-def test_a_body_too_large_is_refused_before_it_has_come(served: Served) -> None:
+def test_a_body_too_large_is_rejected_before_it_has_arrived(served: Served) -> None:
     for head in (b"content-length: 1000001", b"content-length: 99999999999", b"transfer-encoding: chunked"):
         with contextlib.closing(Line(served)) as line:
             line.socket.sendall(HEAD + head + b"\r\n\r\n")
@@ -416,7 +418,7 @@ def test_a_body_too_large_is_refused_before_it_has_come(served: Served) -> None:
             check_answer("POST", status, headers, body)
 
 
-def test_requests_that_are_broken_off_anywhere_hold_up_nobody(served: Served) -> None:
+def test_interrupted_requests_delay_no_other_client(served: Served) -> None:
     whole = right_bytes("shop:predict", {"instances": [{"age": 31.0, "city": "Porto"}] * 100})
     for end in range(1, len(whole), 37):
         with contextlib.closing(Line(served)) as line:
@@ -433,36 +435,36 @@ def test_requests_that_are_broken_off_anywhere_hold_up_nobody(served: Served) ->
 
 
 def right_messages() -> list[tuple[str, Message]]:
-    """Method and message of calls that are answered."""
-    asked: list[tuple[str, Message]] = []
+    """Method and message of valid calls."""
+    calls: list[tuple[str, Message]] = []
     for name, (takes, _) in SIGNATURES.items():
         request = message_class("PredictRequest")()
         request.model_spec.name, request.model_spec.signature_name = "odd", name
-        for key, (told, value) in takes.items():
-            array = np.array(value, object if told.dtype == tf.string else told.dtype.as_numpy_dtype)
+        for key, (info, value) in takes.items():
+            array = np.array(value, object if info.dtype == tf.string else info.dtype.as_numpy_dtype)
             fill_tensor(request.inputs[key], array)
         if name == "serving_default":
             request.output_filter.extend(["image", "words"])
-        asked.append(("PredictionService/Predict", request))
+        calls.append(("PredictionService/Predict", request))
     several = message_class("MultiInferenceRequest")()
-    told = [one.SerializeToString() for one in examples()]
+    serialized = [example.SerializeToString() for example in examples()]
     for method, signature, name in (
         ("Classify", "kept_classify", "Classification"),
         ("Regress", "spent_regress", "Regression"),
     ):
         request = message_class(f"{name}Request")()
         request.model_spec.name, request.model_spec.signature_name = "shop", signature
-        for one in told:
-            request.input.example_list.examples.add().MergeFromString(one)
-        asked += [(f"PredictionService/{method}", request)] * 3
+        for example in serialized:
+            request.input.example_list.examples.add().MergeFromString(example)
+        calls += [(f"PredictionService/{method}", request)] * 3
         several.tasks.add(model_spec=request.model_spec, method_name=CLASSIFY if method == "Classify" else REGRESS)
     several.input.CopyFrom(request.input)
     metadata = message_class("GetModelMetadataRequest")(metadata_field=["signature_def"])
     status, reload = message_class("GetModelStatusRequest")(), message_class("ReloadConfigRequest")()
     metadata.model_spec.name = status.model_spec.name = "odd"
     reload.config.model_config_list.config.add(name="odd")
-    asked += [("PredictionService/MultiInference", several)] * 3 + [("PredictionService/GetModelMetadata", metadata)]
-    return [*asked, ("ModelService/GetModelStatus", status), ("ModelService/HandleReloadConfigRequest", reload)]
+    calls += [("PredictionService/MultiInference", several)] * 3 + [("PredictionService/GetModelMetadata", metadata)]
+    return [*calls, ("ModelService/GetModelStatus", status), ("ModelService/HandleReloadConfigRequest", reload)]
 
 
 RIGHT_MESSAGES = right_messages()
@@ -480,7 +482,9 @@ def spoil_tensor(chance: random.Random, tensor: Message) -> None:
     elif kind == 3:
         tensor.tensor_content = chance.randbytes(chance.choice([1, 4, 8, 16, 1000]))
     elif kind == 4:
-        field = chance.choice([one for one in tensor.DESCRIPTOR.fields if one.name.endswith("_val")])
+        field = chance.choice(
+            [descriptor for descriptor in tensor.DESCRIPTOR.fields if descriptor.name.endswith("_val")]
+        )
         value = chance.choice([b"", b"\xff"]) if field.name == "string_val" else chance.choice([0, 1, 255])
         getattr(tensor, field.name).extend([value] * chance.choice([1, 2, 100]))
     else:
@@ -488,7 +492,7 @@ def spoil_tensor(chance: random.Random, tensor: Message) -> None:
 
 
 def spoil_message(chance: random.Random, request: Message) -> None:
-    """Have a request ask for what is not there, or in another form."""
+    """Make a request name something unknown, or change its form."""
     spec = request.model_spec if "model_spec" in request.DESCRIPTOR.fields_by_name else None
     kind = chance.randrange(8)
     if spec is not None and kind == 0:
@@ -511,25 +515,25 @@ def spoil_message(chance: random.Random, request: Message) -> None:
         spoil_examples(chance, request.input.example_list.examples)
 
 
-def spoil_examples(chance: random.Random, told: Any) -> None:
+def spoil_examples(chance: random.Random, messages: Any) -> None:
     """Have examples lack features, or hold them in another form."""
-    for example in told:
+    for example in messages:
         feature = example.features.feature[chance.choice(["age", "city", "x", ""])]
         feature.Clear()
         lists = [("bytes_list", [b"\xff", b""]), ("float_list", [float("nan"), 1e30]), ("int64_list", [-(2**63)])]
         name, values = chance.choice(lists)
         getattr(feature, name).value.extend(values[: chance.randint(0, 2)])
     if chance.random() < 0.2:
-        del told[:]
+        del messages[:]
 
 
-def test_three_thousand_messages_that_are_almost_right_are_answered_or_refused(served: Served) -> None:
+def test_three_thousand_almost_valid_messages_succeed_or_are_rejected(served: Served) -> None:
     chance, codes = random.Random(0), Counter()
     methods = [f"{service}/{method}" for service, own in SERVICES.items() for method in own]
     with grpc.insecure_channel(f"127.0.0.1:{served.port}") as channel:
         calls = {method.rpartition(".")[2]: channel.unary_unary(f"/{method}") for method in methods}
         for _ in range(60):
-            asked = []
+            futures = []
             for _ in range(50):
                 method, message = chance.choice(RIGHT_MESSAGES)
                 request = type(message).FromString(message.SerializeToString())
@@ -541,9 +545,9 @@ def test_three_thousand_messages_that_are_almost_right_are_answered_or_refused(s
                 if chance.random() < 0.1:
                     method, body = chance.choice(list(calls)), chance.randbytes(chance.randint(0, 300))
                 key = (("traffic-key", "x"), ("request-bin", b"\xff"))[: chance.randint(0, 2)]
-                asked.append(calls[method].future(bytes(body), timeout=60, metadata=key))
-            for one in asked:
-                codes[one.code().name] += 1
+                futures.append(calls[method].future(bytes(body), timeout=60, metadata=key))
+            for future in futures:
+                codes[future.code().name] += 1
     refused = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "UNIMPLEMENTED", "PERMISSION_DENIED"}
     assert {"OK", *refused} == codes.keys()
     assert codes["OK"] > 300

@@ -1,4 +1,4 @@
-"""What comes in: any body and any tensor either fits a signature or is refused in words, as TF Serving's rules say."""
+"""Any body and any tensor either fits a signature or is rejected with a message, by TF Serving's rules."""
 
 import base64
 import copy
@@ -76,7 +76,7 @@ JSON = st.recursive(
 
 @st.composite
 def nearly_valid(draw: Any) -> bytes:
-    """A request that would be answered, but for one value, key or byte."""
+    """A request that is valid except for one value, key or byte."""
     name = draw(st.sampled_from(sorted(VALID)))
     columns = json.loads(json.dumps(VALID[name]))
     if draw(st.booleans()):
@@ -111,14 +111,14 @@ def fits(call: PredictCall) -> None:
 
 
 def refusal(error: ServingError) -> None:
-    """What a client is told."""
+    """Check the error that a client receives."""
     assert 400 <= error.http_status < 500 or error.code == "UNIMPLEMENTED"
     assert json.loads(write_error(error))["error"]
 
 
 @settings(fast, max_examples=300)
 @given(nearly_valid())
-def test_a_request_that_is_almost_right_is_answered_or_refused(body: bytes) -> None:
+def test_an_almost_valid_request_is_parsed_or_rejected(body: bytes) -> None:
     try:
         call = read_predict(body, SIGNATURES)
     except ServingError as error:
@@ -152,7 +152,9 @@ def spoil(chance: random.Random, document: dict[str, Any]) -> bytes:
     document = json.loads(json.dumps(document))
     for _ in range(chance.randint(0, 2)):
         place: Any = document
-        while chance.random() < 0.8 and (inner := [one for one in values_of(place) if isinstance(one, dict | list)]):
+        while chance.random() < 0.8 and (
+            inner := [inner_value for inner_value in values_of(place) if isinstance(inner_value, dict | list)]
+        ):
             place = chance.choice(inner)
         if isinstance(place, dict):
             place[chance.choice([*place, "x"])] = copy.deepcopy(chance.choice(NASTY))
@@ -168,7 +170,7 @@ def values_of(place: Any) -> list:
     return list(place.values()) if isinstance(place, dict) else place
 
 
-def test_ten_thousand_spoilt_requests_are_answered_or_refused() -> None:
+def test_ten_thousand_corrupted_requests_are_parsed_or_rejected() -> None:
     chance, answered = random.Random(0), 0
     documents = [{"signature_name": name, "inputs": columns} for name, columns in VALID.items()]
     documents += [
@@ -194,7 +196,7 @@ def test_ten_thousand_spoilt_requests_are_answered_or_refused() -> None:
 
 @settings(fast, max_examples=200)
 @given(st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode())))
-def test_any_body_is_answered_or_refused(body: bytes) -> None:
+def test_any_body_is_parsed_or_rejected(body: bytes) -> None:
     for read in (lambda: read_predict(body, SIGNATURES), lambda: read_examples(body, SIGNATURES, CLASSIFY)):
         try:
             read()
@@ -204,21 +206,21 @@ def test_any_body_is_answered_or_refused(body: bytes) -> None:
 
 @settings(fast, max_examples=300)
 @given(st.dictionaries(st.text(max_size=4), st.one_of(SCALARS, st.lists(SCALARS, max_size=3)), max_size=3))
-def test_an_example_keeps_its_values_or_is_refused(features: dict[str, Any]) -> None:
+def test_an_example_keeps_its_values_or_is_rejected(features: dict[str, Any]) -> None:
     body = json.dumps({"signature_name": "classify", "examples": [features]}).encode()
     try:
         [example] = read_examples(body, SIGNATURES, CLASSIFY).examples
     except ServingError as error:
         refusal(error)
         return
-    found = message_class("Example").FromString(example).features.feature
-    assert set(found) == set(features)
+    parsed = message_class("Example").FromString(example).features.feature
+    assert set(parsed) == set(features)
     for name, value in features.items():
         values = value if isinstance(value, list) else [value]
-        kind = found[name].WhichOneof("kind")
-        kept = list(getattr(found[name], kind).value) if kind else []
-        wanted = {"float_list": np.float32, "int64_list": int, None: int}.get(kind, as_bytes)
-        assert np.array_equal(kept, [wanted(one) for one in values], equal_nan=kind == "float_list")
+        kind = parsed[name].WhichOneof("kind")
+        stored = list(getattr(parsed[name], kind).value) if kind else []
+        convert = {"float_list": np.float32, "int64_list": int, None: int}.get(kind, as_bytes)
+        assert np.array_equal(stored, [convert(item) for item in values], equal_nan=kind == "float_list")
 
 
 def as_bytes(value: Any) -> bytes:
@@ -236,7 +238,7 @@ def by_the_rules(value: Any, dtype: np.dtype, shape: tuple) -> np.ndarray | None
     def walk(value: Any, level: int) -> bool:
         if isinstance(value, list):
             return (
-                level < len(extents) and len(value) == extents[level] and all(walk(each, level + 1) for each in value)
+                level < len(extents) and len(value) == extents[level] and all(walk(item, level + 1) for item in value)
             )
         flat.append(value)
         return level == len(extents) and holds(value)
@@ -274,21 +276,21 @@ LISTS = st.one_of(
 
 @settings(fast, max_examples=600)
 @given(st.sampled_from(["float32", "float64", "int8", "uint8", "int32", "int64", "uint64"]), LISTS, st.integers(1, 2))
-def test_numbers_are_taken_as_tf_serving_takes_them(name: str, value: list, rank: int) -> None:
+def test_numbers_are_accepted_by_tf_servings_rules(name: str, value: list, rank: int) -> None:
     dtype, shape = np.dtype(name), (None,) * rank
     body = json.dumps({"signature_name": "x", "inputs": {"x": value}}).encode()
     expected = by_the_rules(value, dtype, shape)
     try:
-        found = read_predict(body, {"x": signature("x", x=(dtype, shape))}).inputs["x"]
+        parsed = read_predict(body, {"x": signature("x", x=(dtype, shape))}).inputs["x"]
     except ServingError as error:
         refusal(error)
-        found = None
-    assert (found is None) == (expected is None), (value, found, expected)
+        parsed = None
+    assert (parsed is None) == (expected is None), (value, parsed, expected)
     if expected is not None:
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(parsed, expected)
 
 
-def test_bodies_that_would_take_all_memory_or_depth_are_refused() -> None:
+def test_bodies_that_would_exhaust_memory_or_stack_are_rejected() -> None:
     """A text among a million numbers is none of NumPy's business, and lists in lists end."""
     many = b'{"signature_name":"free","inputs":[' + b"1," * 200_000 + b'"' + b"x" * 1_000_000 + b'"]}'
     with pytest.raises(ServingError, match="takes int64, not") as caught:
@@ -301,7 +303,7 @@ def test_bodies_that_would_take_all_memory_or_depth_are_refused() -> None:
 
 @settings(fast, max_examples=100)
 @given(arrays(np.float32, array_shapes(max_dims=3, max_side=4), elements=st.floats(width=32)))
-def test_numbers_come_back_as_they_went(array: np.ndarray) -> None:
+def test_numbers_survive_a_round_trip(array: np.ndarray) -> None:
     """Of 32 bits in, through JSON, and out."""
     info = TensorInfo("x", FLOAT, None, "")
     np.testing.assert_array_equal(to_array(info, json.loads(json.dumps(array.tolist()))), array)
@@ -324,12 +326,14 @@ def test_numbers_come_back_as_they_went(array: np.ndarray) -> None:
     ),
     texts=st.lists(st.binary(max_size=3), max_size=3),
 )
-def test_any_tensor_is_an_array_or_refused(**told: Any) -> None:
-    tensor = message_class("TensorProto")(dtype=told["dtype"], tensor_content=told["content"], string_val=told["texts"])
-    tensor.tensor_shape.unknown_rank = told["unknown"]
-    for extent in told["shape"]:
+def test_any_tensor_is_parsed_or_rejected(**fields: Any) -> None:
+    tensor = message_class("TensorProto")(
+        dtype=fields["dtype"], tensor_content=fields["content"], string_val=fields["texts"]
+    )
+    tensor.tensor_shape.unknown_rank = fields["unknown"]
+    for extent in fields["shape"]:
         tensor.tensor_shape.dim.add(size=extent)
-    for field, values in told["values"].items():
+    for field, values in fields["values"].items():
         getattr(tensor, field).extend(bool(value) for value in values) if field == "bool_val" else getattr(
             tensor, field
         ).extend(values)
@@ -338,13 +342,13 @@ def test_any_tensor_is_an_array_or_refused(**told: Any) -> None:
     except ServingError as error:
         refusal(error)
     else:
-        assert list(array.shape) == told["shape"]
+        assert list(array.shape) == fields["shape"]
         assert array.nbytes <= 100_000
 
 
 @settings(fast, max_examples=200)
 @given(st.binary(max_size=40), st.sampled_from(["PredictRequest", "ExamplesRequest", "SeveralRequest"]))
-def test_any_bytes_are_a_message_or_refused(body: bytes, name: str) -> None:
+def test_any_bytes_are_parsed_or_rejected(body: bytes, name: str) -> None:
     try:
         message = parse_message(name, body)
         if name != "PredictRequest":
@@ -369,7 +373,7 @@ def test_any_bytes_are_a_message_or_refused(body: bytes, name: str) -> None:
     ),
     st.integers(0, 3),
 )
-def test_any_outputs_of_a_model_are_written_or_refused(outputs: dict[str, np.ndarray], rows: int) -> None:
+def test_any_outputs_of_a_model_are_serialized_or_rejected(outputs: dict[str, np.ndarray], rows: int) -> None:
     writers = (
         lambda: write_predict(outputs, True),
         lambda: write_predict(outputs, False),
@@ -416,8 +420,8 @@ def test_tensors_are_those_of_tensorflow() -> None:
 def test_examples_are_those_of_tensorflow() -> None:
     """A context is added to each example, as the graph's parser sees it."""
     tensorflow = pytest.importorskip("tensorflow")
-    asked = {"signature_name": "classify", "context": {"country": "PT"}, "examples": [{"age": 31.5}, {"age": [2.0]}]}
-    serialized = read_examples(json.dumps(asked).encode(), SIGNATURES, CLASSIFY).examples
+    request = {"signature_name": "classify", "context": {"country": "PT"}, "examples": [{"age": 31.5}, {"age": [2.0]}]}
+    serialized = read_examples(json.dumps(request).encode(), SIGNATURES, CLASSIFY).examples
     features = {
         "country": tensorflow.io.FixedLenFeature([], "string"),
         "age": tensorflow.io.FixedLenFeature([], "float32"),

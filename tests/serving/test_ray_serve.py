@@ -100,8 +100,8 @@ class Service:
         given |= {"RAY_ADDRESS": self.nodes.address, "PYTHONPATH": self.nodes.folder}
         given["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "4"
         command = [sys.executable, *map(str, arguments)]
-        said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.commands.append(subprocess.Popen(command, cwd=self.folder, env=given, **said))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.commands.append(subprocess.Popen(command, cwd=self.folder, env=given, **pipes))
         return self.commands[-1]
 
     def ready(self, command: subprocess.Popen) -> dict:
@@ -137,7 +137,7 @@ def service(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def first(service: Service) -> tuple[subprocess.Popen, dict]:
-    """The first command, as soon as its one replica answers, with what it has printed."""
+    """The first command, as soon as its one replica serves, with its output."""
     command = service.command()
     return command, service.ready(command)
 
@@ -171,22 +171,24 @@ class Clients(Crowd):
                 yield
 
 
-def test_rest_and_grpc_answer_as_the_saved_model_does(
+def test_rest_and_grpc_equal_the_saved_model(
     service: Service, first: tuple[subprocess.Popen, dict], images: np.ndarray
 ) -> None:
-    _, told = first
-    assert (told["url"], told["grpc"]) == (service.url, f"127.0.0.1:{service.grpc_port}")
+    _, printed = first
+    assert (printed["url"], printed["grpc"]) == (service.url, f"127.0.0.1:{service.grpc_port}")
     expected = load_saved_model(service.folder / "digits" / "1")({"image": images})["probabilities"]
     answer = httpx.post(f"{service.url}{DIGITS}:predict", json={"instances": images.tolist()}, timeout=30)
-    found = [row["probabilities"] for row in answer.json()["predictions"]]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    predicted = [row["probabilities"] for row in answer.json()["predictions"]]
+    np.testing.assert_allclose(predicted, expected, atol=1e-6)
     request = predict_pb2.PredictRequest()
     request.model_spec.name = "digits"
     request.inputs["image"].CopyFrom(tf.make_tensor_proto(images))
-    with grpc.insecure_channel(told["grpc"]) as channel:
+    with grpc.insecure_channel(printed["grpc"]) as channel:
         stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
         response = stub.Predict(request, timeout=30)
-        np.testing.assert_array_equal(tf.make_ndarray(response.outputs["probabilities"]), np.array(found, "float32"))
+        np.testing.assert_array_equal(
+            tf.make_ndarray(response.outputs["probabilities"]), np.array(predicted, "float32")
+        )
         assert response.model_spec.version.value == 1
         request.model_spec.name = "digit"
         with pytest.raises(grpc.RpcError) as caught:
@@ -216,7 +218,7 @@ def test_the_application_is_the_same_behind_the_proxy(
     assert ':tensorflow:serving:request_count{model_name="digits",status="OK"}' in metrics
 
 
-def test_a_new_version_is_taken_up_under_load(
+def test_a_new_version_is_loaded_under_load(
     service: Service, first: tuple[subprocess.Popen, dict], images: np.ndarray
 ) -> None:
     before = service.replicas()
@@ -233,7 +235,7 @@ def test_a_new_version_is_taken_up_under_load(
 def test_other_options_and_more_load_fail_no_request(
     service: Service, first: tuple[subprocess.Popen, dict], images: np.ndarray
 ) -> None:
-    """Another command replaces the replica by one that asks for keys, and has two of them under load."""
+    """Another command replaces the replica by one that requires API keys, and has two of them under load."""
     old = service.replicas()
     models = (ServedPath("digits", str(service.folder / "digits")),)
     access = AuthOptions(str(service.folder / "api.keys"))
@@ -252,21 +254,21 @@ def test_other_options_and_more_load_fail_no_request(
     assert httpx.post(f"{service.url}{DIGITS}:predict", json=body, timeout=30).status_code == 401
 
 
-def test_a_killed_node_fails_what_it_was_asked_and_nothing_else(
+def test_a_killed_node_fails_its_requests_in_progress_and_nothing_else(
     nodes: Nodes, service: Service, images: np.ndarray
 ) -> None:
     with Clients(service, images) as crowd:
         wait_until(lambda: crowd.versions)
         nodes.kill(nodes.sessions[1])
         wait_until(lambda: len(service.replicas()) == 1)
-        asked = len(crowd.versions)
-        wait_until(lambda: len(crowd.versions) > asked + 200)
+        before = len(crowd.versions)
+        wait_until(lambda: len(crowd.versions) > before + 200)
     assert set(crowd.versions) == {"2"}
     lost = crowd.failures + crowd.broken
     assert len(lost) <= 6, lost  # each thread has one request at work
 
 
-def test_what_cannot_be_is_refused(service: Service) -> None:
+def test_impossible_options_are_rejected(service: Service) -> None:
     for arguments, words in (
         (("--processes", 2), "--replicas says how many"),
         (("--replicas", "2-1"), "--replicas is a number"),
@@ -278,7 +280,7 @@ def test_what_cannot_be_is_refused(service: Service) -> None:
         assert words in refused.stderr.read()
 
 
-def test_sigterm_ends_it(service: Service) -> None:
+def test_sigterm_stops_the_server(service: Service) -> None:
     last = service.commands[1]
     last.terminate()
     assert last.wait(90) == 0

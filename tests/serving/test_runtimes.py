@@ -15,7 +15,7 @@ from mlkit.errors import ModelError, ServingError
 from mlkit.export import convert_model, export_saved_model
 from mlkit.export.signatures import PREDICT
 from mlkit.models import build_model
-from mlkit.serving.model_manager import load_warm
+from mlkit.serving.model_manager import load_and_warm_up
 from mlkit.serving.protocol import read_predict
 from mlkit.serving.runtimes import (
     Predictor,
@@ -30,7 +30,7 @@ from mlkit.serving.runtimes import (
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model of the shop: texts, moments, numbers; what it answers does not matter here."""
+    """An untrained model of the shop: texts, dates and numbers; its predictions do not matter here."""
     data = load_dataset("retail", rows=600)
     model = build_model("wide_deep", data)
     version = export_saved_model(model, data, tmp_path_factory.mktemp("models") / "shop")
@@ -41,47 +41,45 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def both(shop: Path) -> Iterator[tuple[Predictor, Predictor]]:
     """By session, and the official way."""
-    servables = load_predictor(shop), load_predictor(shop, "eager")
-    yield servables
-    for servable in servables:
-        servable.close()
+    predictors = load_predictor(shop), load_predictor(shop, "eager")
+    yield predictors
+    for predictor in predictors:
+        predictor.close()
 
 
 def bits(values: np.ndarray) -> object:
     return values.tolist() if values.dtype == object else (values.dtype, values.shape, values.tobytes())
 
 
-def test_the_installed_tensorflow_is_one_whose_sessions_were_tried(both: tuple[Predictor, Predictor]) -> None:
+def test_the_sessions_of_the_installed_tensorflow_were_tested(both: tuple[Predictor, Predictor]) -> None:
     assert sessions_work()
-    assert [type(servable).__name__ for servable in both] == ["SessionPredictor", "EagerServable"]
+    assert [type(predictor).__name__ for predictor in both] == ["SessionPredictor", "EagerPredictor"]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 32])
-def test_a_session_answers_as_the_official_way_bit_for_bit(
-    rows: int, shop: Path, both: tuple[Predictor, Predictor]
-) -> None:
-    asked = json.dumps({"instances": golden_rows(shop)[:rows]}).encode()
-    inputs = read_predict(asked, both[0].signatures).inputs
-    exact, official = (servable.run("serving_default", inputs) for servable in both)
+def test_a_session_equals_eager_functions_bit_for_bit(rows: int, shop: Path, both: tuple[Predictor, Predictor]) -> None:
+    body = json.dumps({"instances": golden_rows(shop)[:rows]}).encode()
+    inputs = read_predict(body, both[0].signatures).inputs
+    exact, official = (predictor.run("serving_default", inputs) for predictor in both)
     assert {name: bits(values) for name, values in exact.items()} == {n: bits(v) for n, v in official.items()}
 
 
-def test_every_signature_answers_the_same(shop: Path, both: tuple[Predictor, Predictor]) -> None:
+def test_every_signature_returns_the_same(shop: Path, both: tuple[Predictor, Predictor]) -> None:
     from mlkit.export.saved_model import as_examples
 
     columns = {name: [row[name] for row in golden_rows(shop)] for name in golden_rows(shop)[0]}
     examples = np.array(as_examples(columns), object)
     for name in set(both[0].signatures) - {"serving_default", "serving_bytes"}:
         (key,) = both[0].signatures[name].inputs
-        exact, official = (servable.run(name, {key: examples}) for servable in both)
+        exact, official = (predictor.run(name, {key: examples}) for predictor in both)
         assert {key: bits(values) for key, values in exact.items()} == {k: bits(v) for k, v in official.items()}
 
 
-def test_bad_examples_are_refused_with_a_reason(both: tuple[Predictor, Predictor]) -> None:
-    for servable in both:
+def test_invalid_examples_are_rejected_with_a_reason(both: tuple[Predictor, Predictor]) -> None:
+    for predictor in both:
         for example in (b"no example", b"\xff\xfe\xfd"):
             with pytest.raises(ServingError) as raised:
-                servable.run("serving_examples", {"examples": np.array([example], object)})
+                predictor.run("serving_examples", {"examples": np.array([example], object)})
             assert raised.value.code == "INVALID_ARGUMENT"
             assert "node" not in str(raised.value)
 
@@ -97,7 +95,7 @@ def test_threads_share_a_session(shop: Path, both: tuple[Predictor, Predictor]) 
     assert list(together) == alone * 5
 
 
-def test_a_process_with_sessions_only_answers_the_same_and_imports_no_keras(
+def test_a_process_with_sessions_only_predicts_the_same_and_imports_no_keras(
     shop: Path, both: tuple[Predictor, Predictor]
 ) -> None:
     code = (
@@ -112,8 +110,8 @@ def test_a_process_with_sessions_only_answers_the_same_and_imports_no_keras(
         "heavy = [name for name in ('keras', 'sklearn', 'scipy', 'polars') if name in sys.modules]\n"
         "print(json.dumps([answers['probabilities'].tobytes().hex(), heavy]))\n"
     )
-    told = subprocess.run([sys.executable, "-c", code, shop], capture_output=True, text=True, check=True, timeout=120)
-    answered, heavy = json.loads(told.stdout)
+    result = subprocess.run([sys.executable, "-c", code, shop], capture_output=True, text=True, check=True, timeout=120)
+    answered, heavy = json.loads(result.stdout)
     inputs = read_predict(json.dumps({"instances": golden_rows(shop)}).encode(), both[0].signatures).inputs
     assert bytes.fromhex(answered) == both[0].run("serving_default", inputs)["probabilities"].tobytes()
     assert heavy == []
@@ -122,7 +120,8 @@ def test_a_process_with_sessions_only_answers_the_same_and_imports_no_keras(
 def test_loading_again_and_again_takes_no_more_memory(shop: Path) -> None:
     code = (
         "import gc, sys, psutil\n"
-        "from mlkit.serving.runtimes import find_golden, load_predictor, prepare_signatures, use_session_only, warm_up\n"
+        "from mlkit.serving.runtimes import find_golden, load_predictor, prepare_signatures\n"
+        "from mlkit.serving.runtimes import use_session_only, warm_up\n"
         "use_session_only()\n"
         "golden, memory = find_golden(__import__('pathlib').Path(sys.argv[1])), []\n"
         "for _ in range(10):\n"
@@ -135,86 +134,88 @@ def test_loading_again_and_again_takes_no_more_memory(shop: Path) -> None:
         "    memory.append(psutil.Process().memory_info().rss)\n"
         "print(memory[3], memory[-1])\n"
     )
-    told = subprocess.run([sys.executable, "-c", code, shop], capture_output=True, text=True, check=True, timeout=300)
-    early, late = map(int, told.stdout.split())
+    result = subprocess.run([sys.executable, "-c", code, shop], capture_output=True, text=True, check=True, timeout=300)
+    early, late = map(int, result.stdout.split())
     assert late < 1.1 * early
 
 
-def test_a_model_without_golden_requests_is_asked_a_blank_row(both: tuple[Predictor, Predictor]) -> None:
+def test_a_model_without_golden_requests_is_warmed_up_with_a_blank_row(both: tuple[Predictor, Predictor]) -> None:
     assert warm_up(both[0], None) > 0
 
 
-# The same answers as when it was exported
+# Consistency with the exported predictions
 
 
 def spoil_golden(version: Path, change: Callable[[dict], object]) -> None:
     """Change what is kept with a version, as its files would be changed by other hands."""
     file = version / "assets.extra" / "golden.json"
-    told = json.loads(file.read_text())
-    change(told)
-    file.write_text(json.dumps(told))
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
 
 
-def shift(told: dict, row: int, by: float) -> None:
-    scores = told["predictions"][row]["probabilities"]
+def shift(record: dict, row: int, by: float) -> None:
+    scores = record["predictions"][row]["probabilities"]
     scores[0] += by
 
 
 @pytest.mark.parametrize("runtime", ["tensorflow", "litert"])
-def test_a_version_that_answers_otherwise_is_refused(runtime: str, shop: Path, tmp_path: Path) -> None:
+def test_a_version_with_other_predictions_is_rejected(runtime: str, shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
-    load_warm(version, runtime).close()
+    load_and_warm_up(version, runtime).close()
     form = {"tensorflow": "savedmodel", "litert": "litert-float32"}[runtime]
     for row, by in ((3, 0.05), (0, float("nan"))):
-        spoil_golden(version, lambda told, row=row, by=by: shift(told, row, by))
-        with pytest.raises(ModelError, match=f"{form} does not answer as the model did .* 'probabilities' differs by"):
-            load_warm(version, runtime)
+        spoil_golden(version, lambda record, row=row, by=by: shift(record, row, by))
+        with pytest.raises(ModelError, match=f"{form} does not predict as the model did .* 'probabilities' differs by"):
+            load_and_warm_up(version, runtime)
 
 
-def test_a_small_error_in_all_answers_is_found(shop: Path, tmp_path: Path) -> None:
+def test_a_small_error_in_all_predictions_is_detected(shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
-    spoil_golden(version, lambda told: [shift(told, row, 0.002) for row in range(len(told["predictions"]))])
+    spoil_golden(version, lambda record: [shift(record, row, 0.002) for row in range(len(record["predictions"]))])
     with pytest.raises(ModelError, match=r"by 0\.002 on average, where 0\.01 and 0\.001"):
-        load_warm(version)
+        load_and_warm_up(version)
 
 
-def test_a_converted_model_that_was_meddled_with_is_refused(shop: Path, tmp_path: Path) -> None:
+def test_a_tampered_converted_model_is_rejected(shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
     record = version / "litert" / "float32" / "host.json"
-    told = json.loads(record.read_text())
-    column = next(one for each in told["inputs"] for one in each.get("columns", ()) if "scale" in one)
+    features = json.loads(record.read_text())
+    column = next(one for each in features["inputs"] for one in each.get("columns", ()) if "scale" in one)
     column["scale"] = 40 * column["scale"]
-    record.write_text(json.dumps(told))
-    with pytest.raises(ModelError, match="litert-float32 does not answer as the model did"):
-        load_warm(version, "litert")
-    load_warm(version, "litert", "int8").close()
-    load_warm(version).close()
+    record.write_text(json.dumps(features))
+    with pytest.raises(ModelError, match="litert-float32 does not predict as the model did"):
+        load_and_warm_up(version, "litert")
+    load_and_warm_up(version, "litert", "int8").close()
+    load_and_warm_up(version).close()
 
 
 def test_what_parity_accepted_is_accepted(shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
-    spoil_golden(version, lambda told: shift(told, 0, 0.3))
+    spoil_golden(version, lambda record: shift(record, 0, 0.3))
     with pytest.raises(ModelError, match="mlkit parity RUN --tolerance litert-int8="):
-        load_warm(version, "litert", "int8")
+        load_and_warm_up(version, "litert", "int8")
     accepted = [
         {"target": "litert-int8", "tolerance": 0.5, "passed": True},
         {"target": "savedmodel", "tolerance": None},
     ]
     (version / "parity.json").write_text(json.dumps({"targets": accepted}))
-    load_warm(version, "litert", "int8").close()
+    load_and_warm_up(version, "litert", "int8").close()
     with pytest.raises(ModelError):
-        load_warm(version)
+        load_and_warm_up(version)
     assert allowed_difference(version, "litert-float16") == 0.01
 
 
 # Examples without TensorFlow
 
 
-def test_a_converted_model_answers_examples_as_the_saved_model(shop: Path, both: tuple[Predictor, Predictor]) -> None:
+def test_a_converted_model_classifies_examples_as_the_saved_model(
+    shop: Path, both: tuple[Predictor, Predictor]
+) -> None:
     from mlkit.export.saved_model import as_examples
 
     golden = find_golden(shop)
@@ -224,11 +225,12 @@ def test_a_converted_model_answers_examples_as_the_saved_model(shop: Path, both:
     for name in ("serving_examples", "classify"):
         own, other = portable.signatures[name], both[0].signatures[name]
         assert (own.method, own.inputs.keys()) == (other.method, other.inputs.keys())
-        assert {each.name: (each.dtype, each.shape) for each in own.outputs.values()} == {
-            each.name: (each.dtype, each.shape and (None, *each.shape[1:])) for each in other.outputs.values()
+        assert {example.name: (example.dtype, example.shape) for example in own.outputs.values()} == {
+            example.name: (example.dtype, example.shape and (None, *example.shape[1:]))
+            for example in other.outputs.values()
         }
         (key,) = own.inputs
-        converted, exact = (servable.run(name, {key: examples}) for servable in (portable, both[0]))
+        converted, exact = (predictor.run(name, {key: examples}) for predictor in (portable, both[0]))
         assert converted.keys() == exact.keys()
         for output, values in exact.items():
             if values.dtype == object:
@@ -251,14 +253,14 @@ def test_several_labels_have_a_signature_each_without_tensorflow(tmp_path: Path)
     convert_model(model, data, version / "litert", ["float32"])
     portable, exact = load_predictor(version, "litert"), load_predictor(version)
     examples = np.array([b"", b""], object)
-    methods = {name: told.method for name, told in portable.signatures.items() if told.method != PREDICT}
-    assert methods == {name: told.method for name, told in exact.signatures.items() if told.method != PREDICT}
+    methods = {name: info.method for name, info in portable.signatures.items() if info.method != PREDICT}
+    assert methods == {name: info.method for name, info in exact.signatures.items() if info.method != PREDICT}
     for name in methods:
-        found, wanted = (servable.run(name, {"inputs": examples}) for servable in (portable, exact))
-        for output, values in wanted.items():
+        converted, expected = (predictor.run(name, {"inputs": examples}) for predictor in (portable, exact))
+        for output, values in expected.items():
             if values.dtype == object:
-                assert found[output].tolist() == values.tolist()
+                assert converted[output].tolist() == values.tolist()
             else:
-                np.testing.assert_allclose(found[output].reshape(values.shape), values, rtol=1e-4, atol=1e-5)
-    for servable in (portable, exact):
-        servable.close()
+                np.testing.assert_allclose(converted[output].reshape(values.shape), values, rtol=1e-4, atol=1e-5)
+    for predictor in (portable, exact):
+        predictor.close()

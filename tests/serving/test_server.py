@@ -1,4 +1,4 @@
-"""The model server: real processes that are asked over HTTP, swapped, overloaded, killed and told to stop."""
+"""The model server: real processes, called over HTTP, with version swaps, overload, kills and graceful shutdown."""
 
 import asyncio
 import json
@@ -20,10 +20,11 @@ import numpy as np
 import psutil
 import pytest
 
+import mlkit.serving.http as http_module
 import mlkit.serving.server as server_module
 from mlkit.data import load_dataset
 from mlkit.errors import MlkitError
-from mlkit.export import convert_model
+from mlkit.export import convert_model, export_saved_model
 from mlkit.export.signatures import PREDICT, SignatureInfo, TensorInfo
 from mlkit.models import build_model
 from mlkit.registry import Registry
@@ -34,8 +35,9 @@ from mlkit.serving.metrics import METRICS_PATH
 from mlkit.serving.model_manager import ModelManager
 from mlkit.serving.options import ServedPath
 from mlkit.serving.rest import RestApplication
-from mlkit.serving.server import RunningServer
+from mlkit.serving.server import ProcessStatusBoard, RunningServer
 from mlkit.serving.sources import FolderSource
+from mlkit.training import fit
 from tests.conftest import Crowd, free_port, run_cli, wait_until
 from tests.registry.test_store import make_run, place, signing  # noqa: F401  fixtures
 from tests.runs.test_faults import fill_up
@@ -60,13 +62,13 @@ def row(converted: Path) -> dict[str, float]:
 
 
 def write_version(shelf: Path, number: int, converted: Path) -> Path:
-    """A version whose classes tell its number, put in place at once."""
+    """A version whose class names contain its number, moved into place atomically."""
     hidden, target = shelf / f".{number}", shelf / str(number)
     shutil.copytree(converted, hidden)
     record = hidden / "litert" / "float32" / "host.json"
-    told = json.loads(record.read_text())
-    told["classes"] = [f"{number}:{name}" for name in told["classes"]]
-    record.write_text(json.dumps(told))
+    content = json.loads(record.read_text())
+    content["classes"] = [f"{number}:{name}" for name in content["classes"]]
+    record.write_text(json.dumps(content))
     return hidden.rename(target)
 
 
@@ -85,12 +87,12 @@ def serve(shelf: Path, **options: object) -> AbstractContextManager[RunningServe
 
 
 def states(server: RunningServer) -> dict[int, str]:
-    told = httpx.get(server.url + WINE).json()["model_version_status"]
-    return {int(each["version"]): each["state"] for each in told}
+    statuses = httpx.get(server.url + WINE).json()["model_version_status"]
+    return {int(status["version"]): status["state"] for status in statuses}
 
 
 def answered_by(server: RunningServer, row: dict, place: str = "", **headers: str) -> str:  # noqa: F811  of a URL
-    """The version that answered, by its header, which has to agree with the answer."""
+    """The version of a response, by its header, which must match the prediction."""
     answer = httpx.post(f"{server.url}{WINE}{place}:predict", json={"instances": [row]}, headers=headers)
     assert answer.status_code == 200, answer.text
     number, _, _ = answer.json()["predictions"][0]["class"].partition(":")
@@ -99,7 +101,7 @@ def answered_by(server: RunningServer, row: dict, place: str = "", **headers: st
 
 
 class Clients(Crowd):
-    """Callers of the wines' model; each answer has to belong to the version that its header names."""
+    """Clients of the wines' model; each prediction must belong to the version in its header."""
 
     def __init__(self, server: RunningServer, row: dict, threads: int = 4):
         super().__init__(*[self._rest] * threads)
@@ -110,14 +112,35 @@ class Clients(Crowd):
         with httpx.Client() as client:
             while True:
                 answer = client.post(self.url, content=self.body)
-                told = answer.json().get("predictions", [{}])[0].get("class", "").partition(":")[0]
-                if answer.status_code != 200 or told != answer.headers["model-version"]:
+                number = answer.json().get("predictions", [{}])[0].get("class", "").partition(":")[0]
+                if answer.status_code != 200 or number != answer.headers["model-version"]:
                     self.failures.append((answer.status_code, answer.text))
-                self.answers.append(told)
+                self.answers.append(number)
                 yield
 
 
-# Swaps
+# The status board
+
+
+def test_versions_are_common_when_all_processes_have_published_them(tmp_path: Path) -> None:
+    first, second = ProcessStatusBoard(tmp_path, 2, 0), ProcessStatusBoard(tmp_path, 2, 1)
+    first.publish({"loaded": {"churn": [1, 2]}})
+    assert first.common_versions("churn") == set()
+    second.publish({"loaded": {"churn": [2]}})
+    assert first.common_versions("churn") == {2}
+    second.remove(1)
+    assert first.common_versions("churn") == set()
+
+
+def test_a_reload_request_reaches_all_processes(tmp_path: Path) -> None:
+    first, second = ProcessStatusBoard(tmp_path, 2, 0), ProcessStatusBoard(tmp_path, 2, 1)
+    before = first.reload_token()
+    second.request_reload()
+    assert first.reload_token() != before
+    assert first.reload_token() == second.reload_token()
+
+
+# Version swaps
 
 
 def test_twenty_swaps_under_load_lose_and_misroute_no_request(shelf: Path, converted: Path, row: dict) -> None:
@@ -131,7 +154,9 @@ def test_twenty_swaps_under_load_lose_and_misroute_no_request(shelf: Path, conve
     assert set(crowd.answers) == {str(number) for number in range(1, 22)}
 
 
-def test_a_version_that_cannot_be_loaded_is_refused_until_it_is_mended(shelf: Path, converted: Path, row: dict) -> None:
+def test_a_version_that_cannot_be_loaded_is_rejected_until_it_is_repaired(
+    shelf: Path, converted: Path, row: dict
+) -> None:
     with serve(shelf, processes=2) as server, Clients(server, row) as crowd:
         wait_until(lambda: "1" in crowd.answers)
         hidden = write_version(shelf, 2, converted).rename(shelf / ".2")
@@ -140,9 +165,9 @@ def test_a_version_that_cannot_be_loaded_is_refused_until_it_is_mended(shelf: Pa
         network.write_bytes(whole[: len(whole) // 2])  # as in the middle of a copy
         hidden.rename(shelf / "2")
         wait_until(lambda: states(server).get(2) == "END")
-        (told,) = httpx.get(f"{server.url}{WINE}/versions/2").json()["model_version_status"]
-        assert told["status"]["error_code"] == "FAILED_PRECONDITION"
-        assert "is not the file that was converted" in told["status"]["error_message"]
+        (status,) = httpx.get(f"{server.url}{WINE}/versions/2").json()["model_version_status"]
+        assert status["status"]["error_code"] == "FAILED_PRECONDITION"
+        assert "is not the file that was converted" in status["status"]["error_message"]
         assert answered_by(server, row) == "1"
         (shelf / "2" / "litert" / "float32" / "model.tflite").write_bytes(whole)
         wait_until(lambda: crowd.answers[-20:] == ["2"] * 20)
@@ -150,7 +175,7 @@ def test_a_version_that_cannot_be_loaded_is_refused_until_it_is_mended(shelf: Pa
     assert set(crowd.answers) == {"1", "2"}
 
 
-def test_reload_looks_at_once_and_in_all_processes(shelf: Path, converted: Path, row: dict) -> None:
+def test_reload_polls_at_once_and_in_all_processes(shelf: Path, converted: Path, row: dict) -> None:
     with serve(shelf, processes=2, poll=1.0) as server:
         write_version(shelf, 2, converted)
         assert httpx.post(f"{server.url}/reload").status_code == 200
@@ -162,7 +187,7 @@ def test_reload_looks_at_once_and_in_all_processes(shelf: Path, converted: Path,
 # The registry
 
 
-def test_the_registry_says_who_answers(
+def test_the_registry_decides_which_version_serves(
     project: Path, converted: Path, row: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
@@ -208,23 +233,23 @@ def test_the_registry_says_who_answers(
 
 
 def converted_run(project: Path, converted: Path, number: int) -> Run:
-    """A completed run with a converted model whose classes tell a number."""
+    """A completed run with a converted model whose class names contain a number."""
     run = make_run(project, others={})
     shutil.copytree(write_version(project, number, converted) / "litert", run.folder / "litert")
     return run
 
 
 def refusal(server: RunningServer, number: int) -> str:
-    """Why a version is not let in, once that is known."""
+    """Reason why a version is rejected, once it is known."""
 
-    def told() -> str:
-        found = httpx.get(server.url + WINE).json()["model_version_status"]
-        return next((each["status"]["error_message"] for each in found if each["version"] == str(number)), "")
+    def message() -> str:
+        statuses = httpx.get(server.url + WINE).json()["model_version_status"]
+        return next((status["status"]["error_message"] for status in statuses if status["version"] == str(number)), "")
 
-    return wait_until(told)
+    return wait_until(message)
 
 
-def test_only_what_is_signed_as_it_was_registered_is_let_in(
+def test_only_signed_and_unmodified_versions_are_loaded(
     place: Path,  # noqa: F811
     signing: Callable[[Run], Run],  # noqa: F811
     converted: Path,
@@ -280,7 +305,7 @@ def _shadow(server: RunningServer) -> dict | None:
     return model["shadow"] if model["shadow"] and model["shadow"]["rows"] else None
 
 
-# Death and departure
+# Killed processes and shutdown
 
 
 def readiness(server: RunningServer) -> dict:
@@ -290,7 +315,7 @@ def readiness(server: RunningServer) -> dict:
         return {}
 
 
-def test_a_killed_process_is_replaced_and_readiness_tells_the_truth(shelf: Path, row: dict) -> None:
+def test_a_killed_process_is_replaced_and_readiness_is_current(shelf: Path, row: dict) -> None:
     with serve(shelf, processes=2) as server:
         away = shelf.rename(shelf.with_name("away"))  # whoever takes its place finds nothing yet
         os.kill(server.pids[0], signal.SIGKILL)
@@ -314,29 +339,30 @@ def raw_request(server: RunningServer, body: bytes, announced: int | None = None
     return connection
 
 
-def test_processes_that_are_no_copies_answer_as_well(shelf: Path, row: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spawned_processes_serve_as_well(shelf: Path, row: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     spawn = (
-        "import multiprocessing, mlkit.serving.server\nmlkit.server._STARTING = multiprocessing.get_context('spawn')\n"
+        "import multiprocessing, mlkit.serving.server as server\n"
+        "server._PROCESSES = multiprocessing.get_context('spawn')\n"
     )
     monkeypatch.setattr(server_module, "_RUN", spawn + server_module._RUN)
     with serve(shelf, processes=2) as server:
         assert answered_by(server, row) == "1"
         os.kill(server.pids[0], signal.SIGKILL)
         wait_until(lambda: not _lives(server.pids[0]) and readiness(server) == {"ready": 2, "of": 2})
-        everybody = [each.pid for each in psutil.Process(server.supervisor.pid).children()]
+        everybody = [process.pid for process in psutil.Process(server.supervisor.pid).children()]
         server.supervisor.kill()
         wait_until(lambda: not any(map(_lives, everybody)))
 
 
-def test_what_processes_are_copied_from_holds_nothing_that_does_not_survive_it(shelf: Path) -> None:
+def test_the_supervisor_has_no_libraries_that_do_not_survive_a_fork(shelf: Path) -> None:
     with serve(shelf, processes=2) as server:
         supervisor = psutil.Process(server.supervisor.pid)
         assert [child.ppid() for child in map(psutil.Process, server.pids)] == [supervisor.pid] * 2
-        libraries = " ".join(each.path for each in supervisor.memory_maps())
+        libraries = " ".join(memory_map.path for memory_map in supervisor.memory_maps())
     assert not [name for name in ("tensorflow", "polars", "grpc", "uvloop") if name in libraries]
 
 
-def test_sigterm_answers_what_has_begun_and_then_ends(shelf: Path, row: dict) -> None:
+def test_sigterm_finishes_requests_in_progress(shelf: Path, row: dict) -> None:
     with serve(shelf, processes=2) as server:
         body = json.dumps({"instances": [row]}).encode()
         begun = raw_request(server, body[:10], len(body))
@@ -356,9 +382,9 @@ def _accepts(server: RunningServer) -> bool:
         return attempt.connect_ex((host, int(port))) == 0
 
 
-def test_processes_leave_with_a_supervisor_that_was_killed(shelf: Path) -> None:
+def test_processes_stop_when_their_supervisor_is_killed(shelf: Path) -> None:
     with serve(shelf, processes=2) as server:
-        mapped = [Path(each.path) for each in psutil.Process(server.pids[0]).memory_maps()]
+        mapped = [Path(memory_map.path) for memory_map in psutil.Process(server.pids[0]).memory_maps()]
         folder = next(path.parent for path in mapped if path.parent.name.startswith("mlkit-serve-"))
         assert (folder / "process-0.json").is_file()
         server.supervisor.kill()
@@ -383,7 +409,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, converted: Path) -> Iterato
     write_version(folder, 1, converted)
     with serve(folder, body_bytes=1_000_000, limits=BatchingConfig(timeout=1.0)) as server:
         yield server
-        assert _lives(server.pids[0])  # whatever it was asked
+        assert _lives(server.pids[0])  # after all requests
 
 
 @pytest.mark.parametrize(
@@ -401,7 +427,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, converted: Path) -> Iterato
         (b" " * 1_000_001, 413, "1,000,000"),
     ],
 )
-def test_bad_bodies_are_refused(served: RunningServer, body: bytes, status: int, message: str) -> None:
+def test_invalid_bodies_are_rejected(served: RunningServer, body: bytes, status: int, message: str) -> None:
     answer = httpx.post(f"{served.url}{WINE}:predict", content=body)
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]
@@ -418,7 +444,7 @@ def test_wrong_values_name_their_feature(served: RunningServer, row: dict) -> No
     assert httpx.post(f"{served.url}{WINE}:predict", content=odd).status_code == 200
 
 
-def test_slow_and_departing_clients_hold_up_nobody(served: RunningServer, row: dict) -> None:
+def test_slow_and_disconnecting_clients_delay_no_other_client(served: RunningServer, row: dict) -> None:
     slow = [raw_request(served, b"{", 100) for _ in range(20)]
     gone = [raw_request(served, b"{", 100) for _ in range(20)]
     for connection in gone:
@@ -431,24 +457,24 @@ def test_slow_and_departing_clients_hold_up_nobody(served: RunningServer, row: d
     assert answered_by(served, row) == "1"
 
 
-def test_connections_on_which_no_whole_request_comes_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_QUIET", 1)
+def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_module, "IDLE_SECONDS", 1)
 
     async def story() -> None:
         listening = server_module.open_port("127.0.0.1", 0)
         address = listening.getsockname()
-        web = server_module._uvicorn(RestApplication(ModelManager({})), ServerOptions(()))
+        web = http_module.make_web_server(RestApplication(ModelManager({})), ServerOptions(()))
         serving = asyncio.ensure_future(web.serve(sockets=[listening]))
-        asked = b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n"
-        for begun in (b"", b"GET /li", asked + b"GET /livez HTTP/1.1\r\nhost: he"):
+        request = b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n"
+        for begun in (b"", b"GET /li", request + b"GET /livez HTTP/1.1\r\nhost: he"):
             reader, writer = await asyncio.open_connection(*address)
             writer.write(begun)
-            told = await asyncio.wait_for(reader.read(), 20)  # until it is closed
-            assert told.endswith(b'{"alive": true}' if asked in begun else b"")
+            response = await asyncio.wait_for(reader.read(), 20)  # until it is closed
+            assert response.endswith(b'{"alive": true}' if request in begun else b"")
             writer.close()
         reader, writer = await asyncio.open_connection(*address)
         for _ in range(20):  # whoever asks on stays
-            writer.write(asked)
+            writer.write(request)
             assert (await reader.readuntil(b'{"alive": true}')).startswith(b"HTTP/1.1 200")
             await asyncio.sleep(0.1)
         writer.close()
@@ -474,7 +500,7 @@ def test_connections_on_which_no_whole_request_comes_are_closed(monkeypatch: pyt
         ("DELETE", "/models", 405, "Method Not Allowed"),
     ],
 )
-def test_what_is_not_there_is_told_as_tf_serving_tells_it(
+def test_unknown_paths_and_models_have_tf_servings_errors(
     served: RunningServer, method: str, path: str, status: int, message: str
 ) -> None:
     answer = httpx.request(method, served.url + path, content=b"{}" if method == "POST" else None)
@@ -486,17 +512,17 @@ def test_what_is_not_there_is_told_as_tf_serving_tells_it(
 
 
 class Slow:
-    """A model that answers when it is let."""
+    """A model that returns when it is released."""
 
     def __init__(self, folder: Path):
-        told = {name: TensorInfo(name, np.dtype("float32"), (None,), name) for name in ("x", "y")}
-        one = SignatureInfo("serving_default", {"x": told["x"]}, {"y": told["y"]}, PREDICT)
-        self.signatures, self.go, self.calls = {"serving_default": one}, threading.Event(), 0
+        infos = {name: TensorInfo(name, np.dtype("float32"), (None,), name) for name in ("x", "y")}
+        signature = SignatureInfo("serving_default", {"x": infos["x"]}, {"y": infos["y"]}, PREDICT)
+        self.signatures, self.go, self.calls = {"serving_default": signature}, threading.Event(), 0
 
     def run(self, signature: str, inputs: dict) -> dict:
         self.calls += 1
         if (inputs["x"] == 0).any():
-            time.sleep(0.002)  # so that the host knows it as slow, and runs it beside the event loop
+            time.sleep(0.002)  # so that it is known as slow, and runs off the event loop
             return {"y": inputs["x"]}
         self.go.wait(60)
         return {"y": inputs["x"]}
@@ -505,15 +531,15 @@ class Slow:
         pass
 
 
-def test_more_than_can_wait_is_turned_away_and_deadlines_hold(tmp_path: Path) -> None:
+def test_a_full_queue_rejects_requests_and_deadlines_hold(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "saved_model.pb").touch()
 
     async def story() -> None:
-        host = ModelManager({"slow": FolderSource(tmp_path)}, Slow, BatchingConfig(waiting=5, batch_rows=4))
-        await host.step()
-        slow = host.lease("slow").servable
-        transport = httpx.ASGITransport(RestApplication(host))
+        manager = ModelManager({"slow": FolderSource(tmp_path)}, Slow, BatchingConfig(waiting=5, batch_rows=4))
+        await manager.update()
+        slow = manager.acquire("slow").predictor
+        transport = httpx.ASGITransport(RestApplication(manager))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
 
             def ask(value: float, **headers: str) -> asyncio.Task:
@@ -533,12 +559,12 @@ def test_more_than_can_wait_is_turned_away_and_deadlines_hold(tmp_path: Path) ->
             assert (await late).status_code == 504
             assert [answer.status_code for answer in await asyncio.gather(busy, *waiting)] == [200] * 5
             assert slow.calls == 3  # the four were asked together
-        await host.close()
+        await manager.close()
 
     asyncio.run(story())
 
 
-# Bytes as they come
+# Packets
 
 
 class Wire(asyncio.Transport):
@@ -568,16 +594,16 @@ def asked(body: str, path: str = "/v1/models/slow:predict", version: str = "1.1"
     return "\r\n".join([f"POST {path} HTTP/{version}", *lines, "", body]).encode()
 
 
-def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> None:
+def test_a_response_does_not_depend_on_packet_boundaries(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "saved_model.pb").touch()
     whole = asked('{"instances": [1]}')
 
     async def story() -> None:
-        host = ModelManager({"slow": FolderSource(tmp_path)}, Slow)
-        await host.step()
-        host.lease("slow").servable.go.set()
-        web = server_module._uvicorn(RestApplication(host, body_bytes=1000), ServerOptions(()))
+        manager = ModelManager({"slow": FolderSource(tmp_path)}, Slow)
+        await manager.update()
+        manager.acquire("slow").predictor.go.set()
+        web = http_module.make_web_server(RestApplication(manager, body_bytes=1000), ServerOptions(()))
         web.config.load()
 
         async def answers(*packets: bytes, count: int = 1) -> Wire:
@@ -593,18 +619,18 @@ def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> N
             protocol.connection_lost(ConnectionResetError())
             return wire
 
-        told = await answers(whole)
-        assert told.written.endswith(b'\r\ncontent-length: 21\r\n\r\n{"predictions":[1.0]}')
-        assert not told.closed
+        expected = await answers(whole)
+        assert expected.written.endswith(b'\r\ncontent-length: 21\r\n\r\n{"predictions":[1.0]}')
+        assert not expected.closed
         for at in range(1, len(whole)):
-            assert (await answers(whole[:at], whole[at:])).written == told.written
-        assert (await answers(*(whole[at : at + 1] for at in range(len(whole))))).written == told.written
+            assert (await answers(whole[:at], whole[at:])).written == expected.written
+        assert (await answers(*(whole[at : at + 1] for at in range(len(whole))))).written == expected.written
         several = [asked(f'{{"instances": [{number}]}}') for number in range(1, 6)]
         for packets in ([b"".join(several)], several, [b"".join(several)[:200], b"".join(several)[200:]]):
-            found = (await answers(*packets, count=5)).written
-            assert re.findall(rb"predictions...(.)", found) == [b"1", b"2", b"3", b"4", b"5"]
-        assert (await answers(asked('{"instances": [1]}', "/v1/models/slo%77:predict"))).written == told.written
-        assert (await answers(asked('{"instances": [1]}', "/v1/models/slow:predict?a=b"))).written == told.written
+            responses = (await answers(*packets, count=5)).written
+            assert re.findall(rb"predictions...(.)", responses) == [b"1", b"2", b"3", b"4", b"5"]
+        assert (await answers(asked('{"instances": [1]}', "/v1/models/slo%77:predict"))).written == expected.written
+        assert (await answers(asked('{"instances": [1]}', "/v1/models/slow:predict?a=b"))).written == expected.written
         for last in (asked('{"instances": [1]}', connection="close"), asked('{"instances": [1]}', version="1.0")):
             for packets in ((last,), (last[:-3], last[-3:])):
                 ended = await answers(*packets)
@@ -617,7 +643,7 @@ def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> N
         expecting = await answers(asked('{"instances": [1]}', expect="100-continue"), count=2)
         assert expecting.written.startswith(b"HTTP/1.1 100 Continue")
         assert (await answers(asked('{"instances": [1'))).written.startswith(b"HTTP/1.1 400")
-        await host.close()
+        await manager.close()
 
     asyncio.run(story())
 
@@ -625,7 +651,7 @@ def test_a_request_is_answered_alike_however_its_bytes_come(tmp_path: Path) -> N
 # TensorFlow
 
 
-def test_a_savedmodel_of_anybody_is_served_and_swapped(tmp_path: Path) -> None:
+def test_a_foreign_savedmodel_is_served_and_swapped(tmp_path: Path) -> None:
     import tensorflow as tf
 
     def write(number: int) -> None:
@@ -652,6 +678,45 @@ def test_a_savedmodel_of_anybody_is_served_and_swapped(tmp_path: Path) -> None:
         assert columns == {"outputs": {"y": [[3.0, 3.0]], "again": ["A"]}}
 
 
+def test_two_processes_switch_to_a_new_version_while_a_client_keeps_predicting(tmp_path: Path) -> None:
+    digits, shelf = load_dataset("digits"), tmp_path / "digits"
+    model = build_model("cnn", digits)
+    fit(model, digits, epochs=2)
+    export_saved_model(model, digits, shelf, version=1)
+    images = digits.take("test")[0]["image"][:1]
+    body, path = json.dumps({"instances": images.tolist()}), "/v1/models/digits:predict"
+    with running_server(ServedPath("digits", path=str(shelf)), processes=2, poll=0.1) as server:
+        first = httpx.post(server.url + path, content=body)
+        ready = httpx.get(f"{server.url}/readyz").json()
+        export_saved_model(model, digits, shelf, version=2)
+        versions: list[str] = []
+        until = time.monotonic() + 60
+        while versions[-20:] != ["2"] * 20 and time.monotonic() < until:
+            response = httpx.post(server.url + path, content=body)
+            versions.append(response.headers["model-version"])
+            assert response.json() == first.json()
+    assert ready == {"ready": True, "processes": {"ready": 2, "of": 2}}
+    assert set(versions) == {"1", "2"}
+    expected = model(images).numpy()[0]
+    np.testing.assert_allclose(first.json()["predictions"][0]["probabilities"], expected, atol=1e-6)
+
+
+def test_a_folder_without_a_loadable_model_does_not_start(tmp_path: Path) -> None:
+    def start(path: Path) -> None:
+        with running_server(ServedPath("digits", path=str(path))):
+            pass
+
+    digits = load_dataset("digits")
+    export_saved_model(build_model("linear", digits), digits, tmp_path / "digits", version=1)
+    with pytest.raises(MlkitError, match="There is no SavedModel"):
+        start(tmp_path / "nothing")
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "digits" / "1", broken)
+    (broken / "variables" / "variables.data-00000-of-00001").write_bytes(b"half")
+    with pytest.raises(MlkitError, match="holds no model that can be loaded"):
+        start(broken)
+
+
 # The command
 
 
@@ -667,14 +732,14 @@ def test_the_command_shows_a_request_that_works(shelf: Path, project: Path) -> N
             (url,) = {word for word in lines[1].split() if word.startswith("http")}
             assert httpx.get(url).status_code == 200
             if example := next((line.strip() for line in lines if line.strip().startswith("curl")), ""):
-                asked = subprocess.run(example, shell=True, capture_output=True, text=True)
-                assert "predictions" in asked.stdout
+                response = subprocess.run(example, shell=True, capture_output=True, text=True)
+                assert "predictions" in response.stdout
         finally:
             process.send_signal(signal.SIGINT)
     assert process.returncode == 0
 
 
-def test_the_command_refuses_what_cannot_be_served(shelf: Path, project: Path) -> None:
+def test_the_command_rejects_what_cannot_be_served(shelf: Path, project: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,4 +1,4 @@
-"""A hundred versions follow one another while REST and gRPC ask on: nobody is refused, misled, or left in memory."""
+"""A hundred version swaps under REST and gRPC load: no failed or misrouted request, and no memory leak."""
 
 import json
 import os
@@ -30,7 +30,7 @@ MARK = b"version-%06d"
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 4 MB that says which version it is."""
+    """A model of 4 MB that returns its version."""
     module = tf.Module()
     module.weights = tf.Variable(tf.ones([2**20]))
 
@@ -45,7 +45,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_version(shelf: Path, number: int, first: Path) -> None:
-    """The same model under another number, put in place at once."""
+    """The same model under another number, moved into place atomically."""
     hidden = shelf / f".{number}"
     (hidden / "variables").mkdir(parents=True)
     for file in (first / "variables").iterdir():
@@ -56,7 +56,7 @@ def write_version(shelf: Path, number: int, first: Path) -> None:
 
 
 class Clients(Crowd):
-    """Clients that ask until they are told to stop; each answer has to belong to the version that it names."""
+    """Clients that predict until they are stopped; each prediction must belong to the version that it names."""
 
     def __init__(self, server: RunningServer, port: int):
         super().__init__(self._rest, self._rest, self._grpc, self._grpc, pause=0.002)  # loading takes the two cores
@@ -67,8 +67,8 @@ class Clients(Crowd):
         with httpx.Client(timeout=20) as client:
             while True:
                 answer = client.post(f"{self.url}/v1/models/big:predict", content=body)
-                (told,) = answer.json()["predictions"]
-                self._answered("rest", int(answer.headers["model-version"]), told["version"].encode())
+                (prediction,) = answer.json()["predictions"]
+                self._answered("rest", int(answer.headers["model-version"]), prediction["version"].encode())
                 yield
 
     def _grpc(self) -> Iterator[None]:
@@ -83,9 +83,9 @@ class Clients(Crowd):
                 self._answered("grpc", answer.model_spec.version.value, answer.outputs["version"].string_val[0])
                 yield
 
-    def _answered(self, way: str, number: int, told: bytes) -> None:
-        if told != MARK % number:
-            self.failures.append((number, told))
+    def _answered(self, way: str, number: int, mark: bytes) -> None:
+        if mark != MARK % number:
+            self.failures.append((number, mark))
         self.answers[way, number] += 1
 
 
@@ -121,15 +121,15 @@ def test_a_hundred_swaps_under_load_lose_and_misroute_nothing_and_memory_stays(t
             wait_until(swapped, 60)
             if number in (6, 101):
                 memory[number] = settled_memory(server)
-        told = client.get("/v1/models/big").json()["model_version_status"]
-        assert [each["version"] for each in told if each["state"] == "AVAILABLE"] == ["101"]
+        statuses = client.get("/v1/models/big").json()["model_version_status"]
+        assert [status["version"] for status in statuses if status["state"] == "AVAILABLE"] == ["101"]
         assert all(psutil.pid_exists(pid) for pid in server.pids)
     assert crowd.failures == []
     assert {number for _, number in crowd.answers} == set(range(1, 102))
     assert memory[101] < 1.1 * memory[6]
 
 
-def test_a_savedmodel_that_comes_bit_by_bit_is_let_in_when_it_is_whole(tmp_path: Path, first: Path) -> None:
+def test_a_savedmodel_that_is_copied_slowly_is_loaded_when_it_is_complete(tmp_path: Path, first: Path) -> None:
     shelf = tmp_path / "big"
     shelf.mkdir()
     write_version(shelf, 1, first)
@@ -151,7 +151,7 @@ def test_a_savedmodel_that_comes_bit_by_bit_is_let_in_when_it_is_whole(tmp_path:
     ):
         for name, content in stages:
             (shelf / "2" / name).write_bytes(content)
-            client.post("/reload").raise_for_status()  # it has been looked at when this is answered
+            client.post("/reload").raise_for_status()  # it has been polled when the response arrives
             newest, *_ = client.get("/v1/models/big").json()["model_version_status"]
             assert (newest["version"], newest["state"]) == ("2", "END")
             assert newest["status"]["error_code"] == "FAILED_PRECONDITION"

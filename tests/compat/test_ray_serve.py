@@ -1,0 +1,56 @@
+"""Ray's private interfaces that serving over a cluster uses."""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mlkit._compat.ray_serve import get_value, pass_through, put_value, running_configuration
+from tests.conftest import free_port
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'mlkit[ray]'")
+pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'mlkit[ray]'")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A cluster on this machine."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, num_cpus=1)
+    yield ray
+    ray.shutdown()
+
+
+def test_values_are_stored_in_the_cluster(cluster: Any) -> None:
+    assert get_value(b"mlkit-test") is None
+    put_value(b"mlkit-test", b"first")
+    put_value(b"mlkit-test", b"second")
+    assert get_value(b"mlkit-test") == b"second"
+
+
+def test_the_configuration_is_that_of_the_running_instance(cluster: Any) -> None:
+    from ray import serve
+
+    assert running_configuration(cluster) is None
+    port = free_port()
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    configuration = running_configuration(cluster)
+    serve.shutdown()
+    assert (configuration.host, configuration.port, configuration.grpc_port) == ("127.0.0.1", port, None)
+    assert not configuration.has_haproxy
+
+
+def test_a_proxy_passes_a_service_through() -> None:
+    from ray.serve._private.grpc_util import gRPCGenericServer
+
+    assert callable(gRPCGenericServer.add_passthrough_service)
+    passed: list[str] = []
+
+    class Server:
+        add_passthrough_service = staticmethod(passed.append)
+
+    pass_through(Server(), "grpc.reflection.v1alpha.ServerReflection")
+    assert passed == ["grpc.reflection.v1alpha.ServerReflection"]
