@@ -173,14 +173,14 @@ export function momentFields(text) {
   const utcMinutes = hour * 60 + minute + (match[7] === "-" ? zone : -zone);
   const days = begin.getTime() / DAY + Math.floor(utcMinutes / 1440);
   const utcDate = new Date(days * DAY);
-  if (!exists || year < 1 || moved.getUTCFullYear() < 1 || moved.getUTCFullYear() > 9999) return missing;
+  if (!exists || year < 1 || utcDate.getUTCFullYear() < 1 || utcDate.getUTCFullYear() > 9999) return missing;
   const minutes = ((utcMinutes % 1440) + 1440) % 1440;
   return {
     known: 1,
     days,
     time: float(float(minutes * 60 + float(Number(match[6] ?? 0))) * float(1 / 86_400)),
-    month: moved.getUTCMonth() + 1,
-    day: moved.getUTCDate(),
+    month: utcDate.getUTCMonth() + 1,
+    day: utcDate.getUTCDate(),
     weekday: (((days + 3) % 7) + 7) % 7,
     hour: Math.floor(minutes / 60),
     minute: minutes % 60,
