@@ -1,4 +1,8 @@
-"""From notebook cell to served prediction: notebooks as library, as jobs and as archived runs."""
+"""TensorFlow work from notebook cell to served answer: notebooks as library, as jobs and as archived runs
+
+Modules:
+
+- `mlkit.export.protos`: Protocol Buffers messages of TensorFlow and TF Serving, and conversion of tensors, without TensorFlow."""
 
 import lazy_loader
 

@@ -1,4 +1,13 @@
-"""What TF Serving's clients send and expect, as messages, tensors and errors, in a process that need not have TensorFlow."""
+"""Protocol Buffers messages of TensorFlow and TF Serving, and conversion of tensors, without TensorFlow.
+
+Importing TensorFlow for its message classes takes seconds. Here the messages are defined by tables of names, numbers
+and types, from which descriptors are built as `protoc` would build them from a file. A test compares every field with
+the package `tensorflow-serving-api`.
+
+Notation of the tables: `*` is a repeated field, `a->b` a map, `of x` a member of the oneof `x`, `?` an optional number
+whose absence differs from zero. Fields that no server here uses (resources and variants in tensors, composite tensors,
+streamed requests) are left out; parsers skip them.
+"""
 
 import functools
 import math
@@ -13,6 +22,7 @@ from google.protobuf.message import DecodeError, Message
 
 from mlkit.errors import ServingError
 
+# Messages of TensorFlow.
 _TENSORFLOW = """
 enum DataType: DT_INVALID=0 DT_FLOAT=1 DT_DOUBLE=2 DT_INT32=3 DT_UINT8=4 DT_INT16=5 DT_INT8=6 DT_STRING=7 \
 DT_COMPLEX64=8 DT_INT64=9 DT_BOOL=10 DT_QINT8=11 DT_QUINT8=12 DT_QINT32=13 DT_BFLOAT16=14 DT_QINT16=15 DT_QUINT16=16 \
@@ -35,11 +45,13 @@ Feature: bytes_list=1 BytesList of kind, float_list=2 FloatList of kind, int64_l
 Features: feature=1 string->Feature
 Example: features=1 Features
 """
+# Error codes of TensorFlow.
 _ERROR = """
 enum Code: OK=0 CANCELLED=1 UNKNOWN=2 INVALID_ARGUMENT=3 DEADLINE_EXCEEDED=4 NOT_FOUND=5 ALREADY_EXISTS=6 \
 PERMISSION_DENIED=7 UNAUTHENTICATED=16 RESOURCE_EXHAUSTED=8 FAILED_PRECONDITION=9 ABORTED=10 OUT_OF_RANGE=11 \
 UNIMPLEMENTED=12 INTERNAL=13 UNAVAILABLE=14 DATA_LOSS=15
 """
+# Messages and services of TF Serving, with the log format of warm-up files.
 _SERVING = """
 ModelSpec: name=1 string, version=2 google.protobuf.Int64Value of version_choice, \
 version_label=4 string of version_choice, signature_name=3 string
@@ -108,6 +120,8 @@ PredictionLog: log_metadata=1 LogMetadata, classify_log=2 ClassifyLog of log_typ
 regress_log=3 RegressLog of log_type, predict_log=6 PredictLog of log_type, \
 multi_inference_log=4 MultiInferenceLog of log_type
 """
+# Other views of the same bytes. A graph takes serialized examples, so `SerializedInput` does not unpack them. Of
+# `saved_model.pb` only the signatures are read, and not the graph.
 _MLKIT = """
 SerializedExamples: examples=1 *bytes, context=2 bytes
 SerializedInput: example_list=1 SerializedExamples of kind, example_list_with_context=2 SerializedExamples of kind
@@ -127,7 +141,7 @@ _FIELD = re.compile(r"(\w+)=(\d+) ([*?]?)([\w.]+)(?:->([\w.]+))?(?: of (\w+))?")
 
 
 def _set_type(field: descriptor_pb2.FieldDescriptorProto, name: str, known: dict[str, tuple[str, str]]) -> None:
-    """Let a field hold a number or text, or a message or enumeration of the tables."""
+    """Set the type of a field: a scalar, or a message or enumeration of the tables."""
     kind, full = known.get(name, (name, ""))
     if name.startswith("google."):
         kind, full = "message", f".{name}"
@@ -137,7 +151,7 @@ def _set_type(field: descriptor_pb2.FieldDescriptorProto, name: str, known: dict
 
 
 def _add_map(message: descriptor_pb2.DescriptorProto, name: str, kinds: tuple[str, str], known: dict) -> str:
-    """The entries of a map; returns their message's name."""
+    """Add the entry message of a map field; returns its name."""
     entry = message.nested_type.add(name="".join(part.capitalize() for part in name.split("_")) + "Entry")
     entry.options.map_entry = True
     for number, kind in enumerate(kinds, 1):
@@ -146,6 +160,7 @@ def _add_map(message: descriptor_pb2.DescriptorProto, name: str, kinds: tuple[st
 
 
 def _add_fields(message: descriptor_pb2.DescriptorProto, path: str, text: str, known: dict) -> None:
+    """Add the fields of a message from a line of a table."""
     choices = {}
     for name, number, mark, kind, value, choice in _FIELD.findall(text):
         field = message.field.add(name=name, number=int(number), label=3 if mark == "*" or value else 1)
@@ -160,52 +175,58 @@ def _add_fields(message: descriptor_pb2.DescriptorProto, path: str, text: str, k
             field.oneof_index = choices[choice]
 
 
-def _lines(table: str) -> list[tuple[str, str, str]]:  # ("", "enum" or "service", name, what it holds)
+def _lines(table: str) -> list[tuple[str, str, str]]:  # kind ("", "enum" or "service"), name, fields
+    """The definitions of a table."""
     heads = (line.partition(":") for line in table.splitlines() if line)
     return [(*head.rpartition(" ")[::2], body.strip()) for head, _, body in heads]
 
 
-def _place(file: descriptor_pb2.FileDescriptorProto, name: str) -> tuple[Any, str]:
-    """Where a message or enumeration is defined, and its own name."""
+def _find_or_add(messages: Any, name: str) -> descriptor_pb2.DescriptorProto:
+    return next((message for message in messages if message.name == name), None) or messages.add(name=name)
+
+
+def _parent(file: descriptor_pb2.FileDescriptorProto, name: str) -> tuple[Any, str]:
+    """The file or message that contains a definition, and the definition's own name."""
     *outer, own = name.split(".")
-    place = file
+    parent = file
     for part in outer:
-        inner = place.message_type if place is file else place.nested_type
-        place = next((one for one in inner if one.name == part), None) or inner.add(name=part)
-    return place, own
+        parent = _find_or_add(parent.message_type if parent is file else parent.nested_type, part)
+    return parent, own
 
 
 def _describe(package: str, known: dict[str, tuple[str, str]]) -> descriptor_pb2.FileDescriptorProto:
-    """The file that a table stands for."""
+    """The file descriptor of a table."""
     file = descriptor_pb2.FileDescriptorProto(name=f"mlkit/{package}.proto", package=package, syntax="proto3")
     for kind, name, body in _lines(_TABLES[package]):
-        place, own = _place(file, name)
+        parent, own = _parent(file, name)
         if kind == "enum":
-            entries = place.enum_type.add(name=own)
+            enumeration = parent.enum_type.add(name=own)
             for label, number in re.findall(r"(\w+)=(\d+)", body):
-                entries.value.add(name=label, number=int(number))
+                enumeration.value.add(name=label, number=int(number))
         elif kind == "service":
-            service = place.service.add(name=own)
-            for method, takes, gives in re.findall(r"(\w+)=(\w+)->(\w+)", body):
-                service.method.add(name=method, input_type=known[takes][1], output_type=known[gives][1])
+            service = parent.service.add(name=own)
+            for method, request, response in re.findall(r"(\w+)=(\w+)->(\w+)", body):
+                service.method.add(name=method, input_type=known[request][1], output_type=known[response][1])
         else:
-            inner = place.message_type if place is file else place.nested_type
-            message = next((one for one in inner if one.name == own), None) or inner.add(name=own)
+            message = _find_or_add(parent.message_type if parent is file else parent.nested_type, own)
             _add_fields(message, f".{package}.{name}", body, known)
     return file
 
 
 @functools.cache
 def message_pool() -> descriptor_pool.DescriptorPool:
-    """All messages and services, for those who ask a server what it speaks."""
+    """The descriptors of all messages and services.
+
+    A pool of its own: a pool has one message of a name, and a process may also import TensorFlow's.
+    """
     known, pool = {}, descriptor_pool.DescriptorPool()
     for package, table in _TABLES.items():
         for kind, name, _ in _lines(table):
             known[name] = (kind or "message", f".{package}.{name}")
-    needs = [module.DESCRIPTOR for module in (any_pb2, wrappers_pb2)]
-    for file in needs:
+    dependencies = [module.DESCRIPTOR for module in (any_pb2, wrappers_pb2)]
+    for file in dependencies:
         pool.AddSerializedFile(file.serialized_pb)
-    names = [file.name for file in needs]
+    names = [file.name for file in dependencies]
     for package in _TABLES:
         file = _describe(package, known)
         file.dependency.extend(names)
@@ -218,17 +239,17 @@ def message_pool() -> descriptor_pool.DescriptorPool:
 def message_class(
     name: str,  # "PredictRequest", "TensorProto" ...
 ) -> type[Message]:
-    """The class of a message; raises KeyError for a name that no table holds."""
+    """The class of a message; raises KeyError for an unknown name."""
     for package in _TABLES:
         try:
             return message_factory.GetMessageClass(message_pool().FindMessageTypeByName(f"{package}.{name}"))
         except KeyError:
             continue
-    raise KeyError(f"No message is called '{name}'.")
+    raise KeyError(f"There is no message '{name}'.")
 
 
-STRING = "string"  # the type of texts and bytes, which NumPy has no type of fixed size for
-_FIELDS = {  # number of a type in DataType: its NumPy type, the field of its values
+STRING = "string"  # dtype of texts and bytes, for which NumPy has no fixed size
+_FIELDS = {  # number in DataType -> NumPy dtype, field of the values
     1: (np.dtype("float32"), "float_val"),
     2: (np.dtype("float64"), "double_val"),
     3: (np.dtype("int32"), "int_val"),
@@ -247,54 +268,60 @@ _FIELDS = {  # number of a type in DataType: its NumPy type, the field of its va
     23: (np.dtype("uint64"), "uint64_val"),
 }
 _NUMBERS = {dtype: number for number, (dtype, _) in _FIELDS.items()}
-LARGEST_TENSOR = 1 << 28  # bytes
-LARGEST_FILLED = 1 << 22  # bytes, of a tensor whose last value is repeated
+MAX_TENSOR_BYTES = 1 << 28
+MAX_FILLED_BYTES = 1 << 22  # of a tensor whose last value is repeated: it costs the sender nothing
 
 
 def type_name(
-    number: int,  # as in DataType
+    number: int,  # number in DataType
 ) -> str:
-    """TensorFlow's name of a type."""
+    """TensorFlow's name of a dtype."""
     names = message_pool().FindEnumTypeByName("tensorflow.DataType").values_by_number
     return names[number].name if number in names else f"type {number}"
 
 
 def array_type(
-    number: int,  # as in DataType
-) -> np.dtype | str:  # "string" for texts and bytes; TensorFlow's name for what no array can hold
-    """The type of the arrays that hold a tensor."""
+    number: int,  # number in DataType
+) -> np.dtype | str:  # "string" for texts and bytes; TensorFlow's name for a dtype without arrays
+    """The NumPy dtype of a tensor."""
     return _FIELDS[number][0] if number in _FIELDS else type_name(number)
 
 
-def _bad(name: str, text: str) -> ServingError:
+def _invalid(name: str, text: str) -> ServingError:
     return ServingError("INVALID_ARGUMENT", f"Input '{name}' {text}" if name else f"The tensor {text}")
 
 
 def _checked_shape(tensor: Message, name: str, size: int, largest: int) -> tuple[tuple[int, ...], int]:
-    """A tensor's shape and how many elements it has; raises ServingError for one that cannot be or is too large."""
+    """A tensor's shape and number of elements; raises ServingError for an invalid or too large one.
+
+    A message of thirty bytes may declare a terabyte, so the shape is checked before anything is allocated.
+    """
     shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
     if tensor.tensor_shape.unknown_rank or min(shape, default=0) < 0:
-        raise _bad(name, "has a shape that is not known in full, so its values cannot be laid out.")
+        raise _invalid(name, "has a shape that is not known in full, so its values cannot be laid out.")
     if len(shape) > 32:  # NumPy ends at 64
-        raise _bad(name, f"has {len(shape)} dimensions; 32 are possible.")
-    room = size * math.prod(extent for extent in shape if extent)
-    if room > largest:
-        raise _bad(name, f"has shape {list(shape)}, which takes {room:,} bytes; {largest:,} are accepted.")
+        raise _invalid(name, f"has {len(shape)} dimensions; 32 are possible.")
+    needed = size * math.prod(extent for extent in shape if extent)
+    if needed > largest:
+        raise _invalid(name, f"has shape {list(shape)}, which takes {needed:,} bytes; {largest:,} are accepted.")
     return shape, math.prod(shape)
 
 
 def _from_content(tensor: Message, name: str, dtype: np.dtype | str, count: int) -> np.ndarray:
+    """The values of a tensor in raw bytes."""
     content = tensor.tensor_content
     if dtype == STRING:
-        raise _bad(name, "holds texts in tensor_content; they are read from string_val.")
+        raise _invalid(name, "holds texts in tensor_content; they are read from string_val.")
     if len(content) != count * dtype.itemsize:
-        raise _bad(name, f"has {len(content):,} bytes in tensor_content; its shape takes {count * dtype.itemsize:,}.")
+        raise _invalid(
+            name, f"has {len(content):,} bytes in tensor_content; its shape takes {count * dtype.itemsize:,}."
+        )
     array = np.frombuffer(content, dtype)
     return array.view(np.uint8) != 0 if dtype.kind == "b" else array
 
 
 def _as_array(name: str, values: Sequence, dtype: np.dtype | str, field: str) -> np.ndarray:
-    """The values of a field as they are meant."""
+    """The values of a field as an array of the tensor's dtype."""
     if dtype == STRING:
         array = np.empty(len(values), object)
         array[:] = values
@@ -302,31 +329,38 @@ def _as_array(name: str, values: Sequence, dtype: np.dtype | str, field: str) ->
     if field == "half_val":  # bits of 16-bit numbers
         bits = np.array(values, np.int64)
         if ((bits < 0) | (bits > 0xFFFF)).any():
-            raise _bad(name, "holds numbers in half_val that are no 16 bits.")
+            raise _invalid(name, "holds numbers in half_val that are no 16 bits.")
         return bits.astype(np.uint16).view(dtype)
     if dtype.kind == "c":  # real and imaginary parts in turn
         return np.array(values[: len(values) // 2 * 2], dtype.char.lower()).view(dtype)
     if field == "int_val" and dtype.itemsize < 4:
         array = np.array(values, np.int32)
-        lost = (array < np.iinfo(dtype).min) | (array > np.iinfo(dtype).max)
-        if lost.any():
-            raise _bad(name, f"holds {array[lost][0]}, which {dtype} cannot.")
+        overflows = (array < np.iinfo(dtype).min) | (array > np.iinfo(dtype).max)
+        if overflows.any():
+            raise _invalid(name, f"holds {array[overflows][0]}, which {dtype} cannot.")
         return array.astype(dtype)
     return np.fromiter(values, dtype, len(values))
 
 
 def _from_values(tensor: Message, name: str, count: int) -> np.ndarray:
+    """The values of a tensor in the field of its dtype.
+
+    As in TensorFlow, missing values repeat the last one, and are zeros without any. Values in the field of another
+    dtype are an error: TensorFlow would read zeros.
+    """
     dtype, field = _FIELDS[tensor.dtype]
     array = _as_array(name, list(getattr(tensor, field)), dtype, field)
     if len(array) > count:
-        raise _bad(name, f"holds {len(array):,} values in {field}; its shape takes {count:,}.")
+        raise _invalid(name, f"holds {len(array):,} values in {field}; its shape takes {count:,}.")
     if len(array) == count:
         return array
-    others = [one.name for one, _ in tensor.ListFields() if one.name.endswith("_val")]
-    if not len(array) and others:
-        raise _bad(name, f"has type {type_name(tensor.dtype)}, whose values belong in {field}, not in {others[0]}.")
-    if count * array.itemsize > LARGEST_FILLED:
-        raise _bad(name, f"has {len(array):,} values for {count:,} elements; that many have to be sent one by one.")
+    other_fields = [descriptor.name for descriptor, _ in tensor.ListFields() if descriptor.name.endswith("_val")]
+    if not len(array) and other_fields:
+        raise _invalid(
+            name, f"has type {type_name(tensor.dtype)}, whose values belong in {field}, not in {other_fields[0]}."
+        )
+    if count * array.itemsize > MAX_FILLED_BYTES:
+        raise _invalid(name, f"has {len(array):,} values for {count:,} elements; that many have to be sent one by one.")
     last = array[-1] if len(array) else (b"" if dtype == STRING else 0)
     filled = np.full(count, last, object if dtype == STRING else dtype)
     filled[: len(array)] = array
@@ -335,20 +369,20 @@ def _from_values(tensor: Message, name: str, count: int) -> np.ndarray:
 
 def tensor_to_array(
     tensor: Message,  # TensorProto, ours or TensorFlow's
-    name: str = "",  # of the input, for messages
-    largest: int = LARGEST_TENSOR,  # bytes that it may take
+    name: str = "",  # name of the input, for error messages
+    largest: int = MAX_TENSOR_BYTES,  # maximum size in bytes
 ) -> np.ndarray:  # object array of bytes for texts
-    """A tensor's values; raises ServingError for types, shapes and values that do not go together."""
+    """The values of a tensor; raises ServingError for inconsistent dtype, shape and values."""
     if tensor.dtype not in _FIELDS:
-        raise _bad(name, f"has type {type_name(tensor.dtype)}, which no request can hold.")
+        raise _invalid(name, f"has type {type_name(tensor.dtype)}, which no request can hold.")
     dtype, _ = _FIELDS[tensor.dtype]
     shape, count = _checked_shape(tensor, name, 8 if dtype == STRING else dtype.itemsize, largest)
     array = _from_content(tensor, name, dtype, count) if tensor.tensor_content else _from_values(tensor, name, count)
     return array.reshape(shape)
 
 
-def _packed(number: int, data: bytes) -> bytes:
-    """A field of a message that is known by its number and holds these bytes."""
+def _encode_field(number: int, data: bytes) -> bytes:
+    """A length-delimited field of a serialized message."""
     length, size = bytearray(), len(data)
     while size > 0x7F:
         length.append(size & 0x7F | 0x80)
@@ -360,7 +394,11 @@ def fill_tensor(
     tensor: Message,  # an empty TensorProto
     array: np.ndarray,  # numbers, or an object array of texts or bytes
 ) -> None:
-    """Write an array into a tensor; raises ServingError for a type that TensorFlow has no message for."""
+    """Write an array into a tensor, in the field of its dtype; raises ServingError for an unsupported dtype.
+
+    Many clients read `float_val` only, so `tensor_content` is not used. Floats have the same bytes in the message as
+    in memory, so they are copied as one field.
+    """
     dtype = STRING if array.dtype.kind in "OSU" else array.dtype.newbyteorder("=")
     number = _NUMBERS.get(dtype)
     if number is None:
@@ -370,9 +408,11 @@ def fill_tensor(
         tensor.tensor_shape.dim.add(size=extent)
     field = _FIELDS[number][1]
     if dtype == STRING:
-        tensor.string_val.extend(one if isinstance(one, bytes) else str(one).encode() for one in array.ravel().tolist())
+        texts = array.ravel().tolist()
+        tensor.string_val.extend(text if isinstance(text, bytes) else str(text).encode() for text in texts)
     elif dtype.kind in "fc" and dtype.itemsize > 2:
-        tensor.MergeFromString(_packed(tensor.DESCRIPTOR.fields_by_name[field].number, array.astype(dtype).tobytes()))
+        field_number = tensor.DESCRIPTOR.fields_by_name[field].number
+        tensor.MergeFromString(_encode_field(field_number, array.astype(dtype).tobytes()))
     else:
         flat = np.ascontiguousarray(array, dtype).ravel()
         getattr(tensor, field).extend((flat.view(np.uint16) if field == "half_val" else flat).tolist())
@@ -381,17 +421,17 @@ def fill_tensor(
 def array_to_tensor(
     array: np.ndarray,  # numbers, or an object array of texts or bytes
 ) -> Message:  # TensorProto
-    """An array as a message; raises ServingError for a type that TensorFlow has no message for."""
+    """A tensor message with the values of an array; raises ServingError for an unsupported dtype."""
     tensor = message_class("TensorProto")()
     fill_tensor(tensor, array)
     return tensor
 
 
 def parse_message(
-    name: str,  # of the message
-    body: bytes,  # as it came
+    name: str,  # name of the message class
+    body: bytes,  # serialized message
 ) -> Message:
-    """A message from its bytes; raises ServingError for bytes that are none."""
+    """Parse a message; raises ServingError for invalid bytes."""
     try:
         return message_class(name).FromString(body)
     except DecodeError as error:
@@ -400,11 +440,12 @@ def parse_message(
 
 def serialized_examples(
     given: Message,  # SerializedInput
-) -> list[bytes]:  # one tf.train.Example for each row
-    """The examples of a request, each with the request's context; raises ServingError where there are none."""
-    chosen = given.WhichOneof("kind")
-    examples = list(getattr(given, chosen).examples) if chosen else []
+) -> list[bytes]:  # one serialized tf.train.Example per row
+    """The examples of a request, each merged with its context; raises ServingError without examples."""
+    kind = given.WhichOneof("kind")
+    examples = list(getattr(given, kind).examples) if kind else []
     if not examples:
         raise ServingError("INVALID_ARGUMENT", "Input is empty: it takes at least one example.")
-    context = getattr(given, chosen).context
+    context = getattr(given, kind).context
+    # concatenated messages are parsed as one merged message
     return [context + example for example in examples] if context else examples

@@ -22,20 +22,28 @@ from .protos import array_type, message_class
 
 # %% ../../nbs/library/export/00_signatures.ipynb #1156a1a8
 class TensorInfo(NamedTuple):
-    """One input or output of a signature."""
+    """Name, type and shape of one input or output of a signature."""
 
-    name: str  # as requests name it
-    dtype: np.dtype | str  # "string" for texts and bytes; TensorFlow's name for what no request can hold
-    shape: tuple[int | None, ...] | None  # None for an extent, or for all of it, that is not fixed
-    tensor: str  # its name in the graph
+    name: str  # name in requests
+    dtype: np.dtype | str  # "string" for texts and bytes; TensorFlow's name for a type that no request can hold
+    shape: tuple[int | None, ...] | None  # None for an unknown dimension, or for an unknown rank
+    tensor: str  # name in the graph
 
 
 PREDICT, CLASSIFY, REGRESS = (f"tensorflow/serving/{method}" for method in ("predict", "classify", "regress"))
 
+
+def _dimensions(info: TensorInfo) -> str:
+    """A shape as text; the first dimension is the number of rows."""
+    if info.shape is None:
+        return "any"
+    sizes = [str(size) if size is not None else "any" if axis else "rows" for axis, size in enumerate(info.shape)]
+    return f"[{', '.join(sizes)}]"
+
 # %% ../../nbs/library/export/00_signatures.ipynb #cbbf87dd
 @dataclass(frozen=True)
 class SignatureInfo:
-    """One way to ask a model."""
+    """A signature of a model: method, inputs and outputs."""
 
     name: str
     inputs: dict[str, TensorInfo]
@@ -44,78 +52,71 @@ class SignatureInfo:
 
     @functools.cached_property
     def batched(self) -> bool:
-        """Whether rows of several requests may be answered together."""
-        each = [*self.inputs.values(), *self.outputs.values()]
-        return bool(self.inputs) and all(info.shape and info.shape[0] is None for info in each)
+        """Whether rows of several requests can be combined in one batch."""
+        tensors = [*self.inputs.values(), *self.outputs.values()]
+        return bool(self.inputs) and all(info.shape and info.shape[0] is None for info in tensors)
 
     @functools.cached_property
     def picker(self) -> itemgetter:
-        """Takes the inputs out of one row, in their order."""
+        """Getter of the inputs of one row, in the order of the signature."""
         return itemgetter(*self.inputs)
 
     @functools.cached_property
     def columns(self) -> dict[np.dtype | str, tuple[str, ...]]:
-        """Names of the inputs of each type, where each row of each input is one value; nothing otherwise."""
+        """Input names by type where each input is one value per row; {} otherwise."""
         if not all(info.shape == (None,) for info in self.inputs.values()):
             return {}
         names = sorted(self.inputs, key=lambda name: str(self.inputs[name].dtype))
         grouped = itertools.groupby(names, key=lambda name: self.inputs[name].dtype)
-        return {dtype: tuple(each) for dtype, each in grouped}
+        return {dtype: tuple(group) for dtype, group in grouped}
 
     def _repr_markdown_(self) -> str:
-        head = f"`{self.name}` ({self.method})\n\n| | name | type | shape |\n|-|-|-|-|\n"
-        told = [("takes", info) for info in self.inputs.values()] + [("gives", info) for info in self.outputs.values()]
-        return head + "".join(f"| {way} | {info.name} | {info.dtype} | {_dimensions(info)} |\n" for way, info in told)
-
-# %% ../../nbs/library/export/00_signatures.ipynb #01cd8f90
-def _dimensions(info: TensorInfo) -> str:
-    if info.shape is None:
-        return "any"
-    return "[" + ", ".join(_extent(place, extent) for place, extent in enumerate(info.shape)) + "]"
-
-
-def _extent(place: int, extent: int | None) -> str:
-    return str(extent) if extent is not None else "any" if place else "rows"
+        title = f"`{self.name}` ({self.method})\n\n| | name | type | shape |\n|-|-|-|-|\n"
+        rows = [("input", info) for info in self.inputs.values()] + [("output", info) for info in self.outputs.values()]
+        lines = (f"| {role} | {info.name} | {info.dtype} | {_dimensions(info)} |\n" for role, info in rows)
+        return title + "".join(lines)
 
 # %% ../../nbs/library/export/00_signatures.ipynb #df23ee3c
-def _tensor_info(name: str, told: Message) -> TensorInfo:
-    shape = tuple(None if dim.size < 0 else dim.size for dim in told.tensor_shape.dim)
-    return TensorInfo(name, array_type(told.dtype), None if told.tensor_shape.unknown_rank else shape, told.name)
+def _tensor_info(name: str, message: Message) -> TensorInfo:
+    shape = tuple(None if dim.size < 0 else dim.size for dim in message.tensor_shape.dim)
+    shape = None if message.tensor_shape.unknown_rank else shape
+    return TensorInfo(name, array_type(message.dtype), shape, message.name)
 
 
 def read_signatures(
-    folder: Path,  # of a SavedModel
+    folder: Path,  # version folder of a SavedModel
 ) -> dict[str, SignatureInfo]:
-    """What can be asked of a model; raises ModelError for a folder that holds none, or a damaged one."""
+    """The signatures of a model by name; raises ModelError for a folder without a model, or with a damaged one."""
     path = folder / "saved_model.pb"
     try:
-        saved = message_class("SavedModel").FromString(path.read_bytes())
+        saved_model = message_class("SavedModel").FromString(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{folder} holds no SavedModel that can be read: {error}") from error
     except DecodeError as error:
         raise ModelError(f"{path} is damaged: {error}. Copy it again, or export the model again.") from error
-    graphs = [graph for graph in saved.meta_graphs if "serve" in graph.meta_info_def.tags]
+    graphs = [graph for graph in saved_model.meta_graphs if "serve" in graph.meta_info_def.tags]
     if not graphs:
-        raise ModelError(f"{path} holds no graph that is tagged 'serve', so there is nothing to ask.")
-    found = {}
-    for name, told in sorted(graphs[0].signature_def.items()):
+        raise ModelError(f"{path} holds no graph with the tag 'serve', so it cannot be served.")
+    signatures = {}
+    for name, message in sorted(graphs[0].signature_def.items()):
         inputs, outputs = (
-            {key: _tensor_info(key, tensors[key]) for key in sorted(tensors)} for tensors in (told.inputs, told.outputs)
+            {key: _tensor_info(key, tensors[key]) for key in sorted(tensors)}
+            for tensors in (message.inputs, message.outputs)
         )
-        if told.method_name in (PREDICT, CLASSIFY, REGRESS):
-            found[name] = SignatureInfo(name, inputs, outputs, told.method_name)
-    if not found:
+        if message.method_name in (PREDICT, CLASSIFY, REGRESS):
+            signatures[name] = SignatureInfo(name, inputs, outputs, message.method_name)
+    if not signatures:
         raise ModelError(f"{path} has no signatures. Export the model with tf.saved_model.save(..., signatures=...).")
-    return found
+    return signatures
 
 # %% ../../nbs/library/export/00_signatures.ipynb #185a9a1b
 def find_signature(
     signatures: Mapping[str, SignatureInfo],
     name: str,  # "" for serving_default
     method: str = PREDICT,  # CLASSIFY and REGRESS accept only their own signatures
-    code: str = "INVALID_ARGUMENT",  # of the error
+    code: str = "INVALID_ARGUMENT",  # error code for an unknown signature
 ) -> SignatureInfo:
-    """The signature that a request means; raises ServingError for one that is not there or answers something else."""
+    """The signature for a request; raises ServingError for an unknown one or one of another method."""
     name = name or "serving_default"
     if name not in signatures:
         raise ServingError(
@@ -124,8 +125,10 @@ def find_signature(
         )
     signature = signatures[name]
     if method not in (PREDICT, signature.method):
-        fitting = [each.name for each in signatures.values() if each.method == method]
-        hint = f"Name one in 'signature_name': {join_names(fitting)}." if fitting else "The model has none."
-        verb, own = method.rpartition("/")[2], signature.method.rpartition("/")[2]
-        raise ServingError("INVALID_ARGUMENT", f"Signature '{name}' is for {own}, and {verb} was asked. {hint}")
+        suitable = [info.name for info in signatures.values() if info.method == method]
+        hint = f"Name one in 'signature_name': {join_names(suitable)}." if suitable else "The model has none."
+        requested, actual = method.rpartition("/")[2], signature.method.rpartition("/")[2]
+        raise ServingError(
+            "INVALID_ARGUMENT", f"Signature '{name}' is for {actual}, and the request is a {requested} request. {hint}"
+        )
     return signature

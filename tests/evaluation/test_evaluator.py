@@ -1,4 +1,4 @@
-"""Evaluating more rows than fit in memory, and what is refused before a model has to answer."""
+"""Evaluating more rows than fit in memory, and errors before a model is loaded."""
 
 import json
 import os
@@ -14,54 +14,55 @@ from typer.testing import CliRunner
 from mlkit.cli.main import app
 from mlkit.errors import InputError
 
-COLUMNS, PART, PARTS = 40, 75_000, 20
-BOUND = 400_000_000  # bytes that an evaluation may take; the table alone would take a fifth more
+COLUMNS, CHUNK, CHUNKS = 40, 75_000, 20
+MAX_BYTES = 400_000_000  # memory of an evaluation; the table alone would take a fifth more
 
-MEASURE = """
+SCRIPT = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from mlkit.evaluation import make_report; from mlkit.evaluation.predictions import load_answers, save_answers
-from mlkit.evaluation import evaluate
 from mlkit.data.streaming import open_rows
+from mlkit.evaluation import evaluate, make_report
+from mlkit.evaluation.predictions import load_answers, save_answers
 
-def peak():  # of resident memory, in bytes
+def peak_memory():  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 def model(features):
     positive = (features["x00"] / 100).astype("float32")
     return {"probabilities": np.stack([1 - positive, positive], axis=1)}
 
-before = peak()
+before = peak_memory()
 record = {"name": "wide", "task": "binary", "tasks": {}, "label": "bought", "classes": ["no", "yes"],
           "features": {f"x{number:02}": "number" for number in range(COLUMNS)}, "arguments": {"source": None}}
 evaluation = evaluate(model, open_rows(record, "wide-*.parquet"))
-answers = evaluation.answers(["device"])
-report = make_report(answers, ["device"], group="device", weak=evaluation.weak_slices())
+predictions = evaluation.answers(["device"])
+report = make_report(predictions, ["device"], group="device", weak=evaluation.weak_slices())
 record = report.record()
-save_answers(answers, Path("answers.parquet"))
-print(peak() - before, len(load_answers("answers.parquet")), len(record["slices"]), record["measures"]["auc"]["value"])
+save_answers(predictions, Path("answers.parquet"))
+rows, auc = len(load_answers("answers.parquet")), record["measures"]["auc"]["value"]
+print(peak_memory() - before, rows, len(record["slices"]), auc)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
-def test_more_rows_than_the_bound_would_hold_are_evaluated(tmp_path: Path) -> None:
+def test_more_rows_than_fit_in_memory_are_evaluated(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    numbers = {f"x{number:02}": generator.integers(0, 100, PART).astype("float64") for number in range(COLUMNS)}
-    bought = generator.random(PART) < numbers["x00"] / 100
-    texts = {"device": generator.choice(["phone", "desktop"], PART), "bought": np.where(bought, "yes", "no")}
+    numbers = {f"x{number:02}": generator.integers(0, 100, CHUNK).astype("float64") for number in range(COLUMNS)}
+    bought = generator.random(CHUNK) < numbers["x00"] / 100
+    texts = {"device": generator.choice(["phone", "desktop"], CHUNK), "bought": np.where(bought, "yes", "no")}
     first = tmp_path / "wide-00.parquet"
     pl.DataFrame(numbers | texts).write_parquet(first, compression="lz4")
-    for number in range(1, PARTS):
+    for number in range(1, CHUNKS):
         os.link(first, tmp_path / f"wide-{number:02}.parquet")
-    assert COLUMNS * PART * PARTS * 8 > BOUND, "the columns alone would break the bound"
-    code = MEASURE.replace("COLUMNS", str(COLUMNS))
+    assert COLUMNS * CHUNK * CHUNKS * 8 > MAX_BYTES, "the columns alone would exceed the limit"
+    code = SCRIPT.replace("COLUMNS", str(COLUMNS))
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    grown, rows, slices, auc = map(float, result.stdout.split())
-    assert (rows, slices) == (PART * PARTS, 2)
+    growth, rows, slices, auc = map(float, result.stdout.split())
+    assert (rows, slices) == (CHUNK * CHUNKS, 2)
     assert auc == pytest.approx(0.83, abs=0.01)
-    assert grown < BOUND, f"it took {grown / 1e6:.0f} MB"
+    assert growth < MAX_BYTES, f"it took {growth / 1e6:.0f} MB"
 
 
 @pytest.mark.parametrize(
@@ -76,16 +77,16 @@ def test_more_rows_than_the_bound_would_hold_are_evaluated(tmp_path: Path) -> No
         (("model", "--against", "foreign"), "was not exported by mlkit"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_at_the_door(
+def test_invalid_arguments_are_rejected_before_a_run_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    about = {"task": "binary", "label": "bought", "classes": ["no", "yes"], "features": []}
+    description = {"task": "binary", "label": "bought", "classes": ["no", "yes"], "features": []}
     for name in ("foreign", "model"):
         (tmp_path / name / "assets.extra").mkdir(parents=True)
         (tmp_path / name / "saved_model.pb").write_bytes(b"")
-    (tmp_path / "model" / "assets.extra" / "mlkit.json").write_text(json.dumps(about))
-    refusal = CliRunner().invoke(app, ["evaluate", *arguments]).exception
-    assert isinstance(refusal, InputError), refusal
-    assert message in str(refusal)
+    (tmp_path / "model" / "assets.extra" / "mlkit.json").write_text(json.dumps(description))
+    error = CliRunner().invoke(app, ["evaluate", *arguments]).exception
+    assert isinstance(error, InputError), error
+    assert message in str(error)
     assert not list((tmp_path / "runs").glob("*-evaluate-*"))

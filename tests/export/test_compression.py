@@ -1,4 +1,4 @@
-"""Smaller models: what each method promises, and each way in which making them can go wrong."""
+"""Compressed models have the promised size and accuracy, and invalid input is rejected."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def network(digits: Dataset) -> keras.Model:
 
 @pytest.fixture(scope="module")
 def perceptron(digits: Dataset) -> keras.Model:
-    """A smaller one, where only the training matters."""
+    """A smaller network, for tests of the training."""
     model = build_model("mlp", digits, hidden=(16,))
     fit(model, digits, epochs=1)
     return model
@@ -71,24 +71,24 @@ def zeros(model: keras.Model) -> list[int]:
     return [int((weight.numpy() == 0).sum()) for weight in prunable_weights(model)]
 
 
-def wanted(model: keras.Model, sparsity: float) -> list[int]:
+def expected_zeros(model: keras.Model, sparsity: float) -> list[int]:
     return [round(sparsity * weight.numpy().size) for weight in prunable_weights(model)]
 
 
 # -- pruning --
 
 
-def test_pruning_is_exact_packs_smaller_and_keeps_the_accuracy(network: keras.Model, digits: Dataset) -> None:
+def test_pruning_is_exact_compresses_and_keeps_the_accuracy(network: keras.Model, digits: Dataset) -> None:
     before = [weight.copy() for weight in network.get_weights()]
     pruned = prune(network, digits, 0.7, epochs=6)
-    assert zeros(pruned) == wanted(pruned, 0.7)
+    assert zeros(pruned) == expected_zeros(pruned, 0.7)
     assert weight_size(pruned).packed < 0.5 * weight_size(network).packed
     assert accuracy(pruned, digits) > accuracy(network, digits) - 0.05
-    assert all(np.array_equal(one, other) for one, other in zip(before, network.get_weights(), strict=True))
+    assert all(np.array_equal(old, new) for old, new in zip(before, network.get_weights(), strict=True))
     assert all(weight.constraint is None for weight in prunable_weights(pruned))
 
 
-def test_zeros_stay_zero_through_many_steps_in_a_call_and_through_parts(
+def test_zeros_stay_zero_with_many_steps_per_execution_and_with_micro_batches(
     perceptron: keras.Model, digits: Dataset
 ) -> None:
     counts: list[list[int]] = []
@@ -97,13 +97,11 @@ def test_zeros_stay_zero_through_many_steps_in_a_call_and_through_parts(
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             counts.append(zeros(self.model))
 
-    pruned = prune(perceptron, digits, 0.6, epochs=2, callbacks=[Count()], parts=2)
-    assert counts == [wanted(pruned, 0.6)] * 3  # slowly; then both are mended
+    pruned = prune(perceptron, digits, 0.6, epochs=2, callbacks=[Count()], micro_batches=2)
+    assert counts == [expected_zeros(pruned, 0.6)] * 3  # gradual; then both are fine-tuned
 
 
-def test_a_training_that_was_cut_off_goes_on_with_its_zeros(
-    perceptron: keras.Model, digits: Dataset, tmp_path: Path
-) -> None:
+def test_a_resumed_training_keeps_its_zeros(perceptron: keras.Model, digits: Dataset, tmp_path: Path) -> None:
     class Stop(keras.callbacks.Callback):
         epoch = 0
 
@@ -114,32 +112,32 @@ def test_a_training_that_was_cut_off_goes_on_with_its_zeros(
             if (self.epoch, batch) == (1, 20):
                 raise KeyboardInterrupt
 
-    archive, how = RunStore(tmp_path), {"epochs": 4}
-    run = archive.create("compress").start()
+    store = RunStore(tmp_path)
+    run = store.create("compress").start()
     with pytest.raises(KeyboardInterrupt):
-        prune(perceptron, digits, 0.5, callbacks=[Stop()], run=run, **how)
-    cut_off = archive.get(run.id)
-    pruned = prune(perceptron, digits, 0.5, run=cut_off, **how)
-    assert zeros(pruned) == wanted(pruned, 0.5)
-    straight = prune(perceptron, digits, 0.5, epochs=4)
-    for one, other in zip(pruned.get_weights(), straight.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+        prune(perceptron, digits, 0.5, callbacks=[Stop()], run=run, epochs=4)
+    interrupted = store.get(run.id)
+    pruned = prune(perceptron, digits, 0.5, run=interrupted, epochs=4)
+    assert zeros(pruned) == expected_zeros(pruned, 0.5)
+    uninterrupted = prune(perceptron, digits, 0.5, epochs=4)
+    for resumed, expected in zip(pruned.get_weights(), uninterrupted.get_weights(), strict=True):
+        np.testing.assert_array_equal(resumed, expected)
 
 
-def test_a_constraint_of_the_model_itself_holds_beside_the_mask(digits: Dataset) -> None:
+def test_the_models_own_constraint_is_applied_with_the_mask(digits: Dataset) -> None:
     model = build_model("mlp", digits, hidden=(8,))
     weight = model.get_layer("hidden_1").kernel
     small = copy_model(model)
-    mask = compression.Mask(small.get_layer("hidden_1").kernel)
-    mask.earlier = keras.constraints.MaxNorm(0.5)
-    mask.thin(0.5)
-    left = np.asarray(mask(10 * weight.value))
-    assert (left == 0).sum() == 256
-    assert np.linalg.norm(left, axis=0).max() <= 0.5 + 1e-5
+    mask = compression.PruningMask(small.get_layer("hidden_1").kernel)
+    mask.original_constraint = keras.constraints.MaxNorm(0.5)
+    mask.prune(0.5)
+    masked = np.asarray(mask(10 * weight.value))
+    assert (masked == 0).sum() == 256
+    assert np.linalg.norm(masked, axis=0).max() <= 0.5 + 1e-5
 
 
 @pytest.mark.parametrize("sparsity", [1.0, 0.0, -0.5, 1.5, float("nan")])
-def test_a_share_of_zeros_that_cannot_be(network: keras.Model, digits: Dataset, sparsity: float) -> None:
+def test_an_invalid_sparsity_is_rejected(network: keras.Model, digits: Dataset, sparsity: float) -> None:
     with pytest.raises(ParameterError, match="above 0 and below 1"):
         prune(network, digits, sparsity)
 
@@ -147,47 +145,47 @@ def test_a_share_of_zeros_that_cannot_be(network: keras.Model, digits: Dataset, 
 # -- eight bits --
 
 
-def test_rounded_in_training_it_converts_to_integers_without_examples(
+def test_a_quantization_aware_model_converts_to_integers_without_representative_data(
     network: keras.Model, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ai_edge_litert")
     from mlkit.export.litert_runtime import load_litert
 
     aware = quantize_aware(network, digits, epochs=2)
-    asked, batches = [], Dataset.batches
+    splits, batches = [], Dataset.batches
     monkeypatch.setattr(
-        Dataset, "batches", lambda data, split, *a, **b: asked.append(split) or batches(data, split, *a, **b)
+        Dataset, "batches", lambda data, split, *a, **b: splits.append(split) or batches(data, split, *a, **b)
     )
     convert_model(aware, digits, tmp_path, ["int8"])
-    assert "train" not in asked
+    assert "train" not in splits
     small = load_litert(tmp_path, "int8")
-    details = {one["index"]: one["dtype"] for one in small._interpreter.get_tensor_details()}
-    made = {one["op_name"]: details[one["outputs"][0]] for one in small._interpreter._get_ops_details()}
-    assert made["CONV_2D"] == made["FULLY_CONNECTED"] == np.int8
+    details = {tensor["index"]: tensor["dtype"] for tensor in small._interpreter.get_tensor_details()}
+    types = {op["op_name"]: details[op["outputs"][0]] for op in small._interpreter._get_ops_details()}
+    assert types["CONV_2D"] == types["FULLY_CONNECTED"] == np.int8
     assert accuracy(small, digits) > accuracy(network, digits) - 0.05
     features = next(digits.batches("test", 200))
     exact, rounded = aware.predict(features, verbose=0), small(features)["probabilities"]
-    assert (exact.argmax(axis=1) == rounded.argmax(axis=1)).mean() > 0.98  # what was learned is what runs
+    assert (exact.argmax(axis=1) == rounded.argmax(axis=1)).mean() > 0.98  # the converter keeps the learned rounding
 
 
 @pytest.mark.parametrize(("bits", "least"), [(8, 0.97), (4, 0.9)])
-def test_keras_weights_answer_the_same_when_they_are_loaded_again(
+def test_quantized_weights_are_exported_and_loaded(
     network: keras.Model, digits: Dataset, tmp_path: Path, bits: int, least: float
 ) -> None:
     rounded = quantize_weights(network, bits)
     served = load_saved_model(export_saved_model(rounded, digits, tmp_path))
     features = next(digits.batches("test", 200))
-    here = rounded.predict(features, verbose=0)
-    np.testing.assert_allclose(served(features)["probabilities"], here, atol=1e-6)
-    assert (here.argmax(axis=1) == network.predict(features, verbose=0).argmax(axis=1)).mean() > least
+    expected = rounded.predict(features, verbose=0)
+    np.testing.assert_allclose(served(features)["probabilities"], expected, atol=1e-6)
+    assert (expected.argmax(axis=1) == network.predict(features, verbose=0).argmax(axis=1)).mean() > least
     assert weight_size(rounded).bytes < 0.6 * weight_size(network).bytes
 
 
-def test_shared_weights_are_few_and_pack_small(network: keras.Model, digits: Dataset) -> None:
-    shared = cluster_weights(network, 16)
-    assert max(len(np.unique(weight.numpy())) for weight in prunable_weights(shared)) <= 16
-    assert weight_size(shared).packed < 0.3 * weight_size(network).packed
-    assert accuracy(shared, digits) > accuracy(network, digits) - 0.03
+def test_clustered_weights_are_few_and_compress_well(network: keras.Model, digits: Dataset) -> None:
+    clustered = cluster_weights(network, 16)
+    assert max(len(np.unique(weight.numpy())) for weight in prunable_weights(clustered)) <= 16
+    assert weight_size(clustered).packed < 0.3 * weight_size(network).packed
+    assert accuracy(clustered, digits) > accuracy(network, digits) - 0.03
     with pytest.raises(ParameterError, match="from 2 to 256"):
         cluster_weights(network, 257)
 
@@ -200,32 +198,32 @@ def test_a_student_learns_from_its_teacher_and_its_loss_is_not_negative(network:
     features = next(iter(digits.to_tf("train", batch_size=64, shuffle=False)))[0]
     before = copy_model(student)
     assert distill(network, digits, student, epochs=8, learning_rate=2e-3) is student
-    asked = Student(before, network, "multiclass")
-    losses = [float(asked.taught_loss(features, model(features))) for model in (before, student, network)]
+    probe = Student(before, network, "multiclass")
+    losses = [float(probe.distillation_loss(features, model(features))) for model in (before, student, network)]
     assert losses[0] > losses[1] > losses[2] > -1e-6
     assert student.count_params() < network.count_params() / 10
     assert accuracy(student, digits) > 0.7 > accuracy(before, digits)
 
 
-def test_with_the_teachers_answers_alone_labels_do_not_matter(patients: Dataset) -> None:
+def test_with_the_teacher_alone_labels_do_not_matter(patients: Dataset) -> None:
     teacher = build_model("mlp", patients)
     fit(teacher, patients, epochs=15, learning_rate=5e-3)
-    student = distill(teacher, patients, epochs=15, learning_rate=1e-2, share=1.0)
-    said, taught = (evaluate(model, patients).scores for model in (teacher, student))
-    assert np.corrcoef(said, taught)[0, 1] > 0.9
+    student = distill(teacher, patients, epochs=15, learning_rate=1e-2, teacher_weight=1.0)
+    teacher_scores, student_scores = (evaluate(model, patients).scores for model in (teacher, student))
+    assert np.corrcoef(teacher_scores, student_scores)[0, 1] > 0.9
 
 
-def test_two_classes_are_taught_by_one_number(shop: Dataset) -> None:
+def test_a_binary_teacher_has_one_output(shop: Dataset) -> None:
     teacher = build_model("mlp", shop, hidden=(32,))
     features, labels = next(iter(shop.to_tf("train", batch_size=32, shuffle=False)))[:2]
     student = Student(build_student(teacher, shop, hidden=(4,)), teacher, "binary")
     student.compile("adam", "binary_crossentropy")
     loss = student.compute_loss(features, labels, student(features), None, True)
     assert float(loss) > 0
-    assert float(student.taught_loss(features, teacher(features))) == pytest.approx(0, abs=1e-6)
+    assert float(student.distillation_loss(features, teacher(features))) == pytest.approx(0, abs=1e-6)
 
 
-def test_wrong_students(network: keras.Model, digits: Dataset, patients: Dataset) -> None:
+def test_invalid_students_are_rejected(network: keras.Model, digits: Dataset, patients: Dataset) -> None:
     with pytest.raises(ModelError, match="there is nothing to gain"):
         build_student(network, digits, "cnn", filters=(256, 256))
     with pytest.raises(ModelError, match="There is no small 'mpl'"):
@@ -234,21 +232,21 @@ def test_wrong_students(network: keras.Model, digits: Dataset, patients: Dataset
         build_student(network, digits, "wide_deep")
     with pytest.raises(ModelError, match=r"cnn takes no size 'hiden'\. Did you mean 'hidden'"):
         build_student(network, digits, "cnn", hiden=3)
-    for wrong in ({"temperature": 0}, {"share": 0}, {"share": 1.5}):
+    for options in ({"temperature": 0}, {"teacher_weight": 0}, {"teacher_weight": 1.5}):
         with pytest.raises(ParameterError, match="temperature is above 0"):
-            distill(network, digits, **wrong)
+            distill(network, digits, **options)
 
 
-# -- models that nothing here is for --
+# -- models that cannot be compressed --
 
 
-def test_models_that_cannot_be_taken_apart(digits: Dataset, shop: Dataset) -> None:
-    class Own(keras.Model):
+def test_models_that_cannot_be_compressed_are_rejected(digits: Dataset, shop: Dataset) -> None:
+    class Subclassed(keras.Model):
         def call(self, features: Any) -> Any:
             return features
 
     with pytest.raises(ModelError, match="is no functional model"):
-        prune(Own(name="own"), digits)
+        prune(Subclassed(name="own"), digits)
     visits = load_dataset("retail", rows=400, label="device")
     with pytest.raises(ModelError, match="is its catalogue"):
         compress(build_model("two_tower", visits), visits, ["prune"])
@@ -262,7 +260,7 @@ def test_models_that_cannot_be_taken_apart(digits: Dataset, shop: Dataset) -> No
 
 @pytest.fixture(scope="module")
 def compressed(shop: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run with variants of a model for a table, and what was measured."""
+    """A run with variants of a model for a table, and their results."""
     model = build_model("wide_deep", shop, hidden=(16,), cross_rows=0)
     fit(model, shop, epochs=1)
     run = RunStore(tmp_path_factory.mktemp("variants")).create("compress").start()
@@ -273,7 +271,7 @@ def compressed(shop: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_variants_of_a_table_are_measured_on_the_same_rows(compressed: Any, shop: Dataset) -> None:
     run, variants = compressed
-    names = [each.name for each in variants.variants]
+    names = [variant.name for variant in variants.variants]
     assert names == [
         "original, SavedModel",
         *(f"original, LiteRT {kind}" for kind in ("float32", "int8", "full_int8")),
@@ -284,36 +282,33 @@ def test_variants_of_a_table_are_measured_on_the_same_rows(compressed: Any, shop
     assert variants.measure == "auc"
     served = evaluate(load_saved_model(run.folder / "variants" / "original" / "saved_model"), shop)
     assert variants.variants[0].measures["auc"][0] == served.metrics["auc"]
-    assert all(each.worst.name.startswith("device=") for each in variants.variants)
-    assert all(each.worst.value <= each.measures["auc"][0] + 1e-9 for each in variants.variants)
+    assert all(variant.worst.name.startswith("device=") for variant in variants.variants)
+    assert all(variant.worst.value <= variant.measures["auc"][0] + 1e-9 for variant in variants.variants)
     assert read_variants(run) == variants
-    kept = {artifact.path for artifact in run.record.artifacts}
-    assert {"variants.json", "variants/int8/saved_model/1/saved_model.pb"} <= kept
+    listed = {artifact.path for artifact in run.record.artifacts}
+    assert {"variants.json", "variants/int8/saved_model/1/saved_model.pb"} <= listed
 
 
-def test_the_front_holds_what_nothing_else_beats(compressed: Any) -> None:
+def test_the_front_has_all_variants_that_are_not_dominated(compressed: Any) -> None:
     _, variants = compressed
     for cost in ("packed", "milliseconds"):
         front = variants.front(cost)
-        for each in variants.variants:
-            beaten = [
-                one
-                for one in variants.variants
-                if getattr(one, cost) <= getattr(each, cost)
-                and one.measures["auc"][0] >= each.measures["auc"][0]
-                and (getattr(one, cost), -one.measures["auc"][0]) != (getattr(each, cost), -each.measures["auc"][0])
+        points = [(getattr(variant, cost), -variant.measures["auc"][0]) for variant in variants.variants]
+        for variant, (price, loss) in zip(variants.variants, points, strict=True):
+            dominating = [
+                point for point in points if point[0] <= price and point[1] <= loss and point != (price, loss)
             ]
-            assert (each in front) == (not beaten) or each.measures == front[0].measures
+            assert (variant in front) == (not dominating) or variant.measures == front[0].measures
 
 
-def test_one_is_taken_over_unless_the_run_is_signed(compressed: Any) -> None:
+def test_a_variant_is_kept_unless_the_run_is_signed(compressed: Any) -> None:
     run, _ = compressed
-    kept = keep_variant(run, "quantize_aware")
-    assert kept.kept == read_variants(run).kept == "quantize_aware"
+    report = keep_variant(run, "quantize_aware")
+    assert report.kept == read_variants(run).kept == "quantize_aware"
     source = run.folder / "variants" / "quantize_aware"
-    for place in ("saved_model/1/saved_model.pb", "litert/int8/model.tflite"):
-        assert (run.folder / place).read_bytes() == (source / place).read_bytes()
-        assert any(artifact.path == place for artifact in run.record.artifacts)
+    for file in ("saved_model/1/saved_model.pb", "litert/int8/model.tflite"):
+        assert (run.folder / file).read_bytes() == (source / file).read_bytes()
+        assert any(artifact.path == file for artifact in run.record.artifacts)
     (run.folder / "model.sig").write_text("{}")
     with pytest.raises(InputError, match="is signed"):
         keep_variant(run, "int8")
@@ -321,7 +316,7 @@ def test_one_is_taken_over_unless_the_run_is_signed(compressed: Any) -> None:
     assert read_variants(run).kept == "quantize_aware"
 
 
-def test_what_is_missing_or_damaged_is_said(compressed: Any, shop: Dataset, tmp_path: Path) -> None:
+def test_missing_and_damaged_results_are_reported(compressed: Any, shop: Dataset, tmp_path: Path) -> None:
     run, _ = compressed
     empty = RunStore(tmp_path).create("compress").start()
     with pytest.raises(NotFoundError, match="holds no variants"):
@@ -344,9 +339,9 @@ def test_the_command_compresses_a_run_and_keeps_one(trained: tuple[Path, dict]) 
     options = ("--method", "cluster", "--method", "int8", "--keep", "cluster", "--json")
     result = run_cli("compress", record["id"], *options, folder=folder)
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert {each["method"] for each in told["variants"]} == {"original", "cluster", "int8"}
-    run = RunStore(folder / "runs").get(told["run"])
+    output = json.loads(result.stdout)
+    assert {variant["method"] for variant in output["variants"]} == {"original", "cluster", "int8"}
+    run = RunStore(folder / "runs").get(output["run"])
     assert run.parents == [record["id"]]
     assert run.record.metrics["original_test_accuracy"] == pytest.approx(record["metrics"]["test_accuracy"], abs=1e-6)
     assert run.record.metrics["cluster_packed"] < 0.5 * run.record.metrics["original_packed"]
@@ -357,16 +352,18 @@ def test_the_command_compresses_a_run_and_keeps_one(trained: tuple[Path, dict]) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("latest", "--method", "prunn"), "Did you mean 'prune'?"),
         (("latest",), "saved_model"),
     ],
 )
-def test_the_command_refuses_before_anything_runs(cli: Any, project: Path, arguments: tuple, said: str) -> None:
+def test_the_command_rejects_invalid_arguments_before_a_run_starts(
+    cli: Any, project: Path, arguments: tuple, message: str
+) -> None:
     with RunStore(project / "runs").create("train"):
         pass  # without a model
     result = cli("compress", *arguments)
     assert result.returncode == 2
-    assert said in " ".join(result.stderr.split())
+    assert message in " ".join(result.stderr.split())
     assert len(list((project / "runs").glob("*-compress-*"))) == 0

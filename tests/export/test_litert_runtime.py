@@ -1,4 +1,4 @@
-"""Converted models: what they answer without TensorFlow, and each way in which a conversion can go wrong."""
+"""Converted models predict without TensorFlow, and every failure of a conversion is reported."""
 
 import json
 import signal
@@ -29,13 +29,13 @@ import json, sys
 for name in ("tensorflow", "keras", "polars", "pydantic_settings"):
     sys.modules[name] = None  # importing it fails
 from mlkit.export.litert_runtime import load_litert
-answers = load_litert(sys.argv[1])(json.loads(sys.argv[2]))
-print(json.dumps({name: values.tolist() for name, values in answers.items()}))
+outputs = load_litert(sys.argv[1])(json.loads(sys.argv[2]))
+print(json.dumps({name: values.tolist() for name, values in outputs.items()}))
 """
 KILLED = """
 import os, sys
 from pathlib import Path
-from mlkit import conversion
+from mlkit.export import litert as conversion
 write, written = conversion.write_atomic, []
 def killed(path, content):
     written.append(path)
@@ -66,25 +66,25 @@ def rows_of(dataset: Dataset, count: int) -> dict[str, list]:
     return {name: [None if value != value else value for value in values[:count]] for name, values in rows.items()}
 
 
-def test_a_process_that_cannot_import_tensorflow_answers(converted: Path, shop: Dataset) -> None:
+def test_a_process_that_cannot_import_tensorflow_predicts(converted: Path, shop: Dataset) -> None:
     rows = rows_of(shop, 3)
     command = [sys.executable, "-c", WITHOUT_TENSORFLOW, str(converted), json.dumps(rows)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    here = load_litert(converted)(rows)
-    assert json.loads(done.stdout) == {name: values.tolist() for name, values in here.items()}
+    outputs = load_litert(converted)(rows)
+    assert json.loads(done.stdout) == {name: values.tolist() for name, values in outputs.items()}
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_no_row_and_one_row(converted: Path, shop: Dataset, kind: str) -> None:
     model = load_litert(converted, kind)
-    none, one, many = (model(rows_of(shop, count)) for count in (0, 1, 5))
-    assert none["probabilities"].shape == (0, 2)
-    assert none["class"].shape == (0,)
-    assert one["probabilities"].shape == (1, 2)
-    np.testing.assert_array_equal(many["probabilities"][:1], one["probabilities"])
+    empty, single, several = (model(rows_of(shop, count)) for count in (0, 1, 5))
+    assert empty["probabilities"].shape == (0, 2)
+    assert empty["class"].shape == (0,)
+    assert single["probabilities"].shape == (1, 2)
+    np.testing.assert_array_equal(several["probabilities"][:1], single["probabilities"])
 
 
-def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_model(tmp_path: Path, shop: Dataset) -> None:
+def test_a_killed_conversion_leaves_no_model(tmp_path: Path, shop: Dataset) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True)
     assert done.returncode == -signal.SIGKILL
     assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
@@ -95,10 +95,10 @@ def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_model(tmp_path: 
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> None:
+    def raise_disk_full(path: Path, content: bytes) -> None:
         raise StorageError("No space left on device")
 
-    monkeypatch.setattr(conversion, "write_atomic", full)
+    monkeypatch.setattr(conversion, "write_atomic", raise_disk_full)
     with pytest.raises(StorageError, match="No space left"):
         convert_model(build_model("linear", shop), shop, tmp_path / "out", ["float32", "int8"])
     assert list((tmp_path / "out").iterdir()) == []
@@ -113,7 +113,7 @@ def test_an_operation_that_does_not_convert_is_named(tmp_path: Path, digits: Dat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_layer_of_ones_own_needs_no_registration(tmp_path: Path, digits: Dataset) -> None:
+def test_a_custom_layer_needs_no_registration(tmp_path: Path, digits: Dataset) -> None:
     class Halved(keras.layers.Layer):
         def call(self, inputs: tf.Tensor) -> tf.Tensor:
             return inputs * 0.5
@@ -123,8 +123,8 @@ def test_a_layer_of_ones_own_needs_no_registration(tmp_path: Path, digits: Datas
     model = keras.Model({"image": image}, keras.layers.Dense(10, "softmax")(flat))
     convert_model(model, digits, tmp_path, ["float32"])
     images, _ = digits.take("test")
-    answers = load_litert(tmp_path)(images)["probabilities"]
-    np.testing.assert_allclose(answers, model(images).numpy(), atol=1e-5)
+    outputs = load_litert(tmp_path)(images)["probabilities"]
+    np.testing.assert_allclose(outputs, model(images).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["cnn", "wide_deep"])
@@ -142,21 +142,21 @@ def test_a_model_of_mixed_precision_is_converted_in_float32(
     convert_model(model, dataset, tmp_path, ["float32"])
     rows = rows_of(dataset, 20)
     convert_model(whole, dataset, tmp_path / "whole", ["float32"])
-    answers, exact = (load_litert(folder)(rows)["probabilities"] for folder in (tmp_path, tmp_path / "whole"))
-    np.testing.assert_allclose(answers, exact, atol=1e-5)
-    assert {layer.compute_dtype for layer in model.layers} >= {"bfloat16"}  # as it was
+    outputs, exact = (load_litert(folder)(rows)["probabilities"] for folder in (tmp_path, tmp_path / "whole"))
+    np.testing.assert_allclose(outputs, exact, atol=1e-5)
+    assert {layer.compute_dtype for layer in model.layers} >= {"bfloat16"}  # unchanged
 
 
-def test_a_shape_that_is_not_settled_is_refused(tmp_path: Path, digits: Dataset) -> None:
+def test_a_variable_shape_is_rejected(tmp_path: Path, digits: Dataset) -> None:
     image = keras.Input((None, None, 1), name="image")
     mean = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3)(image))
     model = keras.Model({"image": image}, keras.layers.Dense(10, "softmax")(mean))
-    with pytest.raises(ModelError, match=r"What the network takes of 'image' has the shape .* Give its keras.Input"):
+    with pytest.raises(ModelError, match=r"The input 'image' of the network has the shape .* Give its keras.Input"):
         convert_model(model, digits, tmp_path / "out", ["float32"])
 
 
-class Whole(keras.Model):
-    """A model that keeps its inside to itself."""
+class Subclassed(keras.Model):
+    """A subclassed model, whose layers are not known."""
 
     def __init__(self, columns: int, activation: str) -> None:
         super().__init__()
@@ -166,20 +166,18 @@ class Whole(keras.Model):
         return self.last(self.flat(features["image"] if "image" in features else features["price"][:, None]))
 
 
-def test_a_model_that_is_not_functional_is_converted_whole_or_refused(
-    tmp_path: Path, digits: Dataset, shop: Dataset
-) -> None:
+def test_a_subclassed_model_is_converted_as_a_whole_or_rejected(tmp_path: Path, digits: Dataset, shop: Dataset) -> None:
     images, _ = digits.take("test")
-    model = Whole(10, "softmax")
+    model = Subclassed(10, "softmax")
     model(images)
     convert_model(model, digits, tmp_path, ["float32"])
-    answers = load_litert(tmp_path)(images)["probabilities"]
-    np.testing.assert_allclose(answers, model(images).numpy(), atol=1e-5)
-    with pytest.raises(ModelError, match="is no functional model, so it cannot be cut"):
-        convert_model(Whole(1, "sigmoid"), shop, tmp_path / "shop", ["float32"])
+    outputs = load_litert(tmp_path)(images)["probabilities"]
+    np.testing.assert_allclose(outputs, model(images).numpy(), atol=1e-5)
+    with pytest.raises(ModelError, match=r"is no functional model, so its preprocessing .* cannot be split off"):
+        convert_model(Subclassed(1, "sigmoid"), shop, tmp_path / "shop", ["float32"])
 
 
-def test_an_unknown_kind_and_a_folder_that_is_taken_are_refused(converted: Path, shop: Dataset) -> None:
+def test_an_unknown_kind_and_an_existing_folder_are_rejected(converted: Path, shop: Dataset) -> None:
     model = build_model("linear", shop)
     with pytest.raises(ParameterError, match=r"Unknown kind 'float23'\. Did you mean 'float32'"):
         convert_model(model, shop, converted / "new", ["float23"])
@@ -187,7 +185,7 @@ def test_an_unknown_kind_and_a_folder_that_is_taken_are_refused(converted: Path,
         convert_model(model, shop, converted, ["float32"])
 
 
-def test_missing_extras_are_told(converted: Path, shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extras_are_reported(converted: Path, shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
     monkeypatch.setitem(sys.modules, "ai_edge_quantizer", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'mlkit\[edge\]'"):
@@ -197,15 +195,15 @@ def test_missing_extras_are_told(converted: Path, shop: Dataset, monkeypatch: py
     assert not (converted / "new").exists()
 
 
-def test_a_record_that_says_something_else_than_the_model_is_refused(shop: Dataset) -> None:
-    core = conversion.cut_model(build_model("linear", shop), shop)
-    record = conversion.host_record(core, shop)
+def test_a_record_that_differs_from_the_model_is_rejected(shop: Dataset) -> None:
+    split = conversion.split_preprocessing(build_model("linear", shop), shop)
+    record = conversion.preprocessing_record(split, shop)
     record["inputs"][0]["columns"][0]["shift"] += 1
     with pytest.raises(ModelError, match="do not encode 'numbers' alike"):
-        conversion._check_host(record, core, shop)
+        conversion._check_record(record, split, shop)
 
 
-def test_a_newer_format_is_told(converted: Path, tmp_path: Path) -> None:
+def test_a_newer_format_is_rejected(converted: Path, tmp_path: Path) -> None:
     record = json.loads((converted / "float32" / "host.json").read_text(encoding="utf-8"))
     (tmp_path / "host.json").write_text(json.dumps(record | {"format": 2}), encoding="utf-8")
     with pytest.raises(ModelError, match="newer mlkit"):

@@ -1,4 +1,4 @@
-"""Every form of a model answers its golden requests as the original does, and an error in one form is found there."""
+"""Every format gives the predictions of the original, and an error in one format is detected."""
 
 import contextlib
 import json
@@ -49,8 +49,8 @@ def model(digits: Dataset) -> keras.Model:
 
 
 @pytest.fixture(scope="module")
-def forms(digits: Dataset, model: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose model has every form that can be made here."""
+def all_formats(digits: Dataset, model: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose model has every format that can be made on this machine."""
     run = RunStore(tmp_path_factory.mktemp("runs")).create("train", parameters={"model": "cnn"})
     run.log_data(digits.record())
     export_saved_model(model, digits, run)
@@ -61,14 +61,14 @@ def forms(digits: Dataset, model: keras.Model, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def copied(forms: Run, tmp_path: Path) -> Run:
-    """The same run, to be spoilt."""
-    return Run(shutil.copytree(forms.folder, tmp_path / "runs" / forms.id))
+def copied(all_formats: Run, tmp_path: Path) -> Run:
+    """A copy of the run, to be damaged."""
+    return Run(shutil.copytree(all_formats.folder, tmp_path / "runs" / all_formats.id))
 
 
 @pytest.fixture(scope="module")
 def planted(digits: Dataset, model: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> tuple[keras.Model, Path]:
-    """The model with an error of 1e-2 in its answers, and its forms."""
+    """The model with an error of 1e-2 in its outputs, and its formats."""
 
     def shifted(scores: tf.Tensor) -> tf.Tensor:
         return 0.99 * scores + 0.01 * tf.concat([scores[:, 1:], scores[:, :1]], axis=1)
@@ -82,7 +82,7 @@ def planted(digits: Dataset, model: keras.Model, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Run]:
-    """A table with two labels and all that is hard to write in a line, and a run with its model."""
+    """A table with two labels and texts that are difficult in CSV, and a run with its model."""
     folder, generator = tmp_path_factory.mktemp("both"), np.random.default_rng(4)
     towns = ['Rome, "centre"', "{Oslo}", " Paris", "a\nb", "ÄÖ", None]
     table = {
@@ -104,29 +104,29 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Run]:
     return dataset, run
 
 
-def verdicts(found: Parity) -> dict[str, bool | None]:
-    """By target; what has several signatures has passed when all of them have."""
+def passed_by_target(parity: Parity) -> dict[str, bool | None]:
+    """The result of each target; with several signatures all of them have to pass."""
     passed: dict[str, bool | None] = {}
-    for each in found.comparisons:
-        passed[each.target] = each.passed if passed.get(each.target, True) else passed[each.target]
+    for result in parity.results:
+        passed[result.target] = result.passed if passed.get(result.target, True) else passed[result.target]
     return passed
 
 
-# -- all forms --
+# -- all formats --
 
 
-def test_every_form_answers_as_keras_did(forms: Run) -> None:
-    found = check_parity(forms, tolerances={"litert-int4": 0.3})
-    there = {"keras", "savedmodel", *(f"litert-{kind}" for kind in KINDS)} | (
+def test_every_format_gives_the_predictions_of_keras(all_formats: Run) -> None:
+    found = check_parity(all_formats, tolerances={"litert-int4": 0.3})
+    present = {"keras", "savedmodel", *(f"litert-{kind}" for kind in KINDS)} | (
         {"browser"} if needs_browser.args[0] is False else set()
     )
-    assert {name for name, passed in verdicts(found).items() if passed} == there
+    assert {name for name, passed in passed_by_target(found).items() if passed} == present
     assert found.passed
-    record = json.loads((forms.folder / "parity.json").read_text())
+    record = json.loads((all_formats.folder / "parity.json").read_text())
     assert record["passed"] is True
     assert record["requests"] == 32
-    assert "parity.json" in [artifact.path for artifact in forms.record.artifacts]
-    server = next(each for each in record["targets"] if each["target"] == "server")
+    assert "parity.json" in [artifact.path for artifact in all_formats.record.artifacts]
+    server = next(target for target in record["targets"] if target["target"] == "server")
     assert (server["passed"], server["largest"]) == (None, None)
     assert "--server URL" in server["reason"]
 
@@ -134,12 +134,12 @@ def test_every_form_answers_as_keras_did(forms: Run) -> None:
 def test_a_table_with_two_labels(both: tuple[Dataset, Run]) -> None:
     found = check_parity(both[1])
     assert found.passed, found.reason
-    signatures = [each.signature for each in found.comparisons if each.target == "savedmodel"]
+    signatures = [result.signature for result in found.results if result.target == "savedmodel"]
     assert signatures[3:] == ["kept_classify", "weight_regress"]
-    assert {each.agreement for each in found.comparisons if each.signature == "weight_regress"} == {None}
+    assert {result.agreement for result in found.results if result.signature == "weight_regress"} == {None}
 
 
-# -- an error of 1e-2 in one form --
+# -- an error of 1e-2 in one format --
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,10 +168,11 @@ def test_an_error_in_weights_of_four_bits(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_saved_model(copied: Run, planted: tuple[keras.Model, Path]) -> None:
-    kept, place = load_golden(copied.folder / "saved_model" / "1"), copied.folder / "saved_model" / "1"
-    shutil.rmtree(place)
-    shutil.copytree(planted[1] / "saved_model" / "1", place)
-    (place / "assets.extra" / "golden.json").write_text(kept.to_json())
+    folder = copied.folder / "saved_model" / "1"
+    golden = load_golden(folder)
+    shutil.rmtree(folder)
+    shutil.copytree(planted[1] / "saved_model" / "1", folder)
+    (folder / "assets.extra" / "golden.json").write_text(golden.to_json())
     found = check_parity(copied, ["savedmodel"])
     for signature in ("serving_default", "serving_examples", "serving_bytes", "classify"):
         assert f"savedmodel {signature}: differs by" in found.reason
@@ -182,33 +183,36 @@ def test_an_error_in_one_signature(
     signature: str, copied: Run, digits: Dataset, model: keras.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Planted(export.ServingModule):
-        def __init__(self, *given: Any):
-            super().__init__(*given)
-            held = self.answers if signature == "classify" else vars(self)
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            functions = self.task_functions if signature == "classify" else vars(self)
             name = {"serving_examples": "predict_examples", "serving_bytes": "predict_bytes"}.get(signature, signature)
-            right, takes = held[name], held[name].input_signature
-            wrong = tf.function(lambda texts: moved(right(texts)), input_signature=takes, autograph=False)
-            self.answers = {**self.answers, name: wrong} if signature == "classify" else self.answers
-            if signature != "classify":
+            right = functions[name]
+            wrong = tf.function(
+                lambda texts: shifted(right(texts)), input_signature=right.input_signature, autograph=False
+            )
+            if signature == "classify":
+                self.task_functions = {**self.task_functions, name: wrong}
+            else:
                 setattr(self, name, wrong)
 
-    def moved(answers: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return {name: each + 0.01 if name in ("probabilities", "scores") else each for name, each in answers.items()}
+    def shifted(outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return {k: values + 0.01 if k in ("probabilities", "scores") else values for k, values in outputs.items()}
 
     monkeypatch.setattr(export, "ServingModule", Planted)
     shutil.rmtree(copied.folder / "saved_model" / "1")
     export_saved_model(model, digits, copied)
     found = check_parity(copied, ["savedmodel"])
-    wrong = {each.signature for each in found.comparisons if each.passed is False}
+    wrong = {result.signature for result in found.results if result.passed is False}
     assert wrong == ({"serving_examples", "classify"} if signature == "serving_examples" else {signature})
     assert f"savedmodel {signature}: differs by 0.01" in found.reason
 
 
 def test_an_error_in_keras(
-    forms: Run, digits: Dataset, planted: tuple[keras.Model, Path], monkeypatch: pytest.MonkeyPatch
+    all_formats: Run, digits: Dataset, planted: tuple[keras.Model, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(restoration, "restore_model", lambda run: (planted[0], digits))
-    assert check_parity(forms, ["keras"]).reason.startswith("keras model: differs by 0.0")
+    assert check_parity(all_formats, ["keras"]).reason.startswith("keras model: differs by 0.0")
 
 
 @needs_browser
@@ -217,7 +221,7 @@ def test_an_error_in_the_page(copied: Run, planted: tuple[keras.Model, Path]) ->
     assert check_parity(copied, ["browser"]).reason.startswith("browser serving_default: differs by")
     text = (copied.folder / "page.html").read_text(encoding="utf-8")
     (copied.folder / "page.html").write_text(text.replace("self.mlkit", "self.other"), encoding="utf-8")
-    assert "browser serving_default: the page says: mlkit is not defined" in check_parity(copied, ["browser"]).reason
+    assert "browser serving_default: the page reports: mlkit is not defined" in check_parity(copied, ["browser"]).reason
 
 
 def test_an_error_in_tfjs(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,13 +229,13 @@ def test_an_error_in_tfjs(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (copied.folder / "tfjs" / "model.json").write_text("{}")
     network, error = load_litert(copied.folder), 0.0
 
-    def answer(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        answers = network({name: [row[name] for row in rows] for name in rows[0]})
-        columns = {name: (values + error if name == "probabilities" else values) for name, values in answers.items()}
-        return [{name: values[place].tolist() if values.ndim > 1 else values[place] for name, values in columns.items()}
-                for place in range(len(rows))]  # fmt: skip
+    def predict(folder: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        outputs = network({name: [row[name] for row in rows] for name in rows[0]})
+        columns = {name: (values + error if name == "probabilities" else values) for name, values in outputs.items()}
+        return [{name: values[row].tolist() if values.ndim > 1 else values[row] for name, values in columns.items()}
+                for row in range(len(rows))]  # fmt: skip
 
-    monkeypatch.setattr(tfjs, "ask_tfjs", answer)
+    monkeypatch.setattr(tfjs, "predict_tfjs", predict)
     assert check_parity(copied, ["tfjs"]).passed
     error = 0.01
     assert check_parity(copied, ["tfjs"]).reason.startswith("tfjs serving_default: differs by 0.01 at most")
@@ -241,13 +245,13 @@ def test_an_error_in_tfjs(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[dict[str, Any]], tuple[int, Any]]) -> Iterator[str]:
-    """A server that answers requests by a function, and its model's address."""
+def serving(respond: Callable[[dict[str, Any]], tuple[int, Any]]) -> Iterator[str]:
+    """Context manager with a server that responds by a function; yields the URL of its model."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             assert self.path == "/v1/models/digits:predict"
-            code, body = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            code, body = respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(code)
             self.end_headers()
             self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
@@ -267,40 +271,40 @@ def as_tf_serving(served: SavedModel, error: float = 0.0) -> Callable[[dict[str,
     """A SavedModel behind TF Serving's REST interface; the error is in serving_bytes alone."""
     import base64
 
-    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+    def respond(body: dict[str, Any]) -> tuple[int, Any]:
         rows = body["instances"]
         if body["signature_name"] == "serving_bytes":
-            found = served.answer_bytes([base64.b64decode(row["b64"]) for row in rows])
-            if "probabilities" in found:
-                found["probabilities"] = found["probabilities"] + np.float32(error)
+            outputs = served.predict_bytes([base64.b64decode(row["b64"]) for row in rows])
+            if "probabilities" in outputs:
+                outputs["probabilities"] = outputs["probabilities"] + np.float32(error)
         else:
-            found = served({name: [row[name] for row in rows] for name in rows[0]})
-        columns = {name: values.tolist() for name, values in found.items()}
+            outputs = served({name: [row[name] for row in rows] for name in rows[0]})
+        columns = {name: values.tolist() for name, values in outputs.items()}
         if len(columns) == 1:
             return 200, {"predictions": next(iter(columns.values()))}
         return 200, {
             "predictions": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         }
 
-    return answer
+    return respond
 
 
-def test_a_server(forms: Run) -> None:
-    served = load_saved_model(forms.folder)
+def test_a_server(all_formats: Run) -> None:
+    served = load_saved_model(all_formats.folder)
     with serving(as_tf_serving(served)) as url:
-        found = check_parity(forms, ["server"], server=f"{url}:predict")
-        assert [(each.signature, each.passed) for each in found.comparisons if each.target == "server"] == [
+        found = check_parity(all_formats, ["server"], server=f"{url}:predict")
+        assert [(result.signature, result.passed) for result in found.results if result.target == "server"] == [
             ("serving_default", True),
             ("serving_bytes", True),
         ]
     with serving(as_tf_serving(served, error=0.01)) as url:
-        reason = check_parity(forms, ["server"], server=url).reason
+        reason = check_parity(all_formats, ["server"], server=url).reason
     assert reason.startswith("server serving_bytes: differs by 0.01 at most")
     assert "serving_default" not in reason
 
 
-def test_a_server_with_one_answer(tmp_path: Path) -> None:
-    """TF Serving leaves out the name of a single answer."""
+def test_a_server_with_a_single_output(tmp_path: Path) -> None:
+    """TF Serving leaves out the name of a single output."""
     diabetes, run = load_dataset("diabetes"), RunStore(tmp_path).create("train")
     export_saved_model(build_model("linear", diabetes), diabetes, run)
     with serving(as_tf_serving(load_saved_model(run.folder))) as url:
@@ -310,62 +314,62 @@ def test_a_server_with_one_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "body", "expected"),
     [
-        (404, {"error": "Servable not found"}, "answers 404: {\"error\": \"Servable not found\"}"),
-        (200, b"<html>", "does not answer as TF Serving does"),
-        (200, {"outputs": []}, "does not answer as TF Serving does"),
-        (200, {"predictions": [{"class": "3"}]}, "it gives 1 answers to 32 requests"),
+        (404, {"error": "Servable not found"}, "responds 404: {\"error\": \"Servable not found\"}"),
+        (200, b"<html>", "does not respond as TF Serving does"),
+        (200, {"outputs": []}, "does not respond as TF Serving does"),
+        (200, {"predictions": [{"class": "3"}]}, "it gives 1 predictions for 32 requests"),
         (200, {"predictions": [{"class": "3"}] * 32}, "it gives no 'probabilities', only class"),
         (200, {"predictions": [{"probabilities": [None] * 10, "class": "3", "score": 1.0}] * 32}, "differs by inf"),
         (200, {"predictions": [{"probabilities": [0.1], "class": "3", "score": 1.0}] * 32}, "(32, 1), not (32, 10)"),
     ],
 )  # fmt: skip
-def test_a_server_that_answers_otherwise(code: int, body: Any, expected: str, forms: Run) -> None:
+def test_a_server_with_an_unexpected_response(code: int, body: Any, expected: str, all_formats: Run) -> None:
     with serving(lambda _: (code, body)) as url:
-        found = check_parity(forms, ["server"], server=url)
+        found = check_parity(all_formats, ["server"], server=url)
     assert not found.passed
     assert expected in found.reason
-    json.loads((forms.folder / "parity.json").read_text(), parse_constant=pytest.fail)  # strict JSON, too
+    json.loads((all_formats.folder / "parity.json").read_text(), parse_constant=pytest.fail)  # strict JSON, too
 
 
-def test_a_server_that_is_not_there(forms: Run) -> None:
-    found = check_parity(forms, ["server"], server="http://127.0.0.1:9/v1/models/digits")
-    assert "server serving_default: http://127.0.0.1:9/v1/models/digits:predict does not answer" in found.reason
+def test_an_unreachable_server(all_formats: Run) -> None:
+    found = check_parity(all_formats, ["server"], server="http://127.0.0.1:9/v1/models/digits")
+    assert "server serving_default: http://127.0.0.1:9/v1/models/digits:predict does not respond" in found.reason
 
 
-# -- what is damaged, missing or refused --
+# -- damaged and missing formats, invalid input --
 
 
-def test_damaged_forms_are_named(copied: Run) -> None:
+def test_damaged_formats_are_named(copied: Run) -> None:
     (copied.folder / "litert" / "float32" / "model.tflite").write_bytes(b"TFL3" * 100)
     (copied.folder / "litert" / "int8" / "host.json").write_text("{")
     (copied.folder / "page.html").write_text("<html>")
     (copied.folder / "saved_model" / "1" / "variables" / "variables.index").unlink()
     found = check_parity(copied)
-    failed = {each.target: each.reason for each in found.comparisons if each.passed is False}
+    failed = {result.target: result.reason for result in found.results if result.passed is False}
     assert "is not the file that was converted" in failed["litert-float32"]
     assert "is damaged" in failed["litert-int8"]
     assert "page.html holds no record" in failed["browser"]
     assert "holds no model that can be loaded" in failed["savedmodel"]
-    assert {each.target for each in found.comparisons if each.passed} == {"litert-float16", "litert-full_int8"} | (
+    assert {result.target for result in found.results if result.passed} == {"litert-float16", "litert-full_int8"} | (
         {"litert-int4"} if "litert-int4" not in failed else set()
     )
 
 
-def test_a_form_that_cannot_be_asked_has_not_passed(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_that_cannot_be_run_has_not_passed(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "_BROWSERS", ("no-such-browser",))
     (copied.folder / "page.html").write_text('<script id="record">{"model": {"kind": "float32"}}</script>')
     with copied.edit() as record:
         record.data = []
     found = check_parity(copied, tolerances={"litert-int4": 0.3})
-    told = {each.target: (each.passed, each.reason) for each in found.comparisons}
-    assert told["browser"] == (None, "A page is asked in Chromium or Chrome, and none of them is installed here.")
-    assert told["keras"][0] is None
-    assert "The model cannot be built again" in told["keras"][1]
+    results = {result.target: (result.passed, result.reason) for result in found.results}
+    assert results["browser"] == (None, "The browser demo runs in Chromium or Chrome, and none of them is installed.")
+    assert results["keras"][0] is None
+    assert "The model cannot be built again" in results["keras"][1]
     assert found.passed
-    assert not check_parity(copied, ["browser"]).passed  # asked for by name
+    assert not check_parity(copied, ["browser"]).passed  # requested by name
 
 
-def test_what_is_refused_before_any_work(copied: Run, tmp_path: Path) -> None:
+def test_invalid_input_is_rejected_before_any_work(copied: Run, tmp_path: Path) -> None:
     golden = copied.folder / "saved_model" / "1" / "assets.extra" / "golden.json"
     (copied.folder / "parity.json").unlink(missing_ok=True)
     with pytest.raises(NotFoundError, match=r"tfjs: It is not there\. To make it: mlkit export \S+ --to tfjs"):
@@ -388,7 +392,7 @@ def test_what_is_refused_before_any_work(copied: Run, tmp_path: Path) -> None:
     golden.unlink()
     with pytest.raises(ModelError, match=r"exported by an earlier mlkit\. Export the model again"):
         check_parity(copied)
-    assert load_saved_model(copied.folder).classes  # an earlier model still answers
+    assert load_saved_model(copied.folder).classes  # an earlier model can still be loaded
     golden.write_text(text)
     (copied.folder / "model.sig").write_text("{}")
     with pytest.raises(InputError, match="is signed"):
@@ -399,13 +403,13 @@ def test_what_is_refused_before_any_work(copied: Run, tmp_path: Path) -> None:
 # -- signatures --
 
 
-def test_no_row_and_one_row_for_each_signature(forms: Run, both: tuple[Dataset, Run]) -> None:
-    for run in (forms, both[1]):
+def test_no_row_and_one_row_for_each_signature(all_formats: Run, both: tuple[Dataset, Run]) -> None:
+    for run in (all_formats, both[1]):
         folder = run.folder / "saved_model" / "1"
         golden, served = load_golden(folder), load_saved_model(folder)
-        with parity._loaded(folder) as (session, signatures):
-            for name, reference in parity._expected(served, golden).items():
-                sent = parity._sent(name, as_requests(golden, served.features))
+        with parity._open_session(folder) as (session, signatures):
+            for name, reference in parity._expected_outputs(served, golden).items():
+                sent = parity._signature_inputs(name, as_requests(golden, served.features))
                 for rows in (0, 1):
                     feeds = {signatures[name].inputs[key].name: values[:rows] for key, values in sent.items()}
                     outputs = {key: tensor.name for key, tensor in signatures[name].outputs.items()}
@@ -428,10 +432,10 @@ def test_rows_as_text(both: tuple[Dataset, Run]) -> None:
         [f"  \n{as_json_row(row)}\r\n" for row in rows],
         [f"{as_csv_row(row)}\r\n" for row in rows],
     ):
-        found = served.answer_bytes(lines)
+        found = served.predict_bytes(lines)
         for name, values in expected.items():
             np.testing.assert_array_equal(found[name], values, err_msg=name)
-    some = served.answer_bytes(['{"features": {"feature": {"age": {"floatList": {"value": []}}}}}'])
+    some = served.predict_bytes(['{"features": {"feature": {"age": {"floatList": {"value": []}}}}}'])
     nothing = served({"town": [""], "age": [None], "a/b": [None], "sent": [""]})
     np.testing.assert_array_equal(some["kept_probabilities"], nothing["kept_probabilities"])
 
@@ -449,20 +453,20 @@ def test_rows_as_text(both: tuple[Dataset, Run]) -> None:
         ('{"features": {"feature": {"age": {"floatList": {"value": [1, 2]}}}}}', "takes one value in each example"),
     ],
 )
-def test_rows_that_are_none(row: str, expected: str, both: tuple[Dataset, Run]) -> None:
+def test_invalid_rows_are_rejected(row: str, expected: str, both: tuple[Dataset, Run]) -> None:
     with pytest.raises(ModelError, match="The rows are not what the model takes") as caught:
-        load_saved_model(both[1].folder).answer_bytes([row])
+        load_saved_model(both[1].folder).predict_bytes([row])
     assert expected in str(caught.value)
 
 
-def test_images_as_bytes(forms: Run, digits: Dataset) -> None:
-    served, images = load_saved_model(forms.folder), digits.arrays["image"][:3]
+def test_images_as_bytes(all_formats: Run, digits: Dataset) -> None:
+    served, images = load_saved_model(all_formats.folder), digits.arrays["image"][:3]
     for encode, error in ((tf.io.encode_png, 0), (lambda image: tf.io.encode_jpeg(image, quality=100), 0.3)):
-        found = served.answer_bytes([encode(image.astype("uint8")).numpy() for image in images])
+        found = served.predict_bytes([encode(image.astype("uint8")).numpy() for image in images])
         np.testing.assert_allclose(found["probabilities"], served({"image": images})["probabilities"], atol=error)
-    for junk in (b"", b"no image", tf.io.encode_png(images[0].astype("uint8")).numpy()[:40]):
+    for invalid in (b"", b"no image", tf.io.encode_png(images[0].astype("uint8")).numpy()[:40]):
         with pytest.raises(ModelError, match="The rows are not what the model takes"):
-            served.answer_bytes([junk])
+            served.predict_bytes([invalid])
 
 
 def test_a_single_column(tmp_path: Path) -> None:
@@ -473,7 +477,7 @@ def test_a_single_column(tmp_path: Path) -> None:
     served = load_saved_model(export_saved_model(build_model("linear", ages), ages, tmp_path / "model"))
     lines = ["3.5", "", as_json_row({"age": 3.5}), as_json_row({"age": float("nan")})]
     expected = served({"age": [3.5, None, 3.5, None]})["probabilities"]
-    np.testing.assert_array_equal(served.answer_bytes(lines)["probabilities"], expected)
+    np.testing.assert_array_equal(served.predict_bytes(lines)["probabilities"], expected)
 
 
 def test_pixels_that_no_png_holds(tmp_path: Path, digits: Dataset) -> None:
@@ -484,12 +488,12 @@ def test_pixels_that_no_png_holds(tmp_path: Path, digits: Dataset) -> None:
     run = RunStore(tmp_path).create("train")
     export_saved_model(build_model("linear", small), small, run)
     found = check_parity(run)
-    told = {each.signature: each for each in found.comparisons if each.target == "savedmodel"}
-    assert [each.passed for each in told.values()] == [True, None, None, None]
-    assert "which PNG files hold" in told["serving_bytes"].reason
+    results = {result.signature: result for result in found.results if result.target == "savedmodel"}
+    assert [result.passed for result in results.values()] == [True, None, None, None]
+    assert "which PNG files hold" in results["serving_bytes"].reason
 
 
-# -- what travels with the model --
+# -- files exported with the model --
 
 
 def warm_up_request(log: Any) -> tuple[str, dict[str, np.ndarray]]:
@@ -501,21 +505,21 @@ def warm_up_request(log: Any) -> tuple[str, dict[str, np.ndarray]]:
         return name, {key: tf.make_ndarray(value) for key, value in request.inputs.items()}
     assert kind == ("regress_log" if name.endswith("regress") else "classify_log")
     return name, {
-        "inputs": np.array([each.SerializeToString() for each in request.input.example_list.examples], object)
+        "inputs": np.array([example.SerializeToString() for example in request.input.example_list.examples], object)
     }
 
 
-def test_the_warm_up_file_is_what_tf_serving_reads(both: tuple[Dataset, Run], forms: Run) -> None:
+def test_the_warm_up_file_is_what_tf_serving_reads(both: tuple[Dataset, Run], all_formats: Run) -> None:
     logs = pytest.importorskip("tensorflow_serving.apis.prediction_log_pb2")
-    for run in (forms, both[1]):
+    for run in (all_formats, both[1]):
         folder = run.folder / "saved_model" / "1"
         golden, served = load_golden(folder), load_saved_model(folder)
-        expected = parity._expected(served, golden)
+        expected = parity._expected_outputs(served, golden)
         file = str(folder / "assets.extra" / "tf_serving_warmup_requests")
         records = [record.numpy() for record in tf.data.TFRecordDataset(file)]
         assert len(records) == 2 * len(expected) <= 1000
         found: dict[str, list[int]] = {}
-        with parity._loaded(folder) as (session, signatures):
+        with parity._open_session(folder) as (session, signatures):
             for record in records:
                 log = logs.PredictionLog.FromString(record)
                 assert len(log.SerializeToString()) == len(record)
@@ -529,13 +533,13 @@ def test_the_warm_up_file_is_what_tf_serving_reads(both: tuple[Dataset, Run], fo
 
 
 def test_vocabularies_are_assets(both: tuple[Dataset, Run], tmp_path: Path) -> None:
-    """What a line can hold lies in a file, the rest in the graph; a copy needs nothing of the original's place."""
+    """A vocabulary without line breaks is a file, others are in the graph; a copy does not need the original."""
     shop = load_dataset("retail", rows=400)
     network = build_model("linear", shop)
     lookups = [layer for layer in network._flatten_layers() if isinstance(layer, keras.layers.StringLookup)]
     tables = [layer.lookup_table for layer in lookups]
     place = export_saved_model(network, shop, tmp_path / "shop")
-    assert [layer.lookup_table for layer in lookups] == tables  # the model is as it was
+    assert [layer.lookup_table for layer in lookups] == tables  # the model is unchanged
     names = [path.name for path in sorted((place / "assets").iterdir())]
     assert names[0] == "00_user_id_lookup.tsv"
     lines = (place / "assets" / names[5]).read_text().splitlines()
@@ -544,7 +548,7 @@ def test_vocabularies_are_assets(both: tuple[Dataset, Run], tmp_path: Path) -> N
     answers = load_saved_model(place)(rows)["probabilities"]
     moved = shutil.move(place, tmp_path / "elsewhere")
     np.testing.assert_array_equal(load_saved_model(moved)(rows)["probabilities"], answers)
-    assert not list((both[1].folder / "saved_model" / "1").glob("assets/*"))  # its towns have a line break
+    assert not list((both[1].folder / "saved_model" / "1").glob("assets/*"))  # its towns contain a line break
 
 
 def test_choice_of_requests(digits: Dataset, both: tuple[Dataset, Run]) -> None:
@@ -560,11 +564,11 @@ def test_choice_of_requests(digits: Dataset, both: tuple[Dataset, Run]) -> None:
 def test_large_rows_are_fewer(monkeypatch: pytest.MonkeyPatch, digits: Dataset) -> None:
     from mlkit.export import golden_sampling as golden
 
-    monkeypatch.setattr(golden, "MOST_BYTES", 4000)
+    monkeypatch.setattr(golden, "MAX_BYTES", 4000)
     cases, instances = golden.choose_requests(digits)
     assert 3 <= len(instances) < 20
     assert cases[:3] == ["usual", "all dark", "all bright"]
-    monkeypatch.setattr(golden, "MOST_BYTES", 10)
+    monkeypatch.setattr(golden, "MAX_BYTES", 10)
     assert golden.choose_requests(digits)[0] == ["usual", "all dark"]
 
 
@@ -582,7 +586,7 @@ def test_the_command(copied: Run, planted: tuple[keras.Model, Path]) -> None:
     assert record["reason"].startswith("litert-int8 serving_default: differs by")
     shown = run_cli("parity", copied.id[-4:], *wanted, "--tolerance", "litert-int8=0.3", folder=place)
     assert shown.returncode == 0, shown.stderr
-    assert "litert-float32, litert-int8 answer 32 requests as the model did" in shown.stdout
+    assert "litert-float32, litert-int8 give the predictions of the exported model for 32 requests" in shown.stdout
     for wrong in (("--target", "litert"), ("--tolerance", "0.1")):
         refused = run_cli("parity", copied.id, *wrong, folder=place)
         assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr

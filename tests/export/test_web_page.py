@@ -1,4 +1,4 @@
-"""The page that asks a converted model: its answers are Python's, and it needs neither a server nor a network."""
+"""The browser demo of a converted model gives the predictions of Python, without a server and a network."""
 
 import json
 import shutil
@@ -32,19 +32,39 @@ def has_engine() -> bool:
 
 
 needs_browser = pytest.mark.skipif(not (CHROMIUM and has_engine()), reason="needs chromium, and LiteRT.js from npm")
-SIZES = (1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200)  # where the hash changes its way
+SIZES = (
+    1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    15,
+    16,
+    17,
+    31,
+    32,
+    33,
+    63,
+    64,
+    65,
+    127,
+    128,
+    129,
+    200,
+)  # where the hash changes its code path
 TEXTS = ("Good, good!", "It's\tGOOD — isn't it?", "ΑΣ Größe", "", "İstanbul", "«quoted» 1.5%", "🙂 ok", None)
 MOMENTS = ("2026-01-31T10:15:36.5", "2026-02-30", "2025-12-31T23:30-01:00", "1999-02-29", "soon", None, "2024-02-29")
 
 
-def answers_of(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a page answers in Chromium, without a network."""
+def predict_in_page(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The predictions of a page in Chromium, without a network."""
     with Page(as_address(file)) as page:
-        return page.ask(f"Promise.all({json.dumps(rows)}.map(mlkit.ask))")
+        return page.ask(f"Promise.all({json.dumps(rows)}.map(mlkit.predict))")
 
 
-def some_orders(count: int = 200) -> pl.DataFrame:
-    """A table with every kind of column, two labels, and names that no programming language takes."""
+def make_orders(count: int = 200) -> pl.DataFrame:
+    """A table with every feature type, two labels, and names that are no identifiers."""
     generator = np.random.default_rng(5)
     return pl.DataFrame(
         {
@@ -62,7 +82,7 @@ def some_orders(count: int = 200) -> pl.DataFrame:
     )
 
 
-SAID = {
+FEATURES = {
     "price in €": {"normalise": "log"},
     "age": {"kind": "bucket", "boundaries": [18, 30, 65]},
     "sent/at": {"kind": "datetime", "parts": ["days", "month", "weekday", "hour", "minute", "day"]},
@@ -76,9 +96,9 @@ SAID = {
 
 
 @needs_browser
-def test_a_page_answers_as_python_does(tmp_path: Path) -> None:
-    some_orders().write_csv(tmp_path / "orders.csv")
-    table = load_dataset(str(tmp_path / "orders.csv"), label=["kept", "days"], features=SAID)
+def test_a_page_gives_the_predictions_of_python(tmp_path: Path) -> None:
+    make_orders().write_csv(tmp_path / "orders.csv")
+    table = load_dataset(str(tmp_path / "orders.csv"), label=["kept", "days"], features=FEATURES)
     convert_model(build_model("mlp", table), table, tmp_path / "orders", ["float32"])
     model = load_litert(tmp_path / "orders")
     generator = np.random.default_rng(2)
@@ -96,37 +116,37 @@ def test_a_page_answers_as_python_does(tmp_path: Path) -> None:
         for n, size in enumerate(SIZES)
     ]
     page = write_page(tmp_path / "orders", tmp_path / "orders.html", installed=REPOSITORY)
-    found = answers_of(page, rows)
+    predictions = predict_in_page(page, rows)
     expected = model({name: [row[name] for row in rows] for name in model.features})
-    assert found[0].keys() == expected.keys()
+    assert predictions[0].keys() == expected.keys()
     for name, values in expected.items():
-        here = [each[name] for each in found]
+        actual = [row[name] for row in predictions]
         if values.dtype == object:
-            assert here == values.tolist()
+            assert actual == values.tolist()
         else:
-            np.testing.assert_allclose(here, values, rtol=2e-6, atol=1e-6, err_msg=name)
-    different = {tuple(np.round(values, 7)) for values in expected["kept_probabilities"]}
-    assert len(different) == len(rows)  # a wrong row would have shown
+            np.testing.assert_allclose(actual, values, rtol=2e-6, atol=1e-6, err_msg=name)
+    distinct = {tuple(np.round(values, 7)) for values in expected["kept_probabilities"]}
+    assert len(distinct) == len(rows)  # no two rows could be confused
 
 
-DRAW = """mlkit.ask({ image: Array(64).fill(0) }).then(async () => {
+DRAW = """mlkit.predict({ image: Array(64).fill(0) }).then(async () => {
   const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect();
   canvas.setPointerCapture = () => {};
   const move = (type, x, y) => canvas.dispatchEvent(new PointerEvent(type, {
     clientX: box.left + x * box.width, clientY: box.top + y * box.height, buttons: 1, pointerId: 1 }));
   move("pointerdown", 0.5, 0.1);
   move("pointermove", 0.5, 0.9);
-  const answer = () => document.querySelector("#answers .answer").textContent;
+  const answer = () => document.querySelector("#predictions .prediction").textContent;
   for (let wait = 0; wait < 400 && answer() !== EXPECTED; wait++) await new Promise((done) => setTimeout(done, 25));
   return answer();
 })"""
 
 
 @needs_browser
-def test_a_drawing_is_answered(tmp_path: Path, digits: Dataset) -> None:
+def test_a_drawing_is_classified(tmp_path: Path, digits: Dataset) -> None:
     upright = np.zeros((8, 8, 1), "float32")
     model = build_model("linear", digits)
-    upright[1:7, 3:5] = 1  # a stroke like a one: the model is told to know it
+    upright[1:7, 3:5] = 1  # a vertical stroke: the kernel responds to it
     kernel = np.zeros((64, 10), "float32")
     kernel[:, 1] = upright.ravel() * 10
     model.get_layer("logits").set_weights([kernel, np.zeros(10, "float32")])
@@ -137,15 +157,15 @@ def test_a_drawing_is_answered(tmp_path: Path, digits: Dataset) -> None:
         assert shown.ask("document.querySelectorAll('.bar').length") == 10
 
 
-ANSWER = """(async () => {
-  const found = () => document.querySelector("#answers .answer")?.textContent;
-  for (let wait = 0; wait < 400 && found() !== EXPECTED; wait++) await new Promise((done) => setTimeout(done, 25));
-  return [found(), ...Array.from(document.querySelectorAll("#answers .bars .muted"), (each) => each.textContent)];
+READ_RESULT = """(async () => {
+  const predicted = () => document.querySelector("#predictions .prediction")?.textContent;
+  for (let wait = 0; wait < 400 && predicted() !== EXPECTED; wait++) await new Promise((done) => setTimeout(done, 25));
+  return [predicted(), ...Array.from(document.querySelectorAll("#predictions .bars .muted"), (bar) => bar.textContent)];
 })()"""
 
 
 @needs_browser
-def test_a_picture_file_is_answered_as_python_answers_its_pixels(tmp_path: Path, digits: Dataset) -> None:
+def test_an_image_file_is_classified_as_in_python(tmp_path: Path, digits: Dataset) -> None:
     model = build_model("cnn", digits)
     fit(model, digits, epochs=4)
     convert_model(model, digits, tmp_path / "digits", ["float32"])
@@ -156,16 +176,16 @@ def test_a_picture_file_is_answered_as_python_answers_its_pixels(tmp_path: Path,
     expected = load_litert(tmp_path / "digits")({"image": pixels[None] * 16 / 255})
     page = write_page(tmp_path / "digits", tmp_path / "digits.html", installed=REPOSITORY)
     with Page(as_address(page)) as shown:
-        shown.ask("mlkit.ask({ image: Array(64).fill(0) })")
+        shown.ask("mlkit.predict({ image: Array(64).fill(0) })")
         button = shown.tell("Runtime.evaluate", expression="document.getElementById('picture')")["result"]["objectId"]
         shown.tell("DOM.setFileInputFiles", files=[str(tmp_path / "notes.png")], objectId=button)
         label = "document.querySelector('label[for=picture]').textContent"
         wait_until(lambda: shown.ask(label) == "notes.png is no picture that this browser can read.", 30)
         shown.tell("DOM.setFileInputFiles", files=[str(tmp_path / "digit.png")], objectId=button)
-        answer, *bars = shown.ask(ANSWER.replace("EXPECTED", json.dumps(expected["class"][0])))
+        predicted, *bars = shown.ask(READ_RESULT.replace("EXPECTED", json.dumps(expected["class"][0])))
         assert shown.ask(label) == "Draw above, or take a picture:"
-    assert answer == expected["class"][0]
-    np.testing.assert_allclose([float(each.split()[0]) for each in bars], 100 * expected["probabilities"][0], atol=0.2)
+    assert predicted == expected["class"][0]
+    np.testing.assert_allclose([float(bar.split()[0]) for bar in bars], 100 * expected["probabilities"][0], atol=0.2)
 
 
 @needs_browser
@@ -173,17 +193,17 @@ def test_a_page_reads_images_and_integers(tmp_path: Path, digits: Dataset) -> No
     convert_model(build_model("cnn", digits), digits, tmp_path / "digits", ["full_int8"])
     images, _ = digits.take("test")
     page = write_page(tmp_path / "digits", tmp_path / "digits.html", "full_int8", installed=REPOSITORY)
-    found = answers_of(page, [{"image": image.tolist()} for image in images["image"][:10]])
+    predictions = predict_in_page(page, [{"image": image.tolist()} for image in images["image"][:10]])
     expected = load_litert(tmp_path / "digits", "full_int8")({"image": images["image"][:10]})
-    np.testing.assert_allclose([each["probabilities"] for each in found], expected["probabilities"], atol=2e-2)
+    np.testing.assert_allclose([row["probabilities"] for row in predictions], expected["probabilities"], atol=2e-2)
 
 
-def test_without_litert_js_the_line_that_installs_it_is_told(tmp_path: Path) -> None:
+def test_without_litert_js_the_error_names_the_command_that_installs_it(tmp_path: Path) -> None:
     with pytest.raises(MissingDependencyError, match=r"npm install @litertjs/core@[0-9.]+$"):
         find_engine(tmp_path)
 
 
-def test_no_page_is_written_for_what_is_no_model(tmp_path: Path) -> None:
+def test_no_page_is_written_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="There is no converted model"):
         write_page(tmp_path, tmp_path / "page.html")
     (tmp_path / "host.json").write_text("{", encoding="utf-8")
@@ -193,8 +213,8 @@ def test_no_page_is_written_for_what_is_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
-def test_the_javascript_says_what_it_does_not_take(tmp_path: Path) -> None:
-    shutil.copy(REPOSITORY / "mlkit" / "web" / "host.js", tmp_path / "host.mjs")
+def test_javascript_rejects_invalid_rows(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "mlkit" / "web" / "preprocessing.js", tmp_path / "preprocessing.mjs")
     features = [
         {"name": "age", "kind": "number", "dtype": "float32", "shape": []},
         {"name": "city", "kind": "category", "dtype": "string", "shape": []},
@@ -206,15 +226,15 @@ def test_the_javascript_says_what_it_does_not_take(tmp_path: Path) -> None:
     }
     rows = [{"age": 1}, {"age": 1, "ciyt": "x"}, {"age": "old", "city": "x"}, {"age": 1, "city": 3}]
     script = (
-        "import { Host } from './host.mjs';\n"
-        f"const host = new Host({json.dumps(record)});\n"
+        "import { Preprocessor } from './preprocessing.mjs';\n"
+        f"const preprocessor = new Preprocessor({json.dumps(record)});\n"
         f"for (const row of {json.dumps(rows)})\n"
-        "  try { host.encode(row); } catch (error) { console.log(error.message); }"
+        "  try { preprocessor.encode(row); } catch (error) { console.log(error.message); }"
     )
-    (tmp_path / "ask.mjs").write_text(script)
-    done = subprocess.run(["node", "ask.mjs"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
-    assert said[0].startswith("Feature 'city' is missing.")
-    assert said[1].startswith("Unknown feature 'ciyt'.")
-    assert said[2].startswith("Feature 'age' takes values of type float32")
-    assert said[3].startswith("Feature 'city' takes values of type string")
+    (tmp_path / "encode.mjs").write_text(script)
+    done = subprocess.run(["node", "encode.mjs"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    messages = done.stdout.splitlines()
+    assert messages[0].startswith("Feature 'city' is missing.")
+    assert messages[1].startswith("Unknown feature 'ciyt'.")
+    assert messages[2].startswith("Feature 'age' takes values of type float32")
+    assert messages[3].startswith("Feature 'city' takes values of type string")
