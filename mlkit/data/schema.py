@@ -997,7 +997,7 @@ class SchemaHistory:
                 snapshot.path.unlink(missing_ok=True)
 
     def __repr__(self) -> str:
-        return f"SchemaHistory({str(self.folder)!r}, {len(self.snapshots)} versions)"
+        return f"SchemaHistory({self.folder.name!r}, {len(self.snapshots)} versions)"
 
     def _repr_html_(self) -> str:
         rows, before = [], None
