@@ -23,7 +23,7 @@ _Packed = list[tuple[list[str], "tf.Tensor"]]  # names of columns, and their val
 
 
 def _pack(inputs: "pl.DataFrame | np.ndarray") -> _Packed:
-    """Columns of the same type side by side in one tensor in the main memory."""
+    """Store columns of the same type in one tensor in host memory."""
     tf = import_tensorflow()
 
     with tf.device("CPU:0"):
@@ -33,21 +33,23 @@ def _pack(inputs: "pl.DataFrame | np.ndarray") -> _Packed:
         matrices = {kind: inputs.select(names).to_numpy(order="c") for kind, names in kinds.items() if names}
         return [(kinds[kind], tf.convert_to_tensor(matrix)) for kind, matrix in matrices.items()]
 
-# %% ../../nbs/library/data/15_batching.ipynb #a7ddd43e
-def _gatherer(packed: _Packed, order: Sequence[str], *told: "np.ndarray | Mapping[str, np.ndarray]") -> Callable:
-    """From row numbers to a batch of ({feature: values}, and what is told of each row: labels, weights)."""
+
+def _gatherer(packed: _Packed, order: Sequence[str], *per_row: "np.ndarray | Mapping[str, np.ndarray]") -> Callable:
+    """Function from row numbers to a batch of ({feature: values}, *per-row values), such as labels and weights."""
     tf = import_tensorflow()
 
     with tf.device("CPU:0"):
-        told = [each_label(values, tf.constant) for values in told]
+        per_row = [each_label(values, tf.constant) for values in per_row]
 
     def gather(rows):
         batch = {}
         for names, values in packed:
-            picked = tf.gather(values, rows)
-            batch.update(zip(names, [picked] if values.shape.rank == 4 else tf.unstack(picked, axis=1), strict=True))
-        picked = [each_label(values, lambda one: tf.gather(one, rows)) for values in told]
-        return {name: batch[name] for name in order}, *picked
+            gathered = tf.gather(values, rows)
+            columns = [gathered] if values.shape.rank == 4 else tf.unstack(gathered, axis=1)
+            batch.update(zip(names, columns, strict=True))
+        return {name: batch[name] for name in order}, *(
+            each_label(values, lambda column: tf.gather(column, rows)) for values in per_row
+        )
 
     return gather
 
@@ -59,20 +61,20 @@ def _batches(
     used = len(rows) // batch_size * batch_size if drop_remainder else len(rows)
     with tf.device("CPU:0"):
         rows = tf.constant(rows)
-    walk = _walker(gather, batch_size, used)
+    make_batches = _batch_maker(gather, batch_size, used)
     if not shuffle:
-        return walk(rows).prefetch(tf.data.AUTOTUNE)
+        return make_batches(rows).prefetch(tf.data.AUTOTUNE)
     seeds = tf.data.Dataset.random(seed, rerandomize_each_iteration=True).batch(2).take(1)
-    passes = seeds.flat_map(lambda pair: walk(tf.random.experimental.stateless_shuffle(rows, pair)))
+    passes = seeds.flat_map(lambda pair: make_batches(tf.random.experimental.stateless_shuffle(rows, pair)))
     counted = passes.apply(tf.data.experimental.assert_cardinality(-(-used // batch_size)))
     return counted.prefetch(tf.data.AUTOTUNE)
 
 
-def _walker(gather: Callable, batch_size: int, used: int) -> Callable:
-    """From an order of rows to its batches, the first ones left out if wanted."""
+def _batch_maker(gather: Callable, batch_size: int, used: int) -> Callable:
+    """Function from an order of rows to its batches, optionally without the first ones."""
     tf = import_tensorflow()
 
-    def walk(order, skipped=0):
+    def make_batches(order, skipped=0):
         @tf.autograph.experimental.do_not_convert
         def batch(start):
             return gather(order[start : tf.minimum(start + batch_size, used)])
@@ -80,7 +82,7 @@ def _walker(gather: Callable, batch_size: int, used: int) -> Callable:
         starts = tf.data.Dataset.range(skipped * batch_size, used, batch_size)
         return starts.map(batch, num_parallel_calls=tf.data.AUTOTUNE)
 
-    return walk
+    return make_batches
 
 # %% ../../nbs/library/data/15_batching.ipynb #50063683
 def _stream(
@@ -89,11 +91,11 @@ def _stream(
     tf = import_tensorflow()
     with tf.device("CPU:0"):
         rows = tf.constant(rows)
-    walk = _walker(gather, batch_size, len(rows))
+    make_batches = _batch_maker(gather, batch_size, len(rows))
 
     @tf.autograph.experimental.do_not_convert
     def shuffled(epoch):
         order = tf.random.experimental.stateless_shuffle(rows, tf.stack([tf.constant(seed, tf.int64), epoch]))
-        return walk(order, tf.where(epoch == epochs.start, tf.constant(step, tf.int64), 0))
+        return make_batches(order, tf.where(epoch == epochs.start, tf.constant(step, tf.int64), 0))
 
     return tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(shuffled).prefetch(tf.data.AUTOTUNE)

@@ -1,4 +1,4 @@
-"""What `mlkit.data.dataset` promises and a notebook cannot show well: other processes, no network, size, odd files."""
+"""Loading of data sets: other processes, splits, labels, invalid files, no network, size."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from mlkit.data import Statistics, load_dataset, read_table, reload_dataset
-from mlkit.data.dataset import _lasting
+from mlkit.data.dataset import _source_record
 from mlkit.data.io import fingerprint
 from mlkit.data.splits import SPLITS
 from mlkit.data.synthetic import retail
@@ -26,11 +26,11 @@ ADULT_COLUMNS = [
 
 def split_of(dataset, column):
     """{value of the column: split}; fails where a value is in two."""
-    found = {}
+    owner = {}
     for split in SPLITS:
         for value in dataset.table[column].gather(dataset.splits[split]).to_list():
-            assert found.setdefault(value, split) == split
-    return found
+            assert owner.setdefault(value, split) == split
+    return owner
 
 
 # -- in another process -------------------------------------------------------------------------------------------
@@ -53,13 +53,13 @@ def test_splits_and_fingerprints_are_the_same_in_another_process():
         "print(json.dumps([{**d.record(), 'rows': d.splits['test'].tolist()} for d in"
         "  [l('wine'), l('digits'), l('retail', rows=3000, split='hash'), l('retail', rows=3000, split='time')]]))"
     )
-    here = [
+    expected = [
         load_dataset("wine"),
         load_dataset("digits"),
         load_dataset("retail", rows=3000, split="hash"),
         load_dataset("retail", rows=3000, split="time"),
     ]
-    assert json.loads(in_process(code)) == [{**d.record(), "rows": d.splits["test"].tolist()} for d in here]
+    assert json.loads(in_process(code)) == [{**d.record(), "rows": d.splits["test"].tolist()} for d in expected]
 
 
 def test_splits_do_not_change_between_versions_of_the_kit(tmp_path):
@@ -99,13 +99,13 @@ def test_a_key_keeps_its_split_while_data_grow(tmp_path):
             tmp_path / "shop.parquet"
         )
         dataset = load_dataset(tmp_path / "shop.parquet", "purchased", split="hash", key="user_id")
-        now = split_of(dataset, "user_id")
-        assert {user: now[user] for user in before} == before
-        assert len(now) > seen
-        before, seen = now, len(now)
+        current = split_of(dataset, "user_id")
+        assert {user: current[user] for user in before} == before
+        assert len(current) > seen
+        before, seen = current, len(current)
 
 
-def test_a_moment_is_in_one_split_and_order_holds(tmp_path):
+def test_a_point_in_time_is_in_one_split_and_order_holds(tmp_path):
     generator = np.random.default_rng(0)
     table = pl.DataFrame(
         {"when": generator.integers(0, 12, 500), "x": generator.random(500), "y": generator.random(500)}
@@ -118,7 +118,7 @@ def test_a_moment_is_in_one_split_and_order_holds(tmp_path):
     assert "when" not in dataset.features
 
 
-def test_equal_rows_never_part(tmp_path):
+def test_duplicate_rows_are_in_one_split(tmp_path):
     generator = np.random.default_rng(1)
     table = pl.DataFrame(
         {
@@ -225,7 +225,7 @@ def test_nested_and_infinite_columns_are_refused_until_ignored(tmp_path):
         ("x,y\n1,2026-01-01\n2,2026-01-02\n", "holds Date; a label is"),
     ],
 )
-def test_labels_nobody_can_learn(tmp_path, content, message):
+def test_labels_that_cannot_be_learned(tmp_path, content, message):
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(DatasetError, match=message):
         load_dataset(tmp_path / "t.csv", "y")
@@ -234,15 +234,15 @@ def test_labels_nobody_can_learn(tmp_path, content, message):
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def refused(path, *told, **options):
+def assert_rejected(path, *messages, **options):
     with pytest.raises(DatasetError) as caught:
         read_table(path, **options)
-    for text in told:
+    for text in messages:
         assert text in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "messages"),
     [
         ("long.csv", b"a,b\n1,2\n3,4,5\n", ("Line 3", "has 3 fields", "first line has 2")),
         ("short.csv", b"a,b,c\n1,2,3\n4,5\n6,7,\n", ("Line 3", "has 2 fields", "first line has 3")),
@@ -265,29 +265,29 @@ def refused(path, *told, **options):
         ("table.xlsx", b"PK", ("ends in '.xlsx'", ".csv, .tsv, .parquet, .jsonl, .ndjson")),
     ],
 )
-def test_a_bad_file_is_named_with_its_fault(tmp_path, name, content, told):
+def test_a_bad_file_is_named_with_its_fault(tmp_path, name, content, messages):
     (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, name, *told)
+    assert_rejected(tmp_path / name, name, *messages)
 
 
 def test_a_truncated_parquet_file(tmp_path):
     retail(rows=500).write_parquet(tmp_path / "t.parquet")
     whole = (tmp_path / "t.parquet").read_bytes()
     (tmp_path / "t.parquet").write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "t.parquet", "not a whole Parquet file")
+    assert_rejected(tmp_path / "t.parquet", "not a whole Parquet file")
 
 
 def test_a_file_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "adult.csv").write_text("a,b\n1,2\n")
-    refused(tmp_path / "adlut.csv", "no file", "Did you mean 'adult.csv'?")
-    refused(tmp_path / "nowhere" / "adult.csv", "no file")
-    refused(tmp_path / "*.parquet", "No file matches")
-    refused(tmp_path, "is a folder", "*.parquet")
-    refused([], "empty list")
+    assert_rejected(tmp_path / "adlut.csv", "no file", "Did you mean 'adult.csv'?")
+    assert_rejected(tmp_path / "nowhere" / "adult.csv", "no file")
+    assert_rejected(tmp_path / "*.parquet", "No file matches")
+    assert_rejected(tmp_path, "is a folder", "*.parquet")
+    assert_rejected([], "empty list")
     monkeypatch.setattr(
         Path, "open", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied", "x"))
     )
-    refused(tmp_path / "adult.csv", "cannot be read", "Permission denied")
+    assert_rejected(tmp_path / "adult.csv", "cannot be read", "Permission denied")
 
 
 def test_encodings_and_separators(tmp_path):
@@ -312,7 +312,7 @@ def test_many_files_are_one_table(tmp_path):
         table[part * 300 : (part + 1) * 300].write_csv(tmp_path / f"part-{part}.csv")
     assert fingerprint(read_table(tmp_path / "part-*.csv")) == fingerprint(table)
     table.drop("brand").write_csv(tmp_path / "part-3.csv")
-    refused(tmp_path / "part-*.csv", "part-3.csv", "differ in columns: brand")
+    assert_rejected(tmp_path / "part-*.csv", "part-3.csv", "differ in columns: brand")
 
 
 def test_the_fingerprint_forgets_the_file_format(tmp_path):
@@ -399,7 +399,7 @@ def test_adult(tmp_path):
     ]  # fmt: skip
     headless = tmp_path / "adult.csv"
     headless.write_text("".join(ADULT.read_text().splitlines(keepends=True)[1:]))
-    refused(headless, "no header", "columns=[")
+    assert_rejected(headless, "no header", "columns=[")
     assert fingerprint(read_table(headless, columns=ADULT_COLUMNS)) == fingerprint(read_table(ADULT))
     with pytest.raises(DatasetError, match="Did you mean 'income'"):
         load_dataset(ADULT, "incom")
@@ -436,7 +436,7 @@ def test_cleaned_and_checked_rows_are_recorded_and_loaded_again(dirty, tmp_path)
     dataset = load_dataset(dirty, "purchased", clean=STEPS, schema=dirty.parent / "schema.pbtxt")
     assert len(dataset.labels) == table.height - soiled
     assert set(dataset.features["device"].vocabulary) == {"desktop", "mobile", "tablet"}
-    assert dataset.notes[0] == f"Cleaning has set {soiled} rows and 0 values aside."
+    assert dataset.notes[0] == f"Cleaning has moved {soiled} rows and 0 values to the quarantine."
     dataset.save(tmp_path / "data")
     assert pl.read_parquet(tmp_path / "data" / "quarantine.parquet")["quantity"].to_list() == [-1] * soiled
     statistics = Statistics.from_json((tmp_path / "data" / "statistics.json").read_text())
@@ -472,7 +472,7 @@ def test_a_database_is_recorded_without_its_password(tmp_path):
     dataset = load_dataset(f"sqlite:///{tmp_path}/shop.db", "y", query="select * from visits")
     assert dataset.name == "shop"
     assert reload_dataset(dataset.record()).fingerprint == dataset.fingerprint
-    assert _lasting("postgresql://ann:secret@host/shop") == {"source": "postgresql://ann@host/shop"}
+    assert _source_record("postgresql://ann:secret@host/shop") == {"source": "postgresql://ann@host/shop"}
 
 
 def test_images_have_no_schema():

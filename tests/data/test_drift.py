@@ -1,4 +1,4 @@
-"""Drift: alarms that are raised, alarms that are not, and what cannot be compared."""
+"""Drift: detected drift, false alarms, and tables that cannot be compared."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from mlkit.data import Statistics, describe, measure_drift, read_table
-from mlkit.data.drift import DEFAULT_LIMITS, DISTANCES, Drift
+from mlkit.data.drift import DEFAULT_THRESHOLDS, DISTANCES, Drift
 from mlkit.data.synthetic import retail
 from mlkit.errors import DatasetError
 from tests.conftest import ADULT
@@ -32,38 +32,38 @@ def sample(generator: np.random.Generator, rows: int, shift: float = 0.0) -> pl.
     )
 
 
-def pairs(count: int, least: int, most: int, shift: float = 0.0) -> list[tuple[Statistics, Statistics]]:
+def pairs(count: int, min_rows: int, max_rows: int, shift: float = 0.0) -> list[tuple[Statistics, Statistics]]:
     generator = np.random.default_rng(1)
-    sizes = generator.integers(least, most, (count, 2))
+    sizes = generator.integers(min_rows, max_rows, (count, 2))
     return [(describe(sample(generator, first)), describe(sample(generator, second, shift))) for first, second in sizes]
 
 
 def test_small_samples_of_one_population_raise_no_alarm() -> None:
-    """At the default limits and level: at most 1 in 100 pairs is allowed, and that of 240 pairs of 50 to 500 rows."""
+    """With default thresholds and significance, of 240 pairs of 50 to 500 rows; 1 in 100 pairs may be a false alarm."""
     drifts = [measure_drift(*pair) for pair in pairs(240, 50, 500)]
     assert sum(not drift.passed for drift in drifts) <= 6  # 2.4 expected; seven has a probability of 0.01
     naive = sum(any(column.excess > 1 for column in drift.columns.values()) for drift in drifts)
-    assert naive > 24  # limits alone cry wolf: at one pair in six
+    assert naive > 24  # thresholds alone give a false alarm for one pair in six
 
 
-def test_the_level_holds_when_every_limit_is_zero() -> None:
-    """Nothing but chance stands between a pair and an alarm; all distances of all columns are asked."""
+def test_the_significance_level_holds_when_every_threshold_is_zero() -> None:
+    """Every distance of every column is tested, and only the p-value decides."""
     alarms, drifts = 0, pairs(200, 50, 500)
     for pair in drifts:
         fitting = {name: column.distances for name, column in measure_drift(*pair).columns.items()}
-        limits = {name: dict.fromkeys(distances, 0.0) for name, distances in fitting.items()}
-        alarms += not measure_drift(*pair, thresholds=limits, significance=0.05).passed
+        thresholds = {name: dict.fromkeys(distances, 0.0) for name, distances in fitting.items()}
+        alarms += not measure_drift(*pair, thresholds=thresholds, significance=0.05).passed
     assert alarms <= 17, alarms  # 10 expected; 18 has a probability of 0.01
 
 
-def test_what_moved_is_found_and_nothing_else() -> None:
+def test_drifted_columns_are_detected_and_no_others() -> None:
     drifts = [measure_drift(*pair) for pair in pairs(40, 300, 500, shift=0.8)]
     assert sum({"normal", "letter"} <= set(drift.drifted) for drift in drifts) >= 38
     assert sum(bool(set(drift.drifted) - {"normal", "letter"}) for drift in drifts) <= 2
 
 
 @pytest.mark.parametrize("seed", [42, 1, 2])
-def test_the_shop_moves_where_the_simulation_moves_it(seed: int) -> None:
+def test_the_simulated_drift_of_the_shop_is_detected(seed: int) -> None:
     visits = retail(rows=20_000, drift=1, seed=seed)
     days = visits["day"].unique().sort()
     first, last = (describe(visits.filter(pl.col("day").is_in(week.implode()))) for week in (days[:7], days[-7:]))
@@ -79,16 +79,16 @@ def test_a_shop_without_drift_passes() -> None:
     assert measure_drift(first, last, thresholds={"purchased": {"l_infinity": 0.02}}).drifted == []
 
 
-def test_the_same_question_has_the_same_answer_whatever_other_columns_there_are() -> None:
+def test_results_are_deterministic_and_do_not_depend_on_other_columns() -> None:
     (first, second), *_ = pairs(1, 50, 80)
     whole = measure_drift(first, second)
     assert whole.to_json() == measure_drift(first, second).to_json()
-    limits = {"small": {"population_stability": 0.0}}
+    thresholds = {"small": {"population_stability": 0.0}}
     fewer = set(first.columns) - {"small", "gaps", "name"}
-    ignored = measure_drift(first, second, thresholds=limits, ignore=fewer).columns["small"]
-    alone = measure_drift(first, second, thresholds=limits, ignore=set(first.columns) - {"small"}).columns["small"]
-    assert ignored.distances == alone.distances
-    assert ignored.p_value == pytest.approx(min(1, 3 * alone.p_value))  # Holm: three tests instead of one
+    ignored = measure_drift(first, second, thresholds=thresholds, ignore=fewer).columns["small"]
+    single = measure_drift(first, second, thresholds=thresholds, ignore=set(first.columns) - {"small"}).columns["small"]
+    assert ignored.distances == single.distances
+    assert ignored.p_value == pytest.approx(min(1, 3 * single.p_value))  # Holm: three tests instead of one
 
 
 def test_the_record_is_plain_json_that_a_gate_can_read() -> None:
@@ -98,14 +98,14 @@ def test_the_record_is_plain_json_that_a_gate_can_read() -> None:
     assert "normal" in record["drifted"]
     column = next(column for column in record["columns"] if column["name"] == "normal")
     assert column["verdict"] == "drifted"
-    assert column["decided_by"] == "population_stability"
-    assert column["distance"] > column["limit"] == 0.2
+    assert column["distance_name"] == "population_stability"
+    assert column["distance"] > column["threshold"] == 0.2
     assert column["p_value"] < 0.01
     assert column["reason"].startswith("the median went from")
 
 
-def test_large_columns_are_measured_from_their_summaries() -> None:
-    """More different values than statistics keep: quantiles and the most frequent texts have to do."""
+def test_columns_with_many_values_are_compared_by_quantiles() -> None:
+    """Statistics that hold only quantiles and the most frequent texts."""
     generator = np.random.default_rng(3)
 
     def table(shift: float) -> pl.DataFrame:
@@ -123,7 +123,7 @@ def test_large_columns_are_measured_from_their_summaries() -> None:
     assert drift.columns["person"].distances["l_infinity"] < 0.01
 
 
-def test_every_kind_of_column_gets_a_verdict() -> None:
+def test_every_column_type_gets_a_result() -> None:
     moments = pl.datetime_range(pl.datetime(2026, 1, 1), pl.datetime(2026, 1, 10), "1h", eager=True)
     table = pl.DataFrame({"at": moments}).with_columns(
         date=pl.col("at").dt.date(),
@@ -144,13 +144,13 @@ def test_every_kind_of_column_gets_a_verdict() -> None:
     assert set(measure_drift(describe(table), describe(later)).drifted) == {"time", "list", "lasted"}
 
 
-def test_one_row_on_each_side_proves_nothing() -> None:
+def test_single_rows_are_not_statistically_significant() -> None:
     drift = measure_drift(
         describe(pl.DataFrame({"x": [1.0], "y": ["a"]})), describe(pl.DataFrame({"x": [9.0], "y": ["b"]}))
     )
     assert drift.passed
     assert {column.verdict for column in drift.columns.values()} == {"unproven"}
-    assert "but in 1 and 1 rows chance does that, too" in drift.columns["x"].reason
+    assert "but not statistically significant with 1 and 1 rows" in drift.columns["x"].reason
 
 
 def test_statistics_of_different_tables_are_refused() -> None:
@@ -170,8 +170,8 @@ def read_wine() -> pl.DataFrame:
     return pl.DataFrame(wine.data, schema=wine.feature_names)
 
 
-def test_every_kind_has_limits_that_fit_it() -> None:
-    assert {name for limits in DEFAULT_LIMITS.values() for name in limits} <= set(DISTANCES)
+def test_every_column_type_has_default_thresholds_that_apply() -> None:
+    assert {name for thresholds in DEFAULT_THRESHOLDS.values() for name in thresholds} <= set(DISTANCES)
 
 
 @pytest.mark.skipif(not ADULT.exists(), reason="the Adult data are not here")
@@ -184,7 +184,7 @@ def test_real_data_halves_agree_and_a_subgroup_does_not() -> None:
     assert all(math.isfinite(d) for column in drift.columns.values() for d in column.distances.values())
 
 
-def test_asking_for_drift_imports_neither_matplotlib_nor_tensorflow() -> None:
+def test_measuring_drift_imports_neither_matplotlib_nor_tensorflow() -> None:
     code = """
 import sys, polars
 from mlkit.data import measure_drift

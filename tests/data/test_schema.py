@@ -1,4 +1,4 @@
-"""Schemas as files: what TFX users bring, what people type, and a history that two processes write at once."""
+"""Schemas as files: schemas from TFX, mistakes in edited files, and a history that two processes write at once."""
 
 import datetime
 import os
@@ -20,8 +20,8 @@ from mlkit.data.synthetic import retail
 from mlkit.errors import DatasetError, StorageError
 from tests.conftest import wait_until
 
-# As TFX pipelines have them: much of it means nothing to the kit.
-BROUGHT = """
+# A schema as TFX pipelines have it: mlkit does not interpret much of it.
+TFX_SCHEMA = """
 feature { name: "age" type: INT presence { min_fraction: 1.0 min_count: 1 } shape { dim { size: 1 name: "one" } }
   int_domain { name: "age" min: 0 max: 120 is_categorical: false } lifecycle_stage: PRODUCTION
   skew_comparator { infinity_norm { threshold: 0.01 } normalized_abs_difference { threshold: 0.2 } }
@@ -63,17 +63,17 @@ def proto(text: str) -> schema_pb2.Schema:
     return text_format.Parse(text, schema_pb2.Schema())
 
 
-def test_what_is_not_understood_is_kept(tmp_path: Path) -> None:
+def test_uninterpreted_fields_are_preserved(tmp_path: Path) -> None:
     path = tmp_path / "schema.pbtxt"
-    path.write_text(BROUGHT)
+    path.write_text(TFX_SCHEMA)
     schema = load_schema(path)
-    assert schema_to_proto(schema) == proto(BROUGHT)
-    assert proto(schema.save(path).read_text()) == proto(BROUGHT)
+    assert schema_to_proto(schema) == proto(TFX_SCHEMA)
+    assert proto(schema.save(path).read_text()) == proto(TFX_SCHEMA)
     assert load_schema(path) == schema
 
 
-def test_what_is_understood() -> None:
-    schema = parse_schema(BROUGHT)
+def test_interpreted_fields() -> None:
+    schema = parse_schema(TFX_SCHEMA)
     kinds = {column.name: column.kind for column in schema}
     assert kinds["age"] == kinds["when"] == kinds["ragged"] == "integer"
     assert (kinds["day"], kinds["odd day"], kinds["flag"]) == ("date", "text", "boolean")
@@ -110,7 +110,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_a_change_is_written_and_touches_nothing_else(field: str) -> None:
-    before = parse_schema(BROUGHT)
+    before = parse_schema(TFX_SCHEMA)
     for name in ("age", "work", "untyped"):
         extra = {"shape": None} if field == "values" else {"values": None} if field == "shape" else {}
         after = before.change(name, **{field: CHANGES[field]}, **extra)
@@ -119,7 +119,7 @@ def test_a_change_is_written_and_touches_nothing_else(field: str) -> None:
         assert {change.column for change in before.diff(again)} <= {name}
         changed = schema_to_proto(after)
         position = [feature.name for feature in changed.feature].index(name)
-        original = proto(BROUGHT)
+        original = proto(TFX_SCHEMA)
         del changed.feature[position], original.feature[position]
         assert changed == original
 
@@ -129,15 +129,15 @@ def test_every_field_has_a_change_that_is_tested() -> None:
     assert {field.name for field in fields(ColumnSchema)} == elsewhere | CHANGES.keys()
 
 
-def test_a_shared_list_is_changed_for_one_and_goes_with_the_last() -> None:
-    schema = parse_schema(BROUGHT).change("work", domain=("private", "state", "none"))
+def test_a_shared_domain_is_changed_for_one_feature_and_removed_with_the_last() -> None:
+    schema = parse_schema(TFX_SCHEMA).change("work", domain=("private", "state", "none"))
     message = schema_to_proto(schema)
     assert [domain.name for domain in message.string_domain] == ["work"]
     assert list(message.feature[1].string_domain.value) == ["private", "state", "none"]
     assert message.feature[1].annotation.extra_metadata
-    gone = schema_to_proto(schema.drop("job"))
-    assert not gone.string_domain
-    assert [domain.name for domain in gone.int_domain] == ["nobody's"]
+    dropped = schema_to_proto(schema.drop("job"))
+    assert not dropped.string_domain
+    assert [domain.name for domain in dropped.int_domain] == ["nobody's"]
 
 
 @pytest.mark.parametrize("maximum", [0.3, 1e-300, 1 / 3, 16777217.0, 1e300, -0.1, 5.0])
@@ -169,7 +169,7 @@ def test_five_thousand_columns(tmp_path: Path) -> None:
     assert load_schema(schema.save(tmp_path / "schema.pbtxt")) == schema
 
 
-def test_limits_of_a_schema_are_those_of_drift() -> None:
+def test_thresholds_of_a_schema_are_used_for_drift() -> None:
     statistics = describe(retail(rows=2_000))
     schema = infer_schema(statistics).change("price", drift={"wasserstein": 1e9, "jensen_shannon": 0.9})
     assert measure_drift(statistics, statistics, thresholds=schema.thresholds()).passed
@@ -181,7 +181,7 @@ def test_importing_schemas_does_not_import_tensorflow_metadata() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "parts"),
     [
         ('feature {\n  name: "age"\n  typ: INT\n}', ["line 3", "a Feature has no field 'typ'", "Did you mean 'type'?"]),
         ('feature {\n  name: "a"\n  int_domain { mim: 1 }\n}', ["line 3", "an IntDomain"[3:], "Did you mean 'min'?"]),
@@ -197,12 +197,12 @@ def test_importing_schemas_does_not_import_tensorflow_metadata() -> None:
         ("\x00\x01", ["is not tensorflow-metadata's schema text"]),
     ],
 )  # fmt: skip
-def test_a_file_with_mistakes_is_refused_and_stays(tmp_path: Path, text: str, told: list[str]) -> None:
+def test_an_invalid_file_is_an_error_and_is_not_overwritten(tmp_path: Path, text: str, parts: list[str]) -> None:
     path = tmp_path / "schema.pbtxt"
     path.write_text(text)
     with pytest.raises(DatasetError) as error:
         load_schema(path)
-    assert all(part in str(error.value) for part in [*told, "schema.pbtxt"]), error.value
+    assert all(part in str(error.value) for part in [*parts, "schema.pbtxt"]), error.value
     with pytest.raises(DatasetError, match="Nothing was overwritten"):
         Schema({}).save(path)
     with pytest.raises(DatasetError):
@@ -275,7 +275,7 @@ def test_a_kill_between_the_two_writes_keeps_the_new_schema(tmp_path: Path) -> N
     assert third.number == 3
 
 
-def test_versions_are_forgotten_a_month_after_they_were_replaced(tmp_path: Path) -> None:
+def test_versions_are_deleted_a_month_after_they_were_replaced(tmp_path: Path) -> None:
     history = SchemaHistory(tmp_path, days=30)
     for name in "abcd":
         history.save(Schema({name: ColumnSchema(name)}), name)
@@ -292,13 +292,16 @@ def test_versions_are_forgotten_a_month_after_they_were_replaced(tmp_path: Path)
     assert [snapshot.number for snapshot in history.snapshots] == [6]
 
 
-def test_a_schema_brought_by_hand_becomes_the_first_version(tmp_path: Path) -> None:
-    (tmp_path / "schema.pbtxt").write_text(BROUGHT)
+def test_an_existing_file_becomes_the_first_version(tmp_path: Path) -> None:
+    (tmp_path / "schema.pbtxt").write_text(TFX_SCHEMA)
     history = SchemaHistory(tmp_path)
     history.save(history.current.change("age", maximum=110), "nobody is older")
-    assert [(one.number, one.reason) for one in history.snapshots] == [(1, "found here"), (2, "nobody is older")]
+    assert [(version.number, version.reason) for version in history.snapshots] == [
+        (1, "existing file"),
+        (2, "nobody is older"),
+    ]
     restored = replace(history.at(1).schema, version=0)
-    assert restored.columns == parse_schema(BROUGHT).columns
+    assert restored.columns == parse_schema(TFX_SCHEMA).columns
     message = schema_to_proto(restored)
-    assert message.tensor_representation_group == proto(BROUGHT).tensor_representation_group
-    assert schema_from_proto(message).diff(parse_schema(BROUGHT)) == ()
+    assert message.tensor_representation_group == proto(TFX_SCHEMA).tensor_representation_group
+    assert schema_from_proto(message).diff(parse_schema(TFX_SCHEMA)) == ()

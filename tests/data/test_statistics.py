@@ -1,4 +1,4 @@
-"""Statistics: shards against the whole, tables larger than memory, odd input, other people's statistics."""
+"""Statistics: merging of shards, tables larger than memory, unusual input, statistics from TFDV."""
 
 import base64
 import json
@@ -19,13 +19,14 @@ from tensorflow_metadata.proto.v0 import statistics_pb2
 
 from mlkit.data import Statistics, describe
 from mlkit.data.statistics import ColumnStatistics, merge_statistics
+from mlkit.data.statistics_proto import statistics_from_proto, statistics_to_proto
 from mlkit.data.synthetic import retail
 from mlkit.errors import DatasetError
 from tests.conftest import ADULT
 
 
 def random_table(seed: int, rows: int) -> pl.DataFrame:
-    """Columns of every kind, with gaps and with what a float can be."""
+    """Columns of every type, with missing and non-finite values."""
     generator = np.random.default_rng(seed)
     gaps = generator.random((12, rows)) < generator.choice([0, 0.01, 0.4], (12, 1))
     numbers = generator.lognormal(1, 2, rows)
@@ -51,14 +52,14 @@ def random_table(seed: int, rows: int) -> pl.DataFrame:
     )
 
 
-def cut(table: pl.DataFrame, generator: np.random.Generator) -> list[pl.DataFrame]:
-    """The table in parts of random sizes, one of them without rows."""
+def make_shards(table: pl.DataFrame, generator: np.random.Generator) -> list[pl.DataFrame]:
+    """Shards of random sizes, one of them without rows."""
     places = sorted([0, *generator.integers(0, table.height, 4), table.height])
     return [table[start:end] for start, end in pairwise(places)] + [table[:0]]
 
 
 def largest_error(column: ColumnStatistics, values: np.ndarray) -> float:
-    """How far shares of values are from the truth, at the values themselves and between them."""
+    """Largest error of the cumulative distribution, at the values and between them."""
     rising = np.sort(values)
     points = np.concatenate([rising[:: max(len(rising) // 2000, 1)], np.linspace(rising[0], rising[-1], 500)])
     truth = np.searchsorted(rising, points, side="right") / len(rising)
@@ -66,17 +67,17 @@ def largest_error(column: ColumnStatistics, values: np.ndarray) -> float:
 
 
 def numbers_of(column: pl.Series) -> np.ndarray:
-    """Known finite values on the axis on which statistics measure them."""
+    """Finite values in the units of the statistics."""
     physical = column.drop_nulls().to_physical().cast(pl.Float64).to_numpy()
     physical = physical / 86_400_000_000 if column.dtype == pl.Datetime else physical
     return physical[np.isfinite(physical)]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_statistics_of_shards_add_up_to_those_of_the_table(seed: int) -> None:
+def test_merged_statistics_of_shards_are_those_of_the_table(seed: int) -> None:
     generator = np.random.default_rng(seed)
     table = random_table(seed, int(generator.integers(200, 40_000)))
-    parts = cut(table, generator)
+    parts = make_shards(table, generator)
     whole, merged = describe(table), merge_statistics(describe(part) for part in parts)
     assert (merged.rows, list(merged.columns)) == (whole.rows, list(whole.columns))
     for name, truth in whole.columns.items():
@@ -110,12 +111,12 @@ def test_repeated_merging_stays_within_its_bound() -> None:
 
 
 def test_merging_is_the_same_in_any_order() -> None:
-    parts = [describe(part) for part in cut(random_table(3, 20_000), np.random.default_rng(1))]
-    one, other = merge_statistics(parts), merge_statistics(parts[::-1])
-    for name, column in one.columns.items():
-        assert column.unique == other.columns[name].unique
-        assert column.counts == other.columns[name].counts
-        np.testing.assert_allclose(column.quantiles, other.columns[name].quantiles, rtol=1e-9)
+    parts = [describe(part) for part in make_shards(random_table(3, 20_000), np.random.default_rng(1))]
+    forward, backward = merge_statistics(parts), merge_statistics(parts[::-1])
+    for name, column in forward.columns.items():
+        assert column.unique == backward.columns[name].unique
+        assert column.counts == backward.columns[name].counts
+        np.testing.assert_allclose(column.quantiles, backward.columns[name].quantiles, rtol=1e-9)
 
 
 def test_a_lazy_table_gives_the_statistics_of_its_rows(tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_rows_that_cannot_be_read_to_the_end_are_an_error(tmp_path: Path) -> Non
     visits.write_parquet(tmp_path / "visits.parquet", row_group_size=1000)
     content = (tmp_path / "visits.parquet").read_bytes()
     (tmp_path / "visits.parquet").write_bytes(content[:20_000] + bytes(40_000) + content[60_000:])
-    with pytest.raises(DatasetError, match="could not be read to the end"):
+    with pytest.raises(DatasetError, match="Not all rows could be read"):
         describe(pl.scan_parquet(tmp_path / "visits.parquet"))
 
 
@@ -191,7 +192,7 @@ def test_hashes_are_the_same_in_every_process_and_version() -> None:
     assert json.loads(printed[0]) == FIXED_HASHES  # saved statistics depend on them: never change these numbers
 
 
-def test_shards_saved_by_different_processes_are_added(tmp_path: Path) -> None:
+def test_shards_saved_by_different_processes_are_merged(tmp_path: Path) -> None:
     code = """
 import sys
 import polars as pl
@@ -261,20 +262,20 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_odd_columns_are_described_added_shown_and_kept(case: str) -> None:
+def test_odd_columns_are_described_merged_shown_and_saved(case: str) -> None:
     table = pl.DataFrame({"odd": ODD[case]})
     statistics = describe(table)
     column = statistics.columns["odd"]
     assert (column.rows, column.known + column.missing) == (table.height, table.height)
     assert all(len(str(value)) <= 200 for value in column.counts)
-    kept = Statistics.from_json(statistics.to_json())
-    assert kept.to_json() == statistics.to_json()
-    assert kept.columns["odd"].counts == column.counts
-    twice = merge_statistics([statistics, kept, describe(table[:0])]).columns["odd"]
+    restored = Statistics.from_json(statistics.to_json())
+    assert restored.to_json() == statistics.to_json()
+    assert restored.columns["odd"].counts == column.counts
+    twice = merge_statistics([statistics, restored, describe(table[:0])]).columns["odd"]
     assert (twice.rows, twice.missing, twice.unique) == (2 * column.rows, 2 * column.missing, column.unique)
     assert repr([twice.minimum, twice.maximum]) == repr([column.minimum, column.maximum])
-    assert Statistics.from_proto(statistics.to_proto()).columns["odd"].missing == column.missing
-    page = statistics.overlay(kept).to_html()
+    assert statistics_from_proto(statistics_to_proto(statistics)).columns["odd"].missing == column.missing
+    page = statistics.overlay(restored).to_html()
     assert len(page) < 16_000
     assert "\0" not in page
     assert "<script" not in page
@@ -304,13 +305,13 @@ def test_shards_whose_types_differ() -> None:
     numbers, texts = describe(pl.DataFrame({"x": [1, 2]}), name="one"), describe(pl.DataFrame({"x": ["a"]}), name="two")
     with pytest.raises(DatasetError, match=r"'x' \(text in two, integer in one\)"):
         numbers.merge(texts)
-    gone = describe(pl.DataFrame({"x": [None, None]}))  # read as text, but there is nothing to disagree with
+    empty = describe(pl.DataFrame({"x": [None, None]}))  # a column without values has no type to compare
     with pytest.raises(DatasetError, match="'x'"):
-        merge_statistics([gone, numbers, texts])
+        merge_statistics([empty, numbers, texts])
     with pytest.raises(DatasetError, match=r"'y' \(only in two\)"):
         numbers.merge(describe(pl.DataFrame({"x": [1], "y": [1]}), name="two"))
-    assert gone.merge(numbers).columns["x"].kind == "integer"
-    assert numbers.merge(gone).columns["x"].missing == 2
+    assert empty.merge(numbers).columns["x"].kind == "integer"
+    assert numbers.merge(empty).columns["x"].missing == 2
     milliseconds = describe(pl.DataFrame({"x": pl.Series([datetime(2026, 1, 1)]).dt.cast_time_unit("ms")}))
     assert milliseconds.merge(describe(pl.DataFrame({"x": [datetime(2026, 1, 1)]}))).columns["x"].unique == 1
 
@@ -322,7 +323,7 @@ def test_tables_without_rows_or_columns() -> None:
         assert list(statistics.columns) == table.collect_schema().names()
         assert Statistics.from_json(statistics.merge(statistics).to_json()).rows == 0
         assert "0 rows" in statistics.to_html()
-        assert Statistics.from_proto(statistics.to_proto()).rows == 0
+        assert statistics_from_proto(statistics_to_proto(statistics)).rows == 0
 
 
 def test_slices_of_every_kind_of_column() -> None:
@@ -351,7 +352,7 @@ def test_slices_of_every_kind_of_column() -> None:
 
 
 class Tags(HTMLParser):
-    """Counts open tags; finds what a page would fetch or run."""
+    """Counts open tags, and collects external sources and scripts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,7 +360,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.scripts += tag == "script"
-        self.look(attrs)
+        self.check_sources(attrs)
         self.scripts += sum(name.startswith("on") for name, _ in attrs)
         if tag != "meta":
             self.open.append(tag)
@@ -367,10 +368,10 @@ class Tags(HTMLParser):
     def handle_startendtag(self, tag: str, attrs: list) -> None:
         assert tag == "img"
         assert {name for name, _ in attrs} == {"alt", "title", "width", "height", "src"}
-        self.look(attrs)
+        self.check_sources(attrs)
 
-    def look(self, attrs: list) -> None:
-        """What is fetched from elsewhere: everything but a picture that the page holds and that is well-formed."""
+    def check_sources(self, attrs: list) -> None:
+        """Collect external sources: everything but well-formed inline images."""
         for name, value in attrs:
             if name == "src" and value.startswith(inline := "data:image/svg+xml;base64,"):
                 ElementTree.fromstring(base64.b64decode(value.removeprefix(inline)))
@@ -381,7 +382,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_a_page_is_well_formed_and_needs_nothing_else() -> None:
+def test_a_page_is_well_formed_and_self_contained() -> None:
     table = pl.DataFrame({"<script>alert(1)</script>": ["</td><script>", "' onload='x"], "a'b\"c&d": [1, 2]})
     statistics = describe(table, name="</title><script>", by="a'b\"c&d")
     for page in (statistics.to_html(), statistics.overlay(describe(retail(rows=500))).to_html()):
@@ -391,12 +392,12 @@ def test_a_page_is_well_formed_and_needs_nothing_else() -> None:
         assert "url(" not in page
 
 
-def test_json_is_strict_and_refuses_what_it_did_not_write() -> None:
+def test_json_is_strict_and_other_text_is_an_error() -> None:
     text = describe(pl.DataFrame({"x": [math.inf, None]})).to_json()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     broken_texts = ("", "[]", "null", text[:-20], text.replace("missing", "mising"), text.replace("[[", "["))
     for broken in (*broken_texts, text.replace('"number"', '"<b>"')):
-        with pytest.raises(DatasetError, match=r"not what Statistics\.to_json"):
+        with pytest.raises(DatasetError, match=r"Expected the output of Statistics\.to_json"):
             Statistics.from_json(broken)
 
 
@@ -436,7 +437,7 @@ def test_statistics_as_tfdv_makes_them_are_read() -> None:
     several.num_stats.common_stats.num_non_missing, several.num_stats.common_stats.max_num_values = 190, 4
     proto.datasets.add(name="device_mobile", num_examples=120)
 
-    statistics = Statistics.from_proto(proto)
+    statistics = statistics_from_proto(proto)
     columns = statistics.columns
     assert (statistics.rows, list(statistics.slices)) == (200, ["device_mobile"])
     assert (columns["age"].missing, columns["age"].infinite, columns["age"].zeros) == (10, 2, 7)
@@ -452,12 +453,13 @@ def test_statistics_as_tfdv_makes_them_are_read() -> None:
     assert "device_mobile" in statistics.overlay(statistics).to_html()
 
 
-def test_proto_there_and_back_keeps_what_it_can() -> None:
-    there = describe(retail(rows=5000), by="device")
-    back = Statistics.from_proto(there.to_proto())
-    assert {key: part.rows for key, part in back.slices.items()} == {key: p.rows for key, p in there.slices.items()}
-    for name, column in there.columns.items():
-        same = back.columns[name]
+def test_the_proto_message_preserves_what_it_has_fields_for() -> None:
+    statistics = describe(retail(rows=5000), by="device")
+    restored = statistics_from_proto(statistics_to_proto(statistics))
+    sizes = {key: part.rows for key, part in statistics.slices.items()}
+    assert {key: part.rows for key, part in restored.slices.items()} == sizes
+    for name, column in statistics.columns.items():
+        same = restored.columns[name]
         assert (same.kind, same.rows, same.missing, same.unique) == (
             column.kind,
             column.rows,
@@ -466,7 +468,7 @@ def test_proto_there_and_back_keeps_what_it_can() -> None:
         )
         np.testing.assert_equal([same.mean, same.deviation], [column.mean, column.deviation])
         np.testing.assert_allclose(same.quantiles[::100], column.quantiles[::100])
-    message = there.to_proto().datasets[0].features[10]
+    message = statistics_to_proto(statistics).datasets[0].features[10]
     assert sum(bucket.sample_count for bucket in message.num_stats.histograms[0].buckets) == pytest.approx(5000)
 
 
@@ -487,6 +489,6 @@ def test_real_data() -> None:
 
 
 def test_a_column_may_be_called_like_a_pattern() -> None:
-    found = describe(pl.DataFrame({"^a.*$": ["x", "y", "x"], "abc": [1, 2, 3], "*": [1.5, None, 2.5]}))
-    assert found.columns["^a.*$"].counts == {"x": 2, "y": 1}
-    assert found.columns["*"].mean == 2
+    statistics = describe(pl.DataFrame({"^a.*$": ["x", "y", "x"], "abc": [1, 2, 3], "*": [1.5, None, 2.5]}))
+    assert statistics.columns["^a.*$"].counts == {"x": 2, "y": 1}
+    assert statistics.columns["*"].mean == 2

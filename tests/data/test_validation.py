@@ -18,9 +18,9 @@ from tests.conftest import ADULT, run_cli
 needs_adult = pytest.mark.skipif(not ADULT.is_file(), reason="the Adult data are not here")
 
 
-def found(data: pl.DataFrame | Statistics, schema: Schema, **options: str) -> dict[tuple[str, str], int]:
+def count_anomalies(data: pl.DataFrame | Statistics, schema: Schema, **options: str) -> dict[tuple[str, str], int]:
     """(column, rule) -> rows."""
-    return {(one.column, one.rule): one.count for one in validate(data, schema, **options)}
+    return {(anomaly.column, anomaly.rule): anomaly.count for anomaly in validate(data, schema, **options)}
 
 
 @pytest.fixture(scope="module")
@@ -31,47 +31,47 @@ def adult() -> pl.DataFrame:
 @needs_adult
 def test_adult_fits_the_schema_that_was_inferred_from_it(adult: pl.DataFrame) -> None:
     schema = parse_schema(schema_text(infer_schema(describe(adult), label="income")))
-    assert found(adult, schema) == {}
-    assert found(adult.drop("income"), schema, environment="SERVING") == {}
-    assert found(adult.drop("income"), schema) == {("income", "absent"): 0}
+    assert count_anomalies(adult, schema) == {}
+    assert count_anomalies(adult.drop("income"), schema, environment="SERVING") == {}
+    assert count_anomalies(adult.drop("income"), schema) == {("income", "absent"): 0}
     assert (len(schema["native-country"].domain), schema["age"].minimum) == (41, 0)
     half = infer_schema(describe(adult.head(16_000)), label="income")
     assert validate(adult.tail(16_561), half).passed  # what was not in the first half is no error
 
 
 @needs_adult
-def test_what_is_done_to_adult_is_found(adult: pl.DataFrame) -> None:
+def test_changes_of_the_adult_data_are_found(adult: pl.DataFrame) -> None:
     schema = infer_schema(describe(adult), label="income")
     row = pl.int_range(pl.len())
-    spoilt = adult.with_columns(
+    corrupted = adult.with_columns(
         pl.when(row < 40).then(-1).otherwise("age").alias("age"),
         pl.when(row < 900).then(pl.lit("Femal")).otherwise("sex").alias("sex"),
         pl.when(row >= 20_000).then("workclass").alias("workclass"),
         pl.lit("x").alias("surprise"),
         pl.lit(40).alias("hours-per-week"),
     ).drop("race")
-    assert found(spoilt, schema) == {
+    assert count_anomalies(corrupted, schema) == {
         ("race", "absent"): 0,
         ("age", "range"): 40,
         ("sex", "domain"): 900,
-        ("workclass", "presence"): spoilt["workclass"].null_count(),
+        ("workclass", "presence"): corrupted["workclass"].null_count(),
         ("surprise", "unexpected"): 0,
         ("hours-per-week", "distinct"): adult.height,
     }
-    told = {one.column: one for one in validate(spoilt, schema)}
-    assert "meant 'Female'?" in told["sex"].message
-    assert told["age"].examples["row"].to_list() == [1, 2, 3, 4, 5]
-    assert [one.column for one in validate(spoilt, schema).warnings] == ["surprise", "hours-per-week"]
+    anomalies = {anomaly.column: anomaly for anomaly in validate(corrupted, schema)}
+    assert "meant 'Female'?" in anomalies["sex"].message
+    assert anomalies["age"].examples["row"].to_list() == [1, 2, 3, 4, 5]
+    assert [anomaly.column for anomaly in validate(corrupted, schema).warnings] == ["surprise", "hours-per-week"]
     with pytest.raises(DataValidationError, match="'race': the column is missing"):
-        validate(spoilt, schema).check()
+        validate(corrupted, schema).check()
 
 
-def test_the_six_kinds_of_dirt_are_found_as_far_as_rules_can() -> None:
+def test_six_kinds_of_corruption_are_found_as_far_as_rules_can() -> None:
     schema = infer_schema(describe(retail(rows=50_000)))
     clean, dirty = retail(rows=50_000), retail(rows=50_000, dirty=0.02)  # the same shop
-    assert found(clean, schema) == {}
+    assert count_anomalies(clean, schema) == {}
     changed = {name: int((clean[name].ne_missing(dirty[name])).sum()) for name in clean.columns}
-    seen = {column: rows for (column, _), rows in found(dirty, schema).items()}
+    seen = {column: rows for (column, _), rows in count_anomalies(dirty, schema).items()}
     for column in ("quantity", "category", "discount", "age"):
         hidden = {"category": 0.3}.get(column, 0)  # swapping equal letters changes nothing
         assert changed[column] * (1 - hidden) <= seen[column] <= changed[column], column
@@ -137,10 +137,10 @@ def plain_count(table: pl.DataFrame) -> dict[tuple[str, str], int]:
 @pytest.mark.parametrize("seed", range(40))
 def test_tables_and_statistics_agree_with_plain_python(seed: int) -> None:
     table, schema = random_table(seed), parse_schema(RULES)
-    assert found(table, schema) == plain_count(table)
-    assert found(describe(table), schema) == plain_count(table)
+    assert count_anomalies(table, schema) == plain_count(table)
+    assert count_anomalies(describe(table), schema) == plain_count(table)
     halves = describe(table.head(50)).merge(describe(table[50:])) if table.height > 50 else describe(table)
-    assert found(Statistics.from_json(halves.to_json()), schema) == plain_count(table)
+    assert count_anomalies(Statistics.from_json(halves.to_json()), schema) == plain_count(table)
 
 
 def test_mixed_types_in_a_column_are_named_by_value(tmp_path: Path) -> None:
@@ -149,42 +149,45 @@ def test_mixed_types_in_a_column_are_named_by_value(tmp_path: Path) -> None:
     schema = Schema({"price": ColumnSchema("price", "number"), "day": ColumnSchema("day", "date")})
     table = conform(read_table(tmp_path / "mixed.csv"), schema)
     anomalies = validate(table, schema)
-    assert {(one.column, one.rule): one.count for one in anomalies} == {("price", "kind"): 2, ("day", "kind"): 2}
+    assert {(anomaly.column, anomaly.rule): anomaly.count for anomaly in anomalies} == {
+        ("price", "kind"): 2,
+        ("day", "kind"): 2,
+    }
     assert "'1,234.50' (1 row)" in anomalies[0].message
     assert "'free' (1 row)" in anomalies[0].message
     assert anomalies[1].examples["day"].to_list() == ["2026-02-30", "x"]
-    assert found(describe(table), schema) == found(table, schema)
+    assert count_anomalies(describe(table), schema) == count_anomalies(table, schema)
 
 
 def test_statistics_of_other_columns() -> None:
     schema = infer_schema(describe(retail(rows=2_000)))
     anomalies = validate(describe(pl.DataFrame({"x": [1.0]})), schema)
     assert len(anomalies) == 1
-    assert "none of the 18 columns of the schema is there" in anomalies[0].message
+    assert "has none of the 18 columns of the schema" in anomalies[0].message
 
 
 def test_an_empty_table() -> None:
     schema = infer_schema(describe(retail(rows=2_000)))
     for data in (retail(rows=1).clear(), describe(retail(rows=1).clear()), pl.DataFrame()):
-        assert ("", "rows") in found(data, schema)
+        assert ("", "rows") in count_anomalies(data, schema)
     with pytest.raises(DataValidationError, match="0 rows, at least 1 expected"):
         validate(retail(rows=1).clear(), schema).check()
-    assert found(pl.DataFrame({"x": [1]}), Schema({})) == {("x", "unexpected"): 0}
+    assert count_anomalies(pl.DataFrame({"x": [1]}), Schema({})) == {("x", "unexpected"): 0}
 
 
 @pytest.mark.parametrize("nothing", [pl.Series([None] * 5), pl.Series([""] * 5), pl.Series([float("nan")] * 5)])
 def test_a_column_in_which_everything_is_missing(nothing: pl.Series) -> None:
     table = pl.DataFrame({"x": nothing})
-    assert found(table, infer_schema(describe(table))) == {}
+    assert count_anomalies(table, infer_schema(describe(table))) == {}
     full = infer_schema(describe(pl.DataFrame({"x": [1, 2, 3, 4, 5]})))
-    assert found(table, full) == found(describe(table), full) == {("x", "presence"): 5}
+    assert count_anomalies(table, full) == count_anomalies(describe(table), full) == {("x", "presence"): 5}
     assert conform(table, full)["x"].null_count() in (0, 5)
 
 
 def test_five_thousand_columns() -> None:
     table = pl.DataFrame({f"c{n}": [n, n + 1, None] for n in range(5_000)})
     schema = infer_schema(describe(table))
-    assert found(table, schema) == {}
+    assert count_anomalies(table, schema) == {}
     negative = validate(table.select(-pl.all()), schema)
     assert len(negative.errors) == 5_000
     assert len(str(negative).splitlines()) < 200
@@ -204,14 +207,14 @@ def test_odd_column_names() -> None:
     table = pl.DataFrame({name: [1, 2, -3] for name in ODD_NAMES})
     schema = Schema({name: ColumnSchema(name, "integer", minimum=0, unique=True) for name in ODD_NAMES})
     anomalies = validate(table, schema)
-    assert found(table, schema) == {(name, "range"): 1 for name in ODD_NAMES}
+    assert count_anomalies(table, schema) == {(name, "range"): 1 for name in ODD_NAMES}
     assert "<script>" not in anomalies.to_html()
     assert "row number" in anomalies[0].examples.columns
     json.loads(anomalies.to_json())
     assert conform(table, schema).equals(table)
 
 
-def test_columns_of_every_type_are_looked_at_without_complaint() -> None:
+def test_columns_of_every_type_are_validated() -> None:
     table = pl.DataFrame(
         {
             "decimal": pl.Series(["1.5", "2.5"]).cast(pl.Decimal(9, 2)),
@@ -229,17 +232,17 @@ def test_columns_of_every_type_are_looked_at_without_complaint() -> None:
         }
     )
     schema = infer_schema(describe(table))
-    assert found(table, schema) == {}
+    assert count_anomalies(table, schema) == {}
     assert conform(table, schema).drop("object").equals(table.drop("object"))
     wrong = Schema({name: ColumnSchema(name, "date", required=1) for name in table.columns})
-    rules = {rule for _, rule in found(table, wrong)}
+    rules = {rule for _, rule in count_anomalies(table, wrong)}
     assert rules == {"kind", "presence"}
-    assert {name for name, rule in found(table, wrong) if rule == "kind"} == set(table.columns)
+    assert {name for name, rule in count_anomalies(table, wrong) if rule == "kind"} == set(table.columns)
     small = Schema({name: ColumnSchema(name, "integer", minimum=0, maximum=1, domain=(1,)) for name in table.columns})
     for schema in (wrong, small):
         anomalies = validate(table, schema)
         assert len(json.loads(anomalies.to_json())["anomalies"]) == len(anomalies)
-        assert anomalies.to_html().count("<details>") == sum(one.count > 0 for one in anomalies)
+        assert anomalies.to_html().count("<details>") == sum(anomaly.count > 0 for anomaly in anomalies)
 
 
 def test_validation_leaves_the_table_alone() -> None:
@@ -250,7 +253,7 @@ def test_validation_leaves_the_table_alone() -> None:
     assert table.equals(before)
 
 
-def test_a_table_that_is_not_in_memory_is_refused() -> None:
+def test_a_lazy_table_is_an_error() -> None:
     with pytest.raises(DatasetError, match="describe"):
         validate(retail(rows=10).lazy(), Schema({}))  # type: ignore[arg-type]
 
@@ -260,7 +263,7 @@ def test_what_is_found_does_not_depend_on_the_order_of_rows() -> None:
     dirty = retail(rows=5_000, dirty=0.05)
     order = list(range(dirty.height))
     random.Random(3).shuffle(order)
-    assert found(dirty[order], schema) == found(dirty, schema)
+    assert count_anomalies(dirty[order], schema) == count_anomalies(dirty, schema)
 
 
 @pytest.fixture(scope="module")
@@ -288,11 +291,11 @@ def test_the_job_passes_clean_data(shop: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_job_fails_on_dirty_data_and_keeps_what_it_found(shop: Path) -> None:
+def test_the_job_fails_on_dirty_data_and_stores_its_anomalies(shop: Path) -> None:
     earlier = run_cli("run", "validate", "-p", "dataset=clean.csv", "--json", folder=shop)
     reference = json.loads(earlier.stdout)["id"]
     arguments = ["dataset=dirty.parquet", "schema=schema.pbtxt", f"reference={reference}"]
-    result = run_cli("run", "validate", *[part for one in arguments for part in ("-p", one)], folder=shop)
+    result = run_cli("run", "validate", *[part for argument in arguments for part in ("-p", argument)], folder=shop)
     assert result.returncode == 1
     assert "DataValidationError" in result.stderr
     assert "'quantity'" in result.stderr
@@ -302,7 +305,7 @@ def test_the_job_fails_on_dirty_data_and_keeps_what_it_found(shop: Path) -> None
     assert record["metrics"]["errors"] >= 3
     assert record["metrics"]["drifted"] >= 1
     anomalies = json.loads((run / "anomalies.json").read_text())["anomalies"]
-    quantity = next(one for one in anomalies if one["column"] == "quantity")
+    quantity = next(anomaly for anomaly in anomalies if anomaly["column"] == "quantity")
     assert quantity["examples"][0]["quantity"] == -1
-    kept = {artifact["path"] for artifact in record["artifacts"]}
-    assert {"notebook.ipynb", "notebook.html", "statistics.json", "schema.pbtxt", "anomalies.json"} <= kept
+    artifacts = {artifact["path"] for artifact in record["artifacts"]}
+    assert {"notebook.ipynb", "notebook.html", "statistics.json", "schema.pbtxt", "anomalies.json"} <= artifacts

@@ -13,7 +13,6 @@ import pytest
 
 from mlkit.data import Dataset, load_dataset
 from mlkit.errors import DatasetError, ModelError
-
 from tests.conftest import ADULT
 
 
@@ -38,7 +37,7 @@ def texts(folder: Path, length: int = 12, rows: int = 300, **options) -> Dataset
     return load_dataset(str(folder / "texts.csv"), "y", features={"review": text, "title/line": text} | options)
 
 
-def answers_of(model, dataset: Dataset, rows: int = 30) -> np.ndarray:
+def predictions_of(model, dataset: Dataset, rows: int = 30) -> np.ndarray:
     import tensorflow as tf
 
     return model({name: tf.constant(values[:rows]) for name, values in dataset.arrays.items()}).numpy()
@@ -54,7 +53,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize(("family", "sizes"), [(name, sizes) for name, all_of in SIZES.items() for sizes in all_of])
-def test_exported_model_answers_as_keras_does(family: str, sizes: dict, digits: Dataset, tmp_path: Path) -> None:
+def test_exported_model_predicts_as_keras_does(family: str, sizes: dict, digits: Dataset, tmp_path: Path) -> None:
     from mlkit.export import export_saved_model, load_saved_model
     from mlkit.models import build_model
 
@@ -64,21 +63,23 @@ def test_exported_model_answers_as_keras_does(family: str, sizes: dict, digits: 
     history = model.fit(data.to_tf("train"), epochs=2, shuffle=False, verbose=0).history["loss"]
     assert np.isfinite(history).all()
     served = load_saved_model(export_saved_model(model, data, tmp_path / "model"))
-    answers = served(data.arrays)["probabilities"]
-    assert answers == pytest.approx(model.predict(data.to_tf("all", batch_size=64, shuffle=False), verbose=0), abs=1e-5)
+    predictions = served(data.arrays)["probabilities"]
+    assert predictions == pytest.approx(
+        model.predict(data.to_tf("all", batch_size=64, shuffle=False), verbose=0), abs=1e-5
+    )
     alone = served({name: values[:1] for name, values in data.arrays.items()})["probabilities"]
-    assert alone[0] == pytest.approx(answers[0], abs=1e-5)
+    assert alone[0] == pytest.approx(predictions[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("encoder", ["convolution", "transformer"])
 def test_places_behind_a_text_have_no_say(encoder: str, tmp_path: Path) -> None:
-    """The same weights with room for 16 words and for 24 answer alike, for texts of 14 words at most."""
+    """The same weights with room for 16 words and for 24 give the same predictions, for texts of 14 words at most."""
     from mlkit.models import build_model
 
     narrow, wide = (build_model("text", texts(tmp_path, length), encoder=encoder) for length in (16, 24))
     wide.set_weights(narrow.get_weights())
     data = texts(tmp_path)
-    assert answers_of(wide, data) == pytest.approx(answers_of(narrow, data), abs=1e-5)
+    assert predictions_of(wide, data) == pytest.approx(predictions_of(narrow, data), abs=1e-5)
 
 
 @pytest.mark.parametrize("encoder", ["convolution", "transformer"])
@@ -91,7 +92,7 @@ def test_order_of_words_matters_to_text_and_not_to_mlp(encoder: str, tmp_path: P
     other = replace(data, inputs=pl.DataFrame({name: pl.Series(values) for name, values in turned.items()}))
     for family, sizes, same in (("text", {"encoder": encoder}, False), ("mlp", {}, True)):
         model = build_model(family, data, **sizes)
-        assert np.allclose(answers_of(model, data), answers_of(model, other), atol=1e-5) == same
+        assert np.allclose(predictions_of(model, data), predictions_of(model, other), atol=1e-5) == same
 
 
 def test_texts_of_every_kind(tmp_path: Path) -> None:
@@ -105,8 +106,8 @@ def test_texts_of_every_kind(tmp_path: Path) -> None:
     )
     for data in (hashed, alone, void):
         for sizes in ({}, {"encoder": "transformer", "hidden": ()}):
-            assert np.isfinite(answers_of(build_model("text", data, **sizes), data)).all()
-        assert np.isfinite(answers_of(build_model("linear", data), data)).all()
+            assert np.isfinite(predictions_of(build_model("text", data, **sizes), data)).all()
+        assert np.isfinite(predictions_of(build_model("linear", data), data)).all()
     weights = build_model("text", hashed).get_layer("review_embedding").get_weights()[0]
     assert weights.shape == (21, 5)
 
@@ -124,8 +125,8 @@ def test_images_of_many_sizes(digits: Dataset) -> None:
         spec = replace(digits.features["image"], shape=shape, maximum=255.0)
         data = replace(digits, inputs=images[:40], features={"image": spec})
         for family, sizes in (("resnet", {"blocks": 1, "filters": 4}), ("linear", {})):
-            answers = answers_of(build_model(family, data, **sizes), data, rows=3)
-            assert answers.sum(axis=1) == pytest.approx(np.ones(3), abs=1e-5)
+            predictions = predictions_of(build_model(family, data, **sizes), data, rows=3)
+            assert predictions.sum(axis=1) == pytest.approx(np.ones(3), abs=1e-5)
 
 
 def test_linear_finds_a_line(tmp_path: Path) -> None:
@@ -157,14 +158,14 @@ def test_the_penalty_draws_weights_to_zero(cancer: Dataset) -> None:
 @pytest.mark.parametrize(
     ("family", "sizes", "message"),
     [
-        ("text", {}, r"tables with texts.*features=\{'column': 'text'\}"),
+        ("text", {}, r"tables with text.*features=\{'column': 'text'\}"),
         ("resnet", {}, "Families for tables: mlp, wide_deep"),
         ("linear", {"l1": 1}, "It takes l2=0.0"),
         ("linear", {"l2": "much"}, "cannot be built"),
         ("linnear", {}, "Did you mean 'linear'"),
     ],
 )
-def test_what_does_not_fit_is_refused(family: str, sizes: dict, message: str, cancer: Dataset) -> None:
+def test_unsuitable_families_are_errors(family: str, sizes: dict, message: str, cancer: Dataset) -> None:
     from mlkit.models import build_model
 
     with pytest.raises(ModelError, match=message):
@@ -261,11 +262,11 @@ def test_the_same_seed_gives_the_same_weights_in_every_process(tmp_path: Path) -
         "print(hashlib.sha256(b''.join(w.tobytes() for w in model.get_weights())).hexdigest())"
     )
     command = [sys.executable, "-c", code]
-    found = [
+    digests = [
         subprocess.run([*command, noise], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         for noise in ("1", "2")
     ]
-    assert found[0] == found[1] != ""
+    assert digests[0] == digests[1] != ""
 
 
 @pytest.mark.parametrize(
@@ -279,12 +280,12 @@ def test_the_same_seed_gives_the_same_weights_in_every_process(tmp_path: Path) -
         ("own_models:broken", "raised KeyError: 'what I forgot'"),
         ("unfinished:build", "cannot be imported: SyntaxError"),
         ("needs_more:build", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
-        (":build", "named like my_package.models:build"),
-        ("own_models:", "named like my_package.models:build"),
-        ("own_models:build:again", "named like my_package.models:build"),
+        (":build", "Expected a model function like my_package.models:build"),
+        ("own_models:", "Expected a model function like my_package.models:build"),
+        ("own_models:build:again", "Expected a model function like my_package.models:build"),
     ],
 )
-def test_a_builder_that_cannot_be_used_says_why(
+def test_an_unusable_model_function_is_an_error_with_a_reason(
     name: str, message: str, cancer: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlkit.models import build_model
@@ -314,8 +315,8 @@ def test_a_builder_leaves_the_generators_as_they_were(cancer: Dataset) -> None:
     random.seed(1)
     np.random.seed(1)
     build_model(build, cancer)
-    found = random.random(), np.random.random()
-    assert found == (random.Random(1).random(), np.random.RandomState(1).random())
+    numbers = random.random(), np.random.random()
+    assert numbers == (random.Random(1).random(), np.random.RandomState(1).random())
 
 
 # -- baselines --
@@ -328,9 +329,9 @@ def test_baselines_learn_from_the_training_split_alone(cancer: Dataset) -> None:
     turned = cancer.labels.copy()
     for split in ("test", "validation"):
         turned[cancer.rows(split)] = 1 - turned[cancer.rows(split)]
-    found = measure_baselines(replace(cancer, labels=turned)).found
-    assert found["linear"].evaluation.metrics["accuracy"] < 0.3
-    assert found["gradient_boosting"].evaluation.metrics["accuracy"] < 0.3
+    baselines = measure_baselines(replace(cancer, labels=turned)).found
+    assert baselines["linear"].evaluation.metrics["accuracy"] < 0.3
+    assert baselines["gradient_boosting"].evaluation.metrics["accuracy"] < 0.3
 
 
 def test_verdicts_are_fair(cancer: Dataset) -> None:
@@ -370,7 +371,7 @@ def test_a_class_that_the_sample_does_not_have(tmp_path: Path) -> None:
     label = np.where(rng.random(2000) < 0.01, "rare", rng.choice(["a", "b"], 2000))
     data = load_dataset(str(_csv(tmp_path, {"x": rng.normal(size=2000), "y": label})), "y")
     measured = measure_baselines(data, max_rows=20, seed=3)
-    sampled = {each.evaluation.scores[:, 2].max() for each in measured.found.values()}
+    sampled = {baseline.evaluation.scores[:, 2].max() for baseline in measured.found.values()}
     assert sampled == {0.0}
     assert all(np.isfinite(list(measured.run_metrics.values())))
 

@@ -12,10 +12,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mlkit.data import load_dataset, reload_dataset
+from mlkit.data import describe, load_dataset, reload_dataset
 from mlkit.data.feature_specs import as_declared, as_feature, plan_features, read_features
 from mlkit.errors import DatasetError, ModelError
-from mlkit.data import describe
 
 ROWS = 3000
 FEATURES = {
@@ -252,21 +251,21 @@ def test_half_precision_does_not_reach_raw_values(tmp_path):
     table = pl.DataFrame(
         {"id": [70001.0, 70002.0, 70003.0], "at": ["2026-01-31T10:15:01", "2026-01-31T10:15:02", None]}
     )
-    said = read_features(
+    overrides = read_features(
         {"id": {"kind": "bucket", "boundaries": [70001.5, 70002.5], "one_hot": True}, "at": "datetime"}
     )
-    ready = as_declared(table, said)
-    specs = plan_features(describe(ready), said)
+    ready = as_declared(table, overrides)
+    specs = plan_features(describe(ready), overrides)
     raw = {column.name: tf.constant(as_feature(column).to_numpy()) for column in ready}
-    found = []
+    results = []
     for policy in ("float32", "mixed_float16"):
         keras.mixed_precision.set_global_policy(policy)
         try:
             front = encode_table(specs, SeededLayers(1))
-            found.append(keras.Model(front.inputs, side_by_side(front, SeededLayers(1)))(raw).numpy())
+            results.append(keras.Model(front.inputs, side_by_side(front, SeededLayers(1)))(raw).numpy())
         finally:
             keras.mixed_precision.set_global_policy("float32")
-    assert same_bits(*found)
+    assert same_bits(*results)
 
 
 def test_a_hundred_numbers_are_one_group():
@@ -282,13 +281,13 @@ def test_a_hundred_numbers_are_one_group():
     assert operations(100) == operations(2)
 
 
-# -- moments, told alike by Polars and by TensorFlow --
+# -- datetimes, parsed alike by Polars and by TensorFlow --
 
 
 def test_polars_and_the_graph_read_the_same_moments():
     import tensorflow as tf
 
-    from mlkit.models.preprocessing import Moments
+    from mlkit.models.preprocessing import DatetimeParser
 
     rng = np.random.default_rng(5)
     texts = [*ODD_MOMENTS]
@@ -302,7 +301,7 @@ def test_polars_and_the_graph_read_the_same_moments():
             text = text[:place] + rng.choice(list("0x- ")) + text[place + 1 :]
         texts.append(text)
     moments = as_declared(pl.DataFrame({"at": texts}), {"at": {"kind": "datetime"}})["at"]
-    fields = Moments()([tf.constant(texts)]).numpy()[:, 0]
+    fields = DatetimeParser()([tf.constant(texts)]).numpy()[:, 0]
     assert (fields[:, 0] == 1).tolist() == moments.is_not_null().to_list()
     known = moments.is_not_null().to_numpy()
     assert 500 < known.sum() < 4000
@@ -314,7 +313,7 @@ def test_polars_and_the_graph_read_the_same_moments():
     days = there.to_physical().to_numpy() / 86_400e6
     assert np.abs(fields[known, 1].astype("float64") + fields[known, 2] - days).max() < 1e-6
     canonical = as_feature(moments).to_list()
-    again = Moments()([tf.constant(canonical)]).numpy()[:, 0]
+    again = DatetimeParser()([tf.constant(canonical)]).numpy()[:, 0]
     assert np.array_equal(again, fields)
 
 
@@ -372,16 +371,16 @@ def test_what_was_declared_reaches_the_model_of_another_type_of_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("features", "said"),
+    ("features", "message"),
     [
         ({"prise": "bucket"}, "There is no column for feature 'prise'.*Did you mean 'price'"),
         ({"prise": "category"}, "'prise'.*Did you mean 'price'"),
         ({"price": "catgory"}, "no kind 'catgory'.*Did you mean 'category'"),
         ({"price": {"normalize": "log"}}, "no option 'normalize'.*Did you mean 'normalise'"),
-        ({"price": {"kind": "bucket", "boundaries": [1, 1]}}, "boundaries = .*must rise"),
+        ({"price": {"kind": "bucket", "boundaries": [1, 1]}}, "boundaries = .*must be ascending"),
         ({"price": {"kind": "bucket", "boundaries": [1, float("nan")]}}, "finite number"),
         ({"price": {"kind": "bucket", "count": 1}}, "greater than or equal to 2"),
-        ({"town": {"kind": "category", "vocabulary": ["a", True]}}, "True is no text: put quotes around it"),
+        ({"town": {"kind": "category", "vocabulary": ["a", True]}}, "True is not text: put quotes around it"),
         ({"town": {"kind": "category", "embedding": 0}}, "greater than or equal to 1"),
         ({"town": "number"}, "declared as number, but the column holds String; numbers are needed"),
         ({"town": "bucket"}, "declared as bucket"),
@@ -390,17 +389,17 @@ def test_what_was_declared_reaches_the_model_of_another_type_of_file(tmp_path):
         ({"town": "image"}, "declared as image"),
         ({"town x price": {"kind": "cross"}}, "'price' is of kind number"),
         ({"town x twon": {"kind": "cross"}}, "Did you mean 'town'"),
-        ({"town": {"kind": "cross"}}, "named by its columns"),
+        ({"town": {"kind": "cross"}}, "expected the names of its columns"),
         ({"y": "category"}, "no column for feature 'y'"),
         ({"price": "drop", "town": "drop"}, "No feature is left"),
         ([], "Received: \\[\\]"),
         ("nowhere.yaml", "nowhere.yaml cannot be read"),
     ],
 )
-def test_what_is_said_of_features_and_cannot_be(features, said, tmp_path):
+def test_invalid_feature_overrides_are_errors(features, message, tmp_path):
     table = pl.DataFrame({"price": [1.0, 2.0] * 30, "town": ["Rome", "Oslo", "Lima"] * 20, "y": ["a", "b"] * 30})
     table.write_csv(tmp_path / "t.csv")
-    with pytest.raises(DatasetError, match=f"(?s){said}"):
+    with pytest.raises(DatasetError, match=f"(?s){message}"):
         load_dataset(tmp_path / "t.csv", "y", fractions=(1, 0, 0), features=features)
 
 
@@ -463,7 +462,7 @@ def test_a_million_different_values(tmp_path):
     assert build_model("mlp", data).count_params() < 1_000_000
     hashed = load_dataset(tmp_path / "t.parquet", "y", features={"user": "hash"})
     assert (hashed.features["user"].buckets, hashed.notes) == (100_000, ())
-    with pytest.raises(DatasetError, match=r"800,000 different values.*max_vocabulary: 10000, or kind: hash"):
+    with pytest.raises(DatasetError, match=r"800,000 distinct values.*max_vocabulary: 10000, or kind: hash"):
         load_dataset(tmp_path / "t.parquet", "y", max_vocabulary=50_000)
 
 

@@ -1,12 +1,12 @@
-"""Recommendation with two towers: what its training, its answers and its export promise."""
+"""Recommendation with two towers: its training, its predictions and its export."""
 
 import numpy as np
 import polars as pl
 import pytest
 
 from mlkit.data import load_dataset
-from mlkit.errors import DatasetError, ModelError
 from mlkit.data.synthetic import interactions
+from mlkit.errors import DatasetError, ModelError
 
 ITEM = ("category", "brand", "price")
 SMALL = {"rows": 4000, "items": 60}
@@ -52,18 +52,18 @@ def test_options_of_the_simulation_reach_it_and_impossible_ones_are_refused():
 def test_training_repeats_itself_and_learns(choices):
     from mlkit.training import fit
 
-    found = []
+    weights = []
     for _ in range(2):
         model = towers(choices)
         history = fit(model, choices, epochs=3, batch_size=128)
-        found.append(model.get_weights())
+        weights.append(model.get_weights())
     assert history["val_loss"][-1] < history["val_loss"][0]
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for first, second in zip(*weights, strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 def test_a_batch_that_holds_every_item_is_judged_like_all_items(choices):
-    """The correction vanishes, and the loss in training is the loss of the answers."""
+    """The correction vanishes, and the loss in training is the loss of the predictions."""
     import keras
     import tensorflow as tf
 
@@ -130,8 +130,8 @@ def test_a_training_cut_off_ends_as_if_it_had_not_been(choices, tmp_path):
         fit(towers(choices), choices, epochs=4, batch_size=128, run=run, callbacks=[Cut()])
     again = towers(choices)
     fit(again, choices, epochs=4, batch_size=128, run=RunStore(tmp_path).get(run.id))
-    for one, other in zip(whole.get_weights(), again.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for first, second in zip(whole.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_an_item_is_described_by_its_last_training_row(tmp_path):
     assert _rows_of_items(data).tolist() == wanted
 
 
-def test_an_item_without_training_rows_is_answered_by_its_columns(tmp_path):
+def test_an_item_without_training_rows_is_predicted_by_its_columns(tmp_path):
     """Never chosen in training, it is nothing but its columns: two such items differ in nothing else."""
     table = pl.read_csv(own(tmp_path)).with_columns(kind=pl.lit("old"), when=pl.int_range(pl.len()))
     new = pl.DataFrame({"mood": ["good"] * 4, "age": [30.0] * 4, "item": ["x", "y"] * 2, "price": [5.0] * 4})
@@ -195,7 +195,7 @@ def test_an_item_without_training_rows_is_answered_by_its_columns(tmp_path):
     [
         ({"ignore": ["price"]}, {"item": ["prise"]}, "Did you mean 'price'"),
         ({}, {"item": ["price"]}, r"ignore=\['price'\]"),
-        ({"ignore": ["price"]}, {"item": ["item"]}, "no column"),
+        ({"ignore": ["price"]}, {"item": ["item"]}, "not a column"),
         ({"ignore": ["price"], "classes": ["a", "b", "c", "d"]}, {"item": "price"}, "1 of 4 items have no row.*: d"),
         ({"ignore": ["price"]}, {"item": {"price": "text"}}, "words are needed"),
         ({"ignore": ["price"]}, {"item": (), "temperature": -1}, "greater than 0"),
@@ -238,19 +238,19 @@ def test_the_best_ten_are_those_of_the_model(choices, tmp_path):
         for name, feature in served.features.items()
     }
     everybody = {name: np.concatenate([customers[name].astype(object), strangers[name]]) for name in served.features}
-    answer = served(everybody)
+    prediction = served(everybody)
     raw = {name: feature.tensor(everybody[name]) for name, feature in served.features.items()}
     probabilities = model(raw).numpy()
-    np.testing.assert_allclose(answer["probabilities"], probabilities, atol=1e-6)
+    np.testing.assert_allclose(prediction["probabilities"], probabilities, atol=1e-6)
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :10]
-    np.testing.assert_allclose(answer["top_scores"], np.take_along_axis(probabilities, best, axis=1), atol=1e-6)
-    same = answer["top_classes"] == np.array(choices.classes, object)[best]
+    np.testing.assert_allclose(prediction["top_scores"], np.take_along_axis(probabilities, best, axis=1), atol=1e-6)
+    same = prediction["top_classes"] == np.array(choices.classes, object)[best]
     gaps = np.abs(np.diff(np.sort(-probabilities, axis=1)[:, :11], axis=1)).min(axis=1)
     assert same[gaps > 1e-5].all()
-    assert answer["top_classes"].shape == (len(best), 10)
+    assert prediction["top_classes"].shape == (len(best), 10)
 
 
-def test_few_classes_are_answered_as_ever(tmp_path):
+def test_few_classes_are_predicted_without_top_items(tmp_path):
     from mlkit.export import export_saved_model, load_saved_model
 
     data = load_dataset(own(tmp_path), label="item", ignore=["price"])
