@@ -82,7 +82,7 @@ def as_storage_error(
 ) -> StorageError:
     """Convert an error of the operating system into a StorageError with a remedy."""
     reason = {
-        errno.ENOSPC: "The disk is full: make room (`mlkit rm`)",
+        errno.ENOSPC: "The disk is full: make room (`mlkit runs delete`)",
         errno.EROFS: "The file system is read-only",
         errno.EACCES: "No permission to write there",
     }.get(error.errno, "Check the folder")

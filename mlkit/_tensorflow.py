@@ -15,7 +15,7 @@ from mlkit.errors import MissingDependencyError
 
 
 def import_tensorflow() -> ModuleType:
-    """Import TensorFlow without its messages; raises MissingDependencyError without it, or for another Keras backend."""
+    """Import TensorFlow without its messages; raises MissingDependencyError, also for another Keras backend."""
     if "tensorflow" in sys.modules:
         return sys.modules["tensorflow"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

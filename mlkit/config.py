@@ -117,7 +117,7 @@ class ServingSettings(Section):
 class AccessSettings(Section):
     """`[access]`: authentication of clients, and TLS."""
 
-    keys: str = Field("", description="file of API keys (mlkit access new); empty: API keys are not accepted")
+    keys: str = Field("", description="file of API keys (mlkit api-keys create); empty: API keys are not accepted")
     jwks: str = Field("", description="file or https URL of the JWKS that verifies tokens; empty: no tokens")
     issuer: str = Field("", description="required issuer of tokens (claim iss)")
     audience: str = Field("", description="required audience of tokens (claim aud)")

@@ -21,7 +21,8 @@ from mlkit._display import format_number, format_seconds
 from mlkit.errors import JobFailedError, MlkitError
 from mlkit.runs.query import RunSummary
 from mlkit.runs.record import Record
-from mlkit.runs.run import STATUS_COLORS, Run, RunTable
+from mlkit.runs.run import STATUS_COLORS, Run
+from mlkit.runs.store import RunTable
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 errors = Console(stderr=True, highlight=False)

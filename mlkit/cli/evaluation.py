@@ -18,7 +18,8 @@ from mlkit.cli.console import (
     text_grid,
 )
 from mlkit.config import load_settings
-from mlkit.runs.run import Run, RunStore
+from mlkit.runs.run import Run
+from mlkit.runs.store import RunStore
 
 VariantOption = Annotated[
     str, typer.Option("--variant", metavar="NAME", help="savedmodel, or a conversion: float32, float16, int8, ...")

@@ -1,4 +1,4 @@
-"""`mlkit export`, `compress`, `parity`: convert a run's model, make it smaller, compare the predictions of all formats."""
+"""`mlkit export`, `compress`, `parity`: convert models, make them smaller, compare the predictions of all formats."""
 
 from typing import Annotated, Any
 
@@ -16,7 +16,8 @@ from mlkit.cli.console import (
     text_grid,
 )
 from mlkit.errors import InputError
-from mlkit.runs.run import Run, RunStore
+from mlkit.runs.run import Run
+from mlkit.runs.store import RunStore
 
 
 def register(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""`mlkit register`, `promote`, `rollback`, `models`: publish runs as model versions, move aliases, read the audit log."""
+"""`mlkit register`, `promote`, `rollback`, `models`: model versions, aliases, traffic, audit log."""
 
 import re
 from datetime import datetime
@@ -11,7 +11,7 @@ from mlkit.cli.console import DONE, FAILED, JsonOption, console, print_json, pri
 from mlkit.cli.group import SummaryGroup
 from mlkit.cli.signing import AuthoritiesOption
 from mlkit.errors import InputError, MlkitError
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 
 if TYPE_CHECKING:
     from mlkit.registry.audit_log import Event
@@ -251,8 +251,14 @@ def log(
         print_json([event.record() for event in events])
         return
     rows = [
-        (str(event.number), f"{event.time:%Y-%m-%d %H:%M:%S}", event.user, _event_text(event), event.reason)
-        + (event.digest[:12],)
+        (
+            str(event.number),
+            f"{event.time:%Y-%m-%d %H:%M:%S}",
+            event.user,
+            _event_text(event),
+            event.reason,
+            event.digest[:12],
+        )
         for event in events
     ]
     console.print(text_grid(("event", "time (UTC)", "user", "event", "reason", "digest"), rows, whole=("time (UTC)",)))

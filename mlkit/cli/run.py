@@ -24,7 +24,8 @@ from mlkit.cli.console import (
     showing_progress,
 )
 from mlkit.errors import InputError, JobFailedError, JobInterruptedError
-from mlkit.runs.run import Run, RunStore
+from mlkit.runs.run import Run
+from mlkit.runs.store import RunStore
 
 EngineOption = Annotated[str, typer.Option(metavar="local|ray", help="This machine, or a Ray cluster.")]
 ParallelOption = Annotated[int | None, typer.Option("--max-parallel", min=1, help="Runs of a sweep in parallel.")]

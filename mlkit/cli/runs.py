@@ -27,7 +27,8 @@ from mlkit.cli.group import SummaryGroup
 from mlkit.errors import InputError, MlkitError, NotFoundError
 from mlkit.runs.query import RunSummary
 from mlkit.runs.record import Record
-from mlkit.runs.run import Run, RunStore
+from mlkit.runs.run import Run
+from mlkit.runs.store import RunStore
 
 runs = typer.Typer(
     cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="List, show, compare and delete runs."

@@ -14,7 +14,7 @@ from mlkit.cli.console import JsonOption, console, print_json, print_line, text_
 from mlkit.cli.run import EngineOption
 from mlkit.config import load_settings
 from mlkit.errors import InputError, NotFoundError, did_you_mean
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 
 if TYPE_CHECKING:
     from mlkit.serving.options import ServedPath

@@ -14,7 +14,7 @@ from mlkit.cli.console import DONE, JsonOption, console, print_json, print_line,
 from mlkit.cli.group import SummaryGroup
 from mlkit.config import load_settings
 from mlkit.errors import InputError, MlkitError, NotFoundError, SignatureError
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 
 if TYPE_CHECKING:
     from mlkit.registry.signing import Signature, Signer, TrustPolicy

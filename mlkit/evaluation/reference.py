@@ -13,7 +13,7 @@ from ..data.schema import Schema
 from ..data.sql import safe_source
 from ..data.statistics import Statistics, describe
 from ..data.validation import conform
-from ..runs.run import RunStore
+from ..runs.store import RunStore
 
 # %% ../../nbs/library/evaluation/04_reference.ipynb #45b7fd68
 def reference_statistics(

@@ -22,7 +22,8 @@ from ..errors import join_names
 from .formats import FORMATS, find_format, find_formats
 from ..metrics import lower_is_better
 from ..runs.record import RUN_FILE, read_record
-from ..runs.run import Run, RunStore, check_unsigned
+from ..runs.run import Run, check_unsigned
+from ..runs.store import RunStore
 
 # %% ../../nbs/library/export/12_model_card.ipynb #85103cd9
 def _read_json(path: Path) -> dict[str, Any]:

@@ -62,7 +62,8 @@ from mlkit.jobs.resources import THREAD_VARIABLES, ray_resources, visible_device
 from mlkit.jobs.sweep import ready_engine
 from mlkit.runs.record import RUN_FILE, Failure, ProcessInfo, Record, current_owner, list_artifacts
 from mlkit.runs.remote import download_run, upload_run
-from mlkit.runs.run import Run, RunStore
+from mlkit.runs.run import Run
+from mlkit.runs.store import RunStore
 
 RETRIES = 2  # attempts after the first
 GRACE_PERIOD = 6.0  # seconds in which workers end by themselves after another one has failed

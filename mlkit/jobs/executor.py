@@ -42,7 +42,8 @@ from .notebook import find_job, logger, read_notebook, save_figures, write_html
 from .parameters import ParameterSchema
 from .secrets import redact, redact_files, secret_forms
 from ..runs.record import Cell, Failure
-from ..runs.run import Run, RunStore
+from ..runs.run import Run
+from ..runs.store import RunStore
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode

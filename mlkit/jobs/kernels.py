@@ -225,7 +225,7 @@ class ForkServer:
         return None
 
     def status(self) -> dict[str, Any]:
-        """Status of the server, as `mlkit warm status` shows it."""
+        """Status of the server, as `mlkit kernels status` shows it."""
         import psutil
 
         return {

@@ -22,7 +22,8 @@ from typing import Any
 from ..errors import InputError, JobFailedError, MlkitError, ParameterError
 from .executor import CellProgress
 from ..runs.record import RUN_FILE, Failure, ProcessInfo, is_alive
-from ..runs.run import Run, RunStore
+from ..runs.run import Run
+from ..runs.store import RunStore
 
 # %% ../../nbs/library/jobs/05_points.ipynb #038240c4
 def parse_sweep_axis(

@@ -41,7 +41,8 @@ from mlkit.jobs.points import TrialQueue, TrialState, TrialTracker, close_abando
 from mlkit.jobs.resources import THREAD_VARIABLES, ray_resources
 from mlkit.runs.record import RUN_FILE, ProcessInfo, current_owner
 from mlkit.runs.remote import RAY_EXTRA, download_run, open_remote_store, upload_run
-from mlkit.runs.run import Run, RunStore
+from mlkit.runs.run import Run
+from mlkit.runs.store import RunStore
 
 SHUTDOWN_TIMEOUT = 60  # seconds in which cancelled tasks stop their kernels and close their runs
 PROPAGATED_VARIABLES = ("TF_", "KERAS_", "XLA_", "OMP_NUM_THREADS")  # prefixes; settings are propagated too

@@ -23,7 +23,8 @@ from .parameters import ParameterSchema
 from ..runs.diff import RunDiff, diff_runs
 from ..runs.notebook_diff import CellDiff
 from ..runs.record import list_artifacts
-from ..runs.run import Run, RunStore
+from ..runs.run import Run
+from ..runs.store import RunStore
 
 # %% ../../nbs/library/jobs/08_reproduction.ipynb #17a5328b
 def changed_files(

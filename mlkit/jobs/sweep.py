@@ -22,7 +22,8 @@ from .points import TrialQueue, TrialState, TrialTracker, close_abandoned, is_re
 from .ray import RayBackend, ray_cluster
 from .resources import default_jobs, split_resources
 from ..runs.record import Failure, SweepPoint
-from ..runs.run import Run, RunStore
+from ..runs.run import Run
+from ..runs.store import RunStore
 
 # %% ../../nbs/library/jobs/06_sweep.ipynb #c1d803e5
 SweepWatcher = Callable[[list[TrialState]], None]  # progress callback; receives all trials

@@ -1,2 +1,3 @@
-from .families import FAMILIES as FAMILIES, build_model as build_model
+from .families import FAMILIES as FAMILIES
+from .families import build_model as build_model
 from .retrieval import TwoTower as TwoTower

@@ -29,7 +29,8 @@ from ..export.model_card import write_card
 from ..jobs.executor import run_job
 from ..metrics import MetricEstimate, compare_metrics, lower_is_better
 from .resolve import SAVED_MODEL, ModelRef, check_open, is_open, resolve_model
-from ..runs.run import Run, RunStore
+from ..runs.run import Run
+from ..runs.store import RunStore
 
 # %% ../../nbs/library/registry/07_gate.ipynb #c1c947a6
 class ChampionRules(Section):

@@ -31,7 +31,8 @@ from ..export.signatures import SignatureInfo, read_signatures
 from .signing import newest_model, version_path
 from .store import ModelVersion, Registry, folder_digests
 from ..runs.record import RUN_FILE, Record, list_artifacts, read_record
-from ..runs.run import Run, RunStore
+from ..runs.run import Run
+from ..runs.store import RunStore
 
 # %% ../../nbs/library/registry/09_mlflow.ipynb #a3d5afba
 ENVIRONMENT = {  # variables of MLflow, unless they are set

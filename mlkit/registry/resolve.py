@@ -23,7 +23,8 @@ from ..errors import DatasetError, InputError, ModelError, NotFoundError, Parame
 from ..export.litert_runtime import kind_folder, load_litert, read_record
 from .store import Registry
 from ..runs.record import RUN_FILE
-from ..runs.run import Run, RunStore, check_unsigned, find_model_version
+from ..runs.run import Run, check_unsigned, find_model_version
+from ..runs.store import RunStore
 
 # %% ../../nbs/library/registry/06_resolve.ipynb #97eb4855
 SAVED_MODEL = "savedmodel"  # the kind of a model that was exported and not converted

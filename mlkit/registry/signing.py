@@ -59,12 +59,12 @@ def check_private(
 ) -> None:
     """Refuse a key that is not there, or that others than its owner may read; raises NotFoundError, InputError."""
     if not path.is_file():
-        raise NotFoundError(f"There is no private key {path}. Make one: mlkit keys new")
+        raise NotFoundError(f"There is no private key {path}. Make one: mlkit keys generate")
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise InputError(
             f"The private key {path} can be read by others (permissions {mode:04o}), so it proves nothing. "
-            f"If nobody has copied it: chmod 600 {path}. Otherwise make another: mlkit keys new"
+            f"If nobody has copied it: chmod 600 {path}. Otherwise make another: mlkit keys generate"
         )
 
 # %% ../../nbs/library/registry/04_signing.ipynb #6d22753a
@@ -191,7 +191,7 @@ def _load_private(path: Path, passphrase: str | None) -> Any:
         reason = "cannot be opened with this passphrase" if passphrase else "is no private key in PEM format"
         raise InputError(f"{path} {reason}.") from None
     if getattr(getattr(key, "curve", None), "name", "") not in ("secp256r1", "secp384r1"):
-        raise InputError(f"{path} is no key on the curve P-256 or P-384. Make one: mlkit keys new")
+        raise InputError(f"{path} is no key on the curve P-256 or P-384. Make one: mlkit keys generate")
     return key
 
 
@@ -232,7 +232,7 @@ class CertificateSigner:
 
 # %% ../../nbs/library/registry/04_signing.ipynb #924c95bd
 _NO_SIGSTORE = (
-    "Sigstore could not be used ({reason}). It needs the network; without one, sign with a key: mlkit keys new"
+    "Sigstore could not be used ({reason}). It needs the network; without one, sign with a key: mlkit keys generate"
 )
 
 

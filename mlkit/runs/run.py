@@ -390,11 +390,3 @@ def check_unsigned(
             f"{folder.name} is signed: what is added now would break the signature. Remove {SIGNATURE_FILE} and "
             f"{FACTS_FILE}, and sign it again afterwards."
         )
-
-# %% ../../nbs/library/runs/01_run.ipynb #fe441257
-def __getattr__(name: str) -> Any:  # the names below moved to mlkit.runs.store; removed when all imports are updated
-    if name in ("RunStore", "RunTable"):
-        from mlkit.runs import store
-
-        return getattr(store, name)
-    raise AttributeError(f"module 'mlkit.runs.run' has no attribute '{name}'")

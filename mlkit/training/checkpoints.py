@@ -23,7 +23,8 @@ import numpy as np
 from .._tensorflow import import_tensorflow
 from ..data.dataset import Dataset
 from ..errors import NotFoundError, StorageError
-from ..runs.run import Run, RunStore
+from ..runs.run import Run
+from ..runs.store import RunStore
 
 # %% ../../nbs/library/training/03_checkpoints.ipynb #1dd9a3dd
 import_tensorflow()  # quietly, and before Keras

@@ -35,7 +35,8 @@ from ..errors import InputError, ModelError, NotFoundError, ParameterError, Stor
 from ..metrics import lower_is_better
 from ..models.families import FAMILIES
 from ..runs.compare import ComparedRun, RunComparison
-from ..runs.run import Run, RunStore
+from ..runs.run import Run
+from ..runs.store import RunStore
 from ..training.compilation import compile_model
 from ..training.transfer import earlier_model
 from .search_space import Space

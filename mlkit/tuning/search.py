@@ -25,7 +25,8 @@ from ..jobs.resources import default_jobs, split_resources
 from ..jobs.sweep import ready_engine
 from ..runs.query import read_summaries
 from ..runs.record import SweepPoint
-from ..runs.run import Run, RunStore
+from ..runs.run import Run
+from ..runs.store import RunStore
 
 if TYPE_CHECKING:
     from mlkit.data.dataset import Dataset

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from tests.conftest import run_cli
 
 KERNELSPEC = {"name": "python3", "display_name": "python3", "language": "python"}

@@ -49,7 +49,7 @@ def test_a_model_is_trained_evaluated_and_exported_by_the_same_calls(files: Path
     from mlkit.evaluation import evaluate
     from mlkit.export import export_saved_model, load_saved_model
     from mlkit.models import build_model
-    from mlkit.runs.run import RunStore
+    from mlkit.runs.store import RunStore
     from mlkit.training import fit
 
     choices = {"split": "hash", "key": "user_id", "ignore": ["clicked", "item_id"]}

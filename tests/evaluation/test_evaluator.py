@@ -72,7 +72,7 @@ def test_more_rows_than_fit_in_memory_are_evaluated(tmp_path: Path) -> None:
         (("churn@champion",), "no version of that name"),
         (("zzzz",), "There is no run with a saved_model 'zzzz'"),
         (("foreign",), "was not exported by mlkit: assets.extra/mlkit.json is missing"),
-        (("foreign", "--kind", "int8"), "There is no converted model of kind 'int8'"),
+        (("foreign", "--variant", "int8"), "There is no converted model of kind 'int8'"),
         (("model", "--gate", "nowhere.yaml"), "nowhere.yaml"),
         (("model", "--against", "foreign"), "was not exported by mlkit"),
     ],

@@ -32,7 +32,7 @@ from mlkit.export.compression import (
 )
 from mlkit.export.compression_report import compress, keep_variant, measure_variants, read_variants, save_variants
 from mlkit.models import build_model
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from mlkit.training import fit
 from tests.conftest import run_cli
 

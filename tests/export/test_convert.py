@@ -21,7 +21,7 @@ from mlkit.export.litert_runtime import load_litert
 from mlkit.export.model_card import find_evaluation
 from mlkit.export.web_page import find_engine
 from mlkit.runs import Run
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from tests.conftest import REPOSITORY, run_cli
 
 LITERT = ("litert", "litert-float16", "litert-int8", "litert-full-int8", "litert-int4")

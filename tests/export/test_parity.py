@@ -34,7 +34,7 @@ from mlkit.export.saved_model import SavedModel, as_requests
 from mlkit.export.web_page import write_page
 from mlkit.models import build_model
 from mlkit.runs import Run
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from mlkit.training import fit
 from mlkit.training import transfer as restoration
 from tests.conftest import REPOSITORY, run_cli

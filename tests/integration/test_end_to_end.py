@@ -134,7 +134,7 @@ def test_a_model_that_is_broken_already_stops_at_once(tmp_path):
 
 def test_progress_reaches_the_run(digits, tmp_path):
     from mlkit.models import build_model
-    from mlkit.runs.run import RunStore
+    from mlkit.runs.store import RunStore
     from mlkit.training import fit
 
     seen = []
@@ -280,7 +280,7 @@ def test_a_failing_export_leaves_nothing(digits, tmp_path, monkeypatch):
     from mlkit.errors import NotFoundError
     from mlkit.export import export_saved_model, load_saved_model
     from mlkit.models import build_model
-    from mlkit.runs.run import RunStore
+    from mlkit.runs.store import RunStore
 
     def break_off(module, path, **options):
         (Path(path) / "saved_model.pb").write_bytes(b"half")

@@ -13,7 +13,7 @@ import pytest
 
 from mlkit.data import load_dataset, reload_dataset
 from mlkit.errors import DatasetError, ModelError
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 
 LABELS = ["returned", "amount"]
 
@@ -267,8 +267,8 @@ def test_a_builder_of_ones_own_answers_by_label(both):
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 
-class Cut(Exception):
-    """Somebody pulls the plug."""
+class PowerCutError(Exception):
+    """Interrupts a training as a power cut would."""
 
 
 def test_a_training_that_was_cut_off_ends_on_the_same_bits(both, tmp_path):
@@ -286,12 +286,12 @@ def test_a_training_that_was_cut_off_ends_on_the_same_bits(both, tmp_path):
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 2:
-                raise Cut
+                raise PowerCutError
 
     archive = RunStore(tmp_path)
     whole, measured = train(archive.create("train"))
     run = archive.create("train")
-    with pytest.raises(Cut):
+    with pytest.raises(PowerCutError):
         train(run, callbacks=[Stop()])
     _fits.pop(run)  # as in another process
     weights, history = train(run)

@@ -68,7 +68,8 @@ def test_a_new_project_runs_its_own_jobs(installed: Path, tmp_path: Path) -> Non
 
 
 def test_the_library_is_there_without_the_tools_of_its_developers(installed: Path, tmp_path: Path) -> None:
-    code = "import importlib.util, mlkit.data.dataset, mlkit.models.families, mlkit.training.trainer, mlkit.export.saved_model, mlkit.runs.run\n"
+    code = "import importlib.util, mlkit.data.dataset, mlkit.models.families, mlkit.training.trainer\n"
+    code += "import mlkit.export.saved_model, mlkit.runs.run\n"
     code += "print(importlib.util.find_spec('nbdev'))"
     result = run(installed / "python", "-c", code, folder=tmp_path)
     assert result.stdout == "None\n", result.stderr

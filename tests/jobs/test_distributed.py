@@ -32,7 +32,7 @@ from mlkit.jobs.distributed import (
 from mlkit.runs import Run
 from mlkit.runs.record import RUN_FILE, list_artifacts
 from mlkit.runs.remote import download_run, upload_run
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from tests.conftest import run_cli, wait_until
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ import polars as pl
 import psutil
 import pytest
 
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from tests.conftest import ADULT, REPOSITORY, run_cli, wait_until
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mlkit.runs import Run
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from tests.conftest import wait_until
 
 pytestmark = pytest.mark.slow
@@ -42,10 +42,10 @@ def kernel(request: pytest.FixtureRequest, cli: Callable, monkeypatch: pytest.Mo
     """Kernel in which a fault happens: an ordinary one, or a forked one."""
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
     if request.param == "warm":
-        assert cli("warm", "start").returncode == 0
+        assert cli("kernels", "start").returncode == 0
     yield request.param
     if request.param == "warm":
-        cli("warm", "stop")
+        cli("kernels", "stop")
 
 
 def test_a_notebook_without_a_kernelspec_runs(cli: Callable, project: Path) -> None:
@@ -248,4 +248,4 @@ def test_the_help_of_a_job_shows_its_parameters(cli: Callable, project: Path) ->
     for part in ("--sweep", "learning_rate", "PositiveFloat", "0.002", "> 0", "step size of the optimizer"):
         assert part in text
     assert cli("run", "trian", "--help").returncode == 2
-    assert "mlkit jobs" in cli("run").stderr
+    assert "mlkit jobs list" in cli("run").stderr

@@ -377,28 +377,28 @@ def test_a_pool_stays_between_commands_and_ends_when_idle(project: Path, job: st
         return json.loads(result.stdout)["metrics"]["warm"]
 
     assert probe() == 0.0
-    assert "No kernels are warm" in run_cli("warm", "status", folder=project).stdout
-    started = json.loads(run_cli("warm", "start", "--idle-timeout", "600", "--json", folder=project).stdout)
+    assert "No kernels are warm" in run_cli("kernels", "status", folder=project).stdout
+    started = json.loads(run_cli("kernels", "start", "--idle-timeout", "600", "--json", folder=project).stdout)
     assert probe() == 1.0
-    assert [server["pid"] for server in json.loads(run_cli("warm", "status", "--json", folder=project).stdout)] == [
+    assert [server["pid"] for server in json.loads(run_cli("kernels", "status", "--json", folder=project).stdout)] == [
         started["pid"]
     ]
-    assert "600" in json.dumps(started) or "10 min" in run_cli("warm", "status", folder=project).stdout
-    assert "Stopped 1 warm server." in run_cli("warm", "stop", folder=project).stdout
+    assert "600" in json.dumps(started) or "10 min" in run_cli("kernels", "status", folder=project).stdout
+    assert "Stopped 1 pool of warm kernels." in run_cli("kernels", "stop", folder=project).stdout
     wait_until(lambda: gone(started["pid"]))
     assert probe() == 0.0
-    brief = json.loads(run_cli("warm", "start", "--idle-timeout", "1", "--json", folder=project).stdout)
+    brief = json.loads(run_cli("kernels", "start", "--idle-timeout", "1", "--json", folder=project).stdout)
     wait_until(lambda: gone(brief["pid"]), 20)
-    assert run_cli("warm", "start", "--idle-timeout", "0", folder=project).returncode == 2
+    assert run_cli("kernels", "start", "--idle-timeout", "0", folder=project).returncode == 2
 
 
 def test_a_pool_that_was_killed_is_started_again(project: Path, job: str) -> None:
-    first = json.loads(run_cli("warm", "start", "--json", folder=project).stdout)
+    first = json.loads(run_cli("kernels", "start", "--json", folder=project).stdout)
     os.kill(first["pid"], signal.SIGKILL)
     assert run_cli("run", job, "--json", folder=project).returncode == 0
-    second = json.loads(run_cli("warm", "start", "--json", folder=project).stdout)
+    second = json.loads(run_cli("kernels", "start", "--json", folder=project).stdout)
     assert second["pid"] != first["pid"]
-    run_cli("warm", "stop", folder=project)
+    run_cli("kernels", "stop", folder=project)
 
 
 def test_stopping_a_pool_leaves_its_kernels_running(start: Callable) -> None:

@@ -30,7 +30,7 @@ from mlkit.jobs.ray import SHUTDOWN_TIMEOUT, TaskSpec, run_task, task_spec_for, 
 from mlkit.models import build_model
 from mlkit.runs import Run
 from mlkit.runs.remote import download_run, open_remote_store
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from tests.conftest import free_port, run_cli, wait_until
 from tests.jobs import test_distributed
 
@@ -57,7 +57,7 @@ Run.current().log_metrics({"rank": peers.cluster.rank, "node": int(os.environ["R
 """
 DRIVER = """
 import json, sys
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from mlkit.errors import MlkitError
 from mlkit.jobs import resume_sweep, run_sweep
 options = json.loads(sys.argv[1])

@@ -14,7 +14,7 @@ import pytest
 
 from mlkit.data import load_dataset
 from mlkit.runs import Run
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlkit.runs import Run
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from tests.conftest import run_cli, wait_until
 
 pytestmark = pytest.mark.slow
@@ -70,7 +70,7 @@ def sweep_of(store: RunStore) -> Run:
 
 def test_a_sweep_runs_every_point_and_ranks_them(cli: Callable, job: str, store: RunStore) -> None:
     axes = ["--sweep", "rate=0.1,0.3,0.45", "--sweep", "note=a,b"]
-    result = cli("run", job, *axes, "-p", "steps=4", "--jobs", "2")
+    result = cli("run", job, *axes, "-p", "steps=4", "--max-parallel", "2")
     assert result.returncode == 0, result.stderr
     sweep = sweep_of(store)
     runs = children(store, sweep)
@@ -95,7 +95,7 @@ def test_a_sweep_from_a_file_of_points_drawn_at_random(cli: Callable, job: str, 
 
 
 def test_a_failing_point_does_not_stop_the_others(cli: Callable, job: str, store: RunStore) -> None:
-    result = cli("run", job, "--sweep", "rate=5.0,0.1,0.2", "--jobs", "1", "--retries", "1")
+    result = cli("run", job, "--sweep", "rate=5.0,0.1,0.2", "--max-parallel", "1", "--retries", "1")
     assert result.returncode == 1
     assert "1 of 3 runs failed" in result.stderr
     assert "Traceback" not in result.stderr
@@ -104,7 +104,7 @@ def test_a_failing_point_does_not_stop_the_others(cli: Callable, job: str, store
 
 
 def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, store: RunStore) -> None:
-    result = cli("run", job, "--sweep", "wait=600,0", "--timeout", "10", "--jobs", "2")
+    result = cli("run", job, "--sweep", "wait=600,0", "--timeout", "10", "--max-parallel", "2")
     assert result.returncode == 1
     slow, fast = children(store, sweep_of(store))
     assert (slow.status, slow.record.failure.error, fast.status) == ("failed", "RunTimeout", "completed")
@@ -119,7 +119,7 @@ def test_a_run_that_takes_too_long_fails_alone(cli: Callable, job: str, store: R
         (["--sweep", "rate=1,fast"], "valid number"),
         (["--sweep", "rate"], "NAME=VALUE,VALUE"),
         (["--points", "nowhere.yaml"], "cannot be read"),
-        (["--sweep", "rate=1,2", "--jobs", "0"], "jobs"),
+        (["--sweep", "rate=1,2", "--max-parallel", "0"], "max-parallel"),
     ],
 )
 def test_an_invalid_sweep_is_rejected_before_anything_runs(
@@ -148,7 +148,7 @@ def running_kernels(store: RunStore, count: int) -> list[int]:
 def test_an_interrupted_sweep_has_correct_records_no_kernel_and_can_be_resumed(
     number: signal.Signals, code: int, project: Path, job: str, store: RunStore, cli: Callable
 ) -> None:
-    process = start(project, "run", job, "--sweep", "rate=0.1,0.2,0.3,0.4", "-p", "wait=0.2", "--jobs", "2")
+    process = start(project, "run", job, "--sweep", "rate=0.1,0.2,0.3,0.4", "-p", "wait=0.2", "--max-parallel", "2")
     wait_until(lambda: len(store.list(status="completed")) >= 1)
     kernels = wait_until(lambda: running_kernels(store, 2))
     process.send_signal(number)
@@ -163,7 +163,7 @@ def test_an_interrupted_sweep_has_correct_records_no_kernel_and_can_be_resumed(
     if number != signal.SIGKILL:
         assert [run.record.status for run in children(store, sweep)] == states
     done = {run.id: run.record.ended for run in children(store, sweep) if run.status == "completed"}
-    result = cli("resume", sweep.id, "--jobs", "2")
+    result = cli("resume", sweep.id, "--max-parallel", "2")
     assert result.returncode == 0, result.stderr
     runs = children(store, sweep_of(store))
     assert [run.status for run in runs] == ["completed"] * 4
@@ -172,7 +172,7 @@ def test_an_interrupted_sweep_has_correct_records_no_kernel_and_can_be_resumed(
 
 
 def test_twenty_concurrent_sweeps(project: Path, job: str, store: RunStore) -> None:
-    processes = [start(project, "run", job, "--sweep", "rate=0.1,0.2", "--jobs", "1") for _ in range(20)]
+    processes = [start(project, "run", job, "--sweep", "rate=0.1,0.2", "--max-parallel", "1") for _ in range(20)]
     errors = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 20, errors
     assert len(store.list(job="descend", status="completed")) == 40
@@ -184,7 +184,7 @@ def test_twenty_concurrent_sweeps(project: Path, job: str, store: RunStore) -> N
 def test_hparams_of_a_sweep_are_in_the_event_files(cli: Callable, job: str, store: RunStore) -> None:
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    assert cli("run", job, "--sweep", "rate=0.1,5.0", "--jobs", "1").returncode == 1
+    assert cli("run", job, "--sweep", "rate=0.1,5.0", "--max-parallel", "1").returncode == 1
     contents = []
     for run in children(store, sweep_of(store)):
         events = EventAccumulator(str(run.tensorboard))
@@ -199,12 +199,12 @@ def test_hparams_of_a_sweep_are_in_the_event_files(cli: Callable, job: str, stor
 
 def test_compare_and_board_take_a_sweep(cli: Callable, job: str, project: Path) -> None:
     sweep = json.loads(cli("run", job, "--sweep", "rate=0.1,0.4", "--json").stdout)
-    compared = json.loads(cli("compare", sweep["id"], "--html", "page.html", "--json").stdout)
+    compared = json.loads(cli("runs", "compare", sweep["id"], "--html", "page.html", "--json").stdout)
     assert {run["id"] for run in compared["runs"]} == {run["id"] for run in sweep["runs"]}
     page = (project / "page.html").read_text()
     assert "<svg" in page
     assert not re.search(r"""(src|href)=["']?http|url\(http|@import""", page)
-    assert "rate" in cli("compare", sweep["id"]).stdout
+    assert "rate" in cli("runs", "compare", sweep["id"]).stdout
     board = start(project, "board", sweep["id"], "--port", "0", "--json")
     board.send_signal(signal.SIGINT)
     board.wait(timeout=60)
@@ -255,7 +255,7 @@ def test_a_warm_training_is_the_same_as_a_cold_one(
     trained: tuple[Path, dict], project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLKIT_KERNELS_PRELOAD")
-    sweep = run_cli("run", "train", "--sweep", "epochs=12", "--jobs", "1", "--json", folder=project)
+    sweep = run_cli("run", "train", "--sweep", "epochs=12", "--max-parallel", "1", "--json", folder=project)
     assert sweep.returncode == 0, sweep.stderr
     (warm,) = json.loads(sweep.stdout)["runs"]
     assert warm["metrics"] == trained[1]["metrics"]
@@ -277,7 +277,7 @@ def test_the_exit_code_of_reproduce_reports_a_difference(cli: Callable, job: str
 
 
 def test_environment_of_a_point_is_recorded_for_its_repetition(cli: Callable, job: str) -> None:
-    sweep = json.loads(cli("run", job, "--sweep", "rate=0.1,0.2", "--jobs", "2", "--json").stdout)
+    sweep = json.loads(cli("run", job, "--sweep", "rate=0.1,0.2", "--max-parallel", "2", "--json").stdout)
     variables = [run["variables"] for run in sweep["runs"]]
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [run.get("TF_NUM_INTRAOP_THREADS") for run in variables] == [threads, threads]

@@ -115,7 +115,7 @@ def test_a_weight_of_zero_leaves_a_row_out_of_the_loss(choices):
 def test_a_training_cut_off_ends_as_if_it_had_not_been(choices, tmp_path):
     import keras
 
-    from mlkit.runs.run import RunStore
+    from mlkit.runs.store import RunStore
     from mlkit.training import fit
 
     class Cut(keras.callbacks.Callback):

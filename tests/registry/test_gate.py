@@ -123,7 +123,7 @@ def test_a_nightly_batch_ends_with_a_verdict_against_a_champion_whose_run_is_gon
     gated: tuple[Path, str, str],
 ) -> None:
     folder, champion, challenger = gated
-    assert run_cli("register", champion, "--name", "shop", "--force", "--why", "test", folder=folder).returncode == 0
+    assert run_cli("register", champion, "--name", "shop", "--force", "--reason", "test", folder=folder).returncode == 0
     assert run_cli("promote", "shop", "1", folder=folder).returncode == 0
     hidden = (folder / "runs" / champion).rename(folder / "gone")
     try:

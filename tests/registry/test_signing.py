@@ -25,7 +25,8 @@ from mlkit.registry import sign_folder, verify_folder
 from mlkit.registry.encryption import encrypt_folder, new_encryption_key, open_encrypted
 from mlkit.registry.signing import KeySigner, TrustedKeys, new_key, read_public_key
 from mlkit.runs import Run
-from mlkit.runs.run import RunStore, check_unsigned
+from mlkit.runs.run import check_unsigned
+from mlkit.runs.store import RunStore
 from tests.conftest import run_cli
 
 FILES = {  # one of each kind that leaves with a model
@@ -86,7 +87,7 @@ def test_a_run_is_signed_and_verified_from_the_command_line(project: Path, monke
     monkeypatch.chdir(project)  # away from the repository, whose uncommitted changes a run would keep
     run = make_run(project / "runs")
     with_key = {"MLKIT_SIGNING_KEY": str(project / "secret" / "key.pem")}
-    for command in ("keys new alice", "sign latest"):
+    for command in ("keys generate alice", "sign latest"):
         result = run_cli(*command.split(), folder=project, **with_key)
         assert result.returncode == 0, result.stderr
     answer = run_cli("verify", "latest", "--json", folder=project)
@@ -157,14 +158,15 @@ def test_signatures_of_model_signing_itself_verify(place: Path, mlkit: Callable)
     assert "saved_model.pb has changed" in mlkit("verify", folder)[2]
 
 
-@pytest.mark.parametrize("command", ["keys new", "keys show", "sign", "verify"])
+@pytest.mark.parametrize("command", ["keys generate", "keys list", "sign", "verify"])
 def test_every_command_has_help_with_an_example(mlkit: Callable, command: str) -> None:
     code, said, _ = mlkit(*command.split(), "--help")
     assert (code, f"Example: mlkit {command}" in said) == (0, True)
 
 
 def test_the_command_line_imports_none_of_it() -> None:
-    code = "import sys, mlkit.cli.main; print([m for m in ('model_signing', 'cryptography', 'pyrage') if m in sys.modules])"
+    code = "import sys, mlkit.cli.main\n"
+    code += "print([name for name in ('model_signing', 'cryptography', 'pyrage') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -309,7 +311,7 @@ def test_a_key_that_is_not_trusted_proves_nothing(place: Path, signed: Run, mlki
 def test_without_a_key_one_is_told_what_to_do(place: Path, run: Run, mlkit: Callable) -> None:
     (place / "secret" / "alice.pem").unlink()
     code, _, complaint = mlkit("sign", run.folder)
-    assert (code, "Make one: mlkit keys new" in complaint) == (2, True)
+    assert (code, "Make one: mlkit keys generate" in complaint) == (2, True)
     (place / "keys" / "alice.pub").unlink()
     code, _, complaint = mlkit("verify", run.folder)
     assert (code, "holds no public key" in complaint) == (2, True)
@@ -329,14 +331,14 @@ def test_keys_are_private_and_never_overwritten(place: Path, mlkit: Callable, mo
     private, public = place / "secret" / "alice.pem", place / "keys" / "alice.pub"
     assert (private.stat().st_mode & 0o777, private.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     before = private.read_bytes(), public.read_bytes()
-    assert mlkit("keys", "new", "bob")[0] == 2
+    assert mlkit("keys", "generate", "bob")[0] == 2
     monkeypatch.setenv("MLKIT_SIGNING_KEY", str(place / "secret" / "other.pem"))
-    assert mlkit("keys", "new", "alice")[0] == 2
-    assert mlkit("keys", "new", "../alice")[0] == 2
+    assert mlkit("keys", "generate", "alice")[0] == 2
+    assert mlkit("keys", "generate", "../alice")[0] == 2
     assert (private.read_bytes(), public.read_bytes()) == before
     assert sorted(path.name for path in place.rglob("*.p*")) == ["alice.pem", "alice.pub"]
-    assert mlkit("keys", "new", "bob")[0] == 0
-    told = json.loads(mlkit("keys", "show", "--json")[1])
+    assert mlkit("keys", "generate", "bob")[0] == 0
+    told = json.loads(mlkit("keys", "list", "--json")[1])
     assert ([key["name"] for key in told["trusted"]], told["private"]["state"]) == (["alice", "bob"], "ready")
 
 
@@ -344,10 +346,10 @@ def test_a_passphrase_is_asked_of_its_place(
     place: Path, run: Run, mlkit: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLKIT_SIGNING_KEY", str(place / "secret" / "carol.pem"))
-    assert mlkit("keys", "new", "carol", "--passphrase")[0] == 2  # nobody is here to type one
+    assert mlkit("keys", "generate", "carol", "--passphrase")[0] == 2  # nobody is here to type one
     monkeypatch.setenv("MLKIT_SIGNING_PASSPHRASE", "env:PHRASE")
     monkeypatch.setenv("PHRASE", "correct horse")
-    assert json.loads(mlkit("keys", "new", "carol", "--json")[1])["passphrase"] is True
+    assert json.loads(mlkit("keys", "generate", "carol", "--json")[1])["passphrase"] is True
     assert b"ENCRYPTED" in (place / "secret" / "carol.pem").read_bytes()
     assert mlkit("sign", run.folder)[0] == 0
     assert json.loads(mlkit("verify", run.folder, "--json")[1])["signer"] == "carol"

@@ -20,7 +20,7 @@ from mlkit.registry.audit_log import AuditLog, Event, encode_event
 from mlkit.registry.state import check_alias, check_name, reduce_events
 from mlkit.registry.store import folder_digests, hold_version
 from mlkit.runs import Run
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from tests.conftest import run_cli
 from tests.runs.test_faults import fill_up
 

@@ -331,7 +331,7 @@ def test_the_command_hands_out_lists_and_takes_back(project: Path) -> None:
     assert (listed["name"], listed["scopes"], "sha256" in listed) == ("shop", ["predict"], False)
     access("revoke", "shop")
     assert access("list") == []
-    result = run_cli("access", "new", "shop", folder=project)
+    result = run_cli("api-keys", "create", "shop", folder=project)
     assert result.returncode == 2
     assert "access.keys" in result.stderr
 

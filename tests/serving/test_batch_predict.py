@@ -31,7 +31,7 @@ from mlkit.export import convert_model, export_saved_model, load_saved_model
 from mlkit.export.saved_model import SavedModel
 from mlkit.models import build_model
 from mlkit.registry import Registry
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from mlkit.serving.batch_predict import predict_table
 from tests.conftest import run_cli, wait_until
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlkit.data import load_dataset
 from mlkit.errors import MlkitError, ParameterError
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from mlkit.data import load_dataset, reload_dataset
 from mlkit.errors import DatasetError, ModelError, NotFoundError, ParameterError
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 
 
 def write(folder: Path, name: str, **columns) -> Path:

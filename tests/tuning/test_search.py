@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from mlkit.data import reload_dataset
 from mlkit.errors import InputError, JobFailedError, ParameterError
 from mlkit.runs import Run
-from mlkit.runs.run import RunStore
+from mlkit.runs.store import RunStore
 from tests.conftest import run_cli, wait_until
 
 pytestmark = pytest.mark.slow
@@ -49,9 +49,9 @@ def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("xdg")))
         folder = tmp_path_factory.mktemp("warm")
-        run_cli("warm", "start", folder=folder)
+        run_cli("kernels", "start", folder=folder)
         yield
-        run_cli("warm", "stop", folder=folder)
+        run_cli("kernels", "stop", folder=folder)
 
 
 def write_jobs(folder: Path) -> None:
@@ -244,7 +244,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
         "trials=4",
         space,
     ]
-    result = run_cli("run", "tune", "--jobs", "2", *(part for flag in flags for part in ("-p", flag)), folder=folder)
+    result = run_cli(
+        "run", "tune", "--max-parallel", "2", *(part for flag in flags for part in ("-p", flag)), folder=folder
+    )
     assert result.returncode == 0, result.stderr
     return RunStore(folder / "runs")
 
@@ -343,13 +345,13 @@ def test_wrong_searches_are_refused_before_the_first_trial(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trial"], "--jobs 2 is for sweeps, and for jobs with a parameter 'jobs', such as tune"),
-        (["tune", "-p", "jobs=1"], "given twice: --jobs 2 and -p jobs=1"),
+        (["trial"], "--max-parallel 2 is for sweeps, and for jobs with a parameter 'jobs', such as tune"),
+        (["tune", "-p", "jobs=1"], "given twice: --max-parallel 2 and -p jobs=1"),
         (["tune", "--workers", "2"], "--workers is for one run"),
     ],
 )
 def test_runs_at_a_time_where_there_is_one(arguments: list[str], message: str, cli: Callable, project: Path) -> None:
-    result = cli("run", *arguments, "--jobs", "2")
+    result = cli("run", *arguments, "--max-parallel", "2")
     assert result.returncode == 2
     assert message in result.stderr
     assert not (project / "runs").exists()
