@@ -17,9 +17,16 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A cluster on this machine."""
+    """A cluster on this machine; a busy one may need several attempts to start it."""
     os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
-    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, num_cpus=1)
+    for attempt in range(3):
+        try:
+            ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, num_cpus=1)
+            break
+        except Exception:
+            ray.shutdown()
+            if attempt == 2:
+                raise
     yield ray
     ray.shutdown()
 
