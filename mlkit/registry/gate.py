@@ -319,7 +319,8 @@ class EvaluatedModel:
         """The answers for a label; raises InputError where it must be said which, or there is none of that name."""
         if label is None and len(self.answers) > 1:
             raise InputError(
-                f"This model answers for several labels. Say which the rules are for, label: {join_names(self.answers)}."
+                "This model predicts several labels. Name the one that the rules are for, "
+                f"label: {join_names(self.answers)}."
             )
         name = next(iter(self.answers)) if label is None else label
         if name not in self.answers:
@@ -370,7 +371,8 @@ def obtain_measured(
     if found := find_measured(archive, candidate, rows_of, rules):
         return found
     raise NotFoundError(
-        f"The job evaluate has left no answers of {candidate.name} with the columns {join_names(rules.columns) or 'none'}."
+        f"The job evaluate has stored no predictions of {candidate.name} "
+        f"with the columns {join_names(rules.columns) or 'none'}."
     )
 
 # %% ../../nbs/library/registry/07_gate.ipynb #32a77dc7

@@ -59,7 +59,8 @@ def _describe(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(
             f"{path} was not exported by mlkit: assets.extra/mlkit.json is missing, which says what the model takes "
-            f"and what its answers mean ({', '.join(_ABOUT)}). Export the Keras model: mlkit.export.saved_model.export_saved_model."
+            f"and how its predictions are named ({', '.join(_ABOUT)}). "
+            "Export the Keras model: mlkit.export.export_saved_model."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} is damaged: {error!r}. Copy it again, or export the model again.") from error
@@ -128,7 +129,8 @@ class ModelRef:
         return load_saved_model(self.path)
 
     def __repr__(self) -> str:
-        return f"Candidate({self.name}, {self.kind}, {join_names(self.labels)} from {len(self.about['features'])} features)"
+        labels = join_names(self.labels)
+        return f"ModelRef({self.name}, {self.kind}, {labels} from {len(self.about['features'])} features)"
 
 
 def _is_model(file: Path, folder: Path) -> bool:
