@@ -15,6 +15,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mlkit.config.Settings._repr_html_': ('library/core/config.html#settings._repr_html_', 'mlkit/config.py'),
                               'mlkit.config.Settings.rows': ('library/core/config.html#settings.rows', 'mlkit/config.py'),
                               'mlkit.config.SigningSettings': ('library/core/config.html#signingsettings', 'mlkit/config.py'),
+                              'mlkit.config.TestsSettings': ('library/core/config.html#testssettings', 'mlkit/config.py'),
                               'mlkit.config.WorkersSettings': ('library/core/config.html#workerssettings', 'mlkit/config.py'),
                               'mlkit.config._describe_errors': ('library/core/config.html#_describe_errors', 'mlkit/config.py'),
                               'mlkit.config._line_number': ('library/core/config.html#_line_number', 'mlkit/config.py'),

@@ -8,7 +8,21 @@ import typer
 from rich.markup import escape
 
 import mlkit
-from mlkit.cli import api_keys, data, evaluation, export, jobs, predict, project, registry, run, runs, serving, signing
+from mlkit.cli import (
+    api_keys,
+    data,
+    evaluation,
+    export,
+    jobs,
+    predict,
+    project,
+    registry,
+    run,
+    runs,
+    serving,
+    signing,
+    test,
+)
 from mlkit.cli.console import console, errors
 from mlkit.cli.group import PanelGroup
 from mlkit.cli.run import parse_pair
@@ -72,5 +86,5 @@ def options(
     os.environ.update({variable_name(name): value for name, value in overrides.items()})  # kernels inherit it
 
 
-for module in (project, data, run, runs, jobs, evaluation, export, signing, registry, serving, api_keys, predict):
+for module in (project, test, data, run, runs, jobs, evaluation, export, signing, registry, serving, api_keys, predict):
     module.register(app)

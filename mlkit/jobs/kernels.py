@@ -54,7 +54,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
@@ -144,26 +144,32 @@ def receive(
     return (json.loads(line) if line else {}), descriptors
 
 
+KERNEL_ENTRY = "mlkit.jobs.kernels:run_kernel"
+
+
 @dataclass(frozen=True)
 class ForkRequest:
-    """Properties of the kernel that a forked copy executes."""
+    """Properties of the kernel, or other process, that a forked copy executes."""
 
     connection: socket.socket  # connection to the owner; the kernel ends when it is closed
     descriptors: list[int]  # standard input, output, error
-    arguments: list[str]  # command-line arguments of ipykernel
+    arguments: list[str]  # arguments of the entry point: for a kernel, those of ipykernel
     environment: dict[str, str]
     folder: str  # working folder
     umask: int
     processors: list[int]  # processors that it may use
     limits: dict[str, list[int]]  # resource number -> soft and hard limit
+    entry: str  # entry point, as module:function
 
 
 def fork_request(
     arguments: list[str],  # command-line arguments of ipykernel
     environment: Mapping[str, str],
     folder: str,  # working folder
+    entry: str = KERNEL_ENTRY,  # entry point, as module:function, called with the arguments
+    preload: Iterable[str] = (),  # modules that the server imports before it forks, besides its own
 ) -> dict[str, Any]:
-    """Message that requests a kernel with this process's umask, processors and limits."""
+    """Message that requests a kernel, or another process, with this process's umask, processors and limits."""
     umask = os.umask(0)
     os.umask(umask)
     numbers = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
@@ -175,6 +181,8 @@ def fork_request(
         "umask": umask,
         "processors": sorted(os.sched_getaffinity(0)),
         "limits": {str(number): resource.getrlimit(number) for number in sorted(numbers)},
+        "entry": entry,
+        "preload": list(preload),
     }
 
 
@@ -269,15 +277,23 @@ class ForkServer:
         return None
 
     def _fork(self, connection: socket.socket, message: dict[str, Any], descriptors: list[int]) -> ForkRequest | None:
+        import_modules(message.pop("preload"))
+        reader, writer = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # NumPy and Polars have threads, and support forks
             pid = os.fork()
         if pid == 0:
+            os.setsid()
+            os.close(reader)
+            os.close(writer)
             for other in (self.listener, *self.holds, *self.kernels.values()):
                 other.close()
             self.selector.close()
             del message["request"]
             return ForkRequest(connection, descriptors, **message)
+        os.close(writer)
+        os.read(reader, 1)  # returns when the copy has its own process group, for which the owner may ask at once
+        os.close(reader)
         for descriptor in descriptors:
             os.close(descriptor)
         self.kernels[pid] = connection
@@ -354,6 +370,25 @@ KERNEL_MODULES = (  # modules that ipykernel imports while it starts
 )
 
 
+_unavailable: set[str] = set()  # modules that could not be imported
+
+
+def import_modules(
+    names: Iterable[str],
+) -> None:
+    """Import modules before a fork; a module that cannot be imported is reported in the log and left out."""
+    missing = [name for name in names if name and name not in sys.modules and name not in _unavailable]
+    for name in missing:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a module may raise anything
+            _unavailable.add(name)
+            print(f"{name} is not preloaded: {error}", flush=True)
+    if missing:
+        gc.collect()
+        gc.freeze()
+
+
 def run_server(
     path: str,  # socket
     preload: str,  # modules, separated by commas
@@ -370,20 +405,13 @@ def run_server(
         adopt_orphans()
         modules = [module.strip() for module in preload.split(",")]
         kit = kit_files() if any(module.partition(".")[0] == "mlkit" for module in modules) else {}
-        for module in (*KERNEL_MODULES, *modules):
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                print(f"{module} is not preloaded: {error}", flush=True)
-        changeable = changeable_modules()
-        gc.collect()
-        gc.freeze()
+        import_modules((*KERNEL_MODULES, *modules))
         request = ForkServer(listener, key=Path(path).stem).serve()
         if request is None:
             for file in (Path(path), Path(path).with_suffix(".log")):
                 file.unlink(missing_ok=True)
             return
-    exec_kernel(request, import_path, changeable, kit)
+    exec_kernel(request, import_path, changeable_modules(), kit)
 
 
 def exec_kernel(
@@ -392,8 +420,9 @@ def exec_kernel(
     changeable: list[str],  # names of modules outside the installed environment
     kit: dict[str, str],  # digests of the kit's files when the server imported them; {} if it did not
 ) -> None:
-    """Turn this copy of the server into the requested kernel, and run it until it ends."""
-    os.setsid()
+    """Turn this copy of the server into the requested kernel or other process, and run it until it ends."""
+    module, _, function = request.entry.partition(":")
+    entry = getattr(importlib.import_module(module), function)
     adopt_orphans()
     for target, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, target)
@@ -416,7 +445,7 @@ def exec_kernel(
     reseed()
     choose_backend()
     read_storage_options()
-    run_kernel(request.arguments)
+    entry(request.arguments)
 
 
 def _end_with_owner(connection: socket.socket) -> None:
@@ -607,11 +636,12 @@ class WarmServer:
         environment: Mapping[str, str],
         folder: str | Path,  # working folder
         descriptors: tuple[int, int, int] = (0, 1, 2),  # standard input, output, error
+        **options: Any,  # entry, preload: see fork_request
     ) -> "ForkedKernel":
         """Fork a kernel from the server; raises MlkitError when the server does not respond."""
         if connection := self._connect():
             with suppress(OSError):
-                request = fork_request(arguments, kernel_environment(environment), os.fspath(folder))
+                request = fork_request(arguments, kernel_environment(environment), os.fspath(folder), **options)
                 send(connection, request, descriptors)
                 if reply := receive(connection)[0]:
                     return ForkedKernel(connection, reply["pid"])
@@ -768,6 +798,7 @@ class WarmProvisioner(LocalProvisioner):
 def fork_kernel(
     arguments: list[str],  # command-line arguments of ipykernel
     launch: Mapping[str, Any],  # keyword arguments of a launch: env, cwd, stdout, stderr
+    **options: Any,  # entry, preload: see fork_request
 ) -> ForkedKernel:
     """Fork a kernel from the server for its environment, which is started if necessary; raises MlkitError."""
     environment, folder = launch.get("env") or os.environ, launch.get("cwd") or os.getcwd()
@@ -777,10 +808,10 @@ def fork_kernel(
         if min(descriptors) < 0:
             raise MlkitError("Standard output of a warm kernel should be a file, not a pipe.")
         try:
-            return hold_server(environment).start_kernel(arguments, environment, folder, descriptors)
+            return hold_server(environment).start_kernel(arguments, environment, folder, descriptors, **options)
         except MlkitError:  # the server may have died; try once more with a new one
             release_servers()
-            return hold_server(environment).start_kernel(arguments, environment, folder, descriptors)
+            return hold_server(environment).start_kernel(arguments, environment, folder, descriptors, **options)
 
 
 def main() -> None:
