@@ -271,14 +271,20 @@ class ForkServer:
     def _fork(self, connection: socket.socket, message: dict[str, Any], descriptors: list[int]) -> ForkRequest | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # NumPy and Polars have threads, and support forks
+            session_ready, own_session = os.pipe()
             pid = os.fork()
         if pid == 0:
+            os.setsid()
+            os.close(session_ready)
+            os.close(own_session)
             for other in (self.listener, *self.holds, *self.kernels.values()):
                 other.close()
             self.selector.close()
             del message["request"]
             return ForkRequest(connection, descriptors, **message)
-        for descriptor in descriptors:
+        os.close(own_session)
+        os.read(session_ready, 1)  # until the copy has its own process group: killing it must not kill this server
+        for descriptor in (session_ready, *descriptors):
             os.close(descriptor)
         self.kernels[pid] = connection
         self._on_close(connection, lambda _: kill_group(pid))  # the owner has ended
@@ -393,7 +399,6 @@ def exec_kernel(
     kit: dict[str, str],  # digests of the kit's files when the server imported them; {} if it did not
 ) -> None:
     """Turn this copy of the server into the requested kernel, and run it until it ends."""
-    os.setsid()
     adopt_orphans()
     for target, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, target)
