@@ -26,63 +26,64 @@ import tensorflow as tf
 
 # %% ../../nbs/library/training/04_callbacks.ipynb #92cf3243
 class Progress(keras.callbacks.Callback):
-    """Says how far training has come, four times a second at most."""
+    """Shows the progress of a training, at most four times per second."""
 
     def __init__(
         self,
-        run: Run | None = None,  # what the terminal shows comes from here
-        interval: float = 0.25,  # seconds between two looks
+        run: Run | None = None,  # run whose progress is logged
+        interval: float = 0.25,  # seconds between two updates
     ):
         super().__init__()
         self.run, self.interval, self.line = run, interval, StatusLine()
-        self._epoch, self._looked, self._result = 0, 0.0, ""
+        self._epoch, self._updated, self._epoch_metrics = 0, 0.0, ""
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._epoch = epoch + 1
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        if time.monotonic() - self._looked > self.interval:
+        if time.monotonic() - self._updated > self.interval:
             self._show(batch + 1, {name: float(value) for name, value in logs.items()})
-            self._looked = time.monotonic()
+            self._updated = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._result = _one_line(logs)
-        self.line.show(f"epoch {epoch + 1}/{self.params['epochs']}  {self._result}")
+        self._epoch_metrics = _format_metrics(logs)
+        self.line.show(f"epoch {epoch + 1}/{self.params['epochs']}  {self._epoch_metrics}")
 
-    def _show(self, step: int, values: Mapping[str, float]) -> None:
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         epochs, steps = self.params["epochs"], self.params["steps"]
         if self.run:
-            self.run.log_progress(epoch=self._epoch, epochs=epochs, step=step, steps=steps, **values)
-        self.line.show(f"epoch {self._epoch}/{epochs}, step {step}/{steps}  {self._result or _one_line(values)}")
+            self.run.log_progress(epoch=self._epoch, epochs=epochs, step=step, steps=steps, **metrics)
+        shown = self._epoch_metrics or _format_metrics(metrics)
+        self.line.show(f"epoch {self._epoch}/{epochs}, step {step}/{steps}  {shown}")
 
 
-def _one_line(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {format_number(value)}" for name, value in values.items())
+def _format_metrics(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
 
 # %% ../../nbs/library/training/04_callbacks.ipynb #679ca635
 class BestWeights(keras.callbacks.Callback):
-    """Keeps the weights of the best epoch, stops when there is no better one for a while, and puts them back."""
+    """Stores the weights of the best epoch, stops early, and restores the best weights at the end."""
 
     def __init__(
         self,
         model: keras.Model,  # built
-        monitor: str,  # lower is better
+        monitor: str,  # metric that decides; lower is better
         patience: int,  # epochs without improvement before training stops
     ):
         super().__init__()
         self.monitor, self.patience = monitor, patience
-        self.epoch, self.value = 0, math.inf  # the best one, counted from 1; 0 as long as there is none
-        with tf.device("CPU:0"):  # where there is room for a second copy
+        self.epoch, self.value = 0, math.inf  # best epoch, counted from 1; 0: none yet
+        with tf.device("CPU:0"):  # the host has memory for a second copy
             self.weights = [
                 tf.Variable(tf.convert_to_tensor(weight.value), trainable=False) for weight in model.weights
             ]
 
     def resume(
         self,
-        epochs: Sequence[Mapping[str, float]],  # measures of earlier epochs; `weights` are restored by others
+        epochs: Sequence[Mapping[str, float]],  # metrics of earlier epochs; the checkpoint restores `weights`
     ) -> None:
-        """Take up what an earlier process has seen."""
-        values = [(measures[self.monitor], epoch) for epoch, measures in enumerate(epochs, 1)]
+        """Find the best epoch of an earlier process."""
+        values = [(metrics[self.monitor], epoch) for epoch, metrics in enumerate(epochs, 1)]
         self.value, self.epoch = min(values, default=(math.inf, 0))
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -93,17 +94,17 @@ class BestWeights(keras.callbacks.Callback):
             )
         if value < self.value:
             self.epoch, self.value = epoch + 1, value
-            for kept, weight in zip(self.weights, self.model.weights, strict=True):
-                kept.assign(weight.value)
+            for best, weight in zip(self.weights, self.model.weights, strict=True):
+                best.assign(weight.value)
         elif epoch + 1 - self.epoch >= self.patience:
             self.model.stop_training = True
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        self.model.set_weights([kept.numpy() for kept in self.weights])
+        self.model.set_weights([best.numpy() for best in self.weights])
 
 # %% ../../nbs/library/training/04_callbacks.ipynb #db65b796
 class RunLogger(keras.callbacks.Callback):
-    """Records the measures of each epoch in the run."""
+    """Logs the metrics of each epoch to the run."""
 
     def __init__(self, run: Run):
         super().__init__()
@@ -114,11 +115,11 @@ class RunLogger(keras.callbacks.Callback):
 
     def resume(
         self,
-        epochs: Sequence[Mapping[str, float]],  # measures of earlier epochs
+        epochs: Sequence[Mapping[str, float]],  # metrics of earlier epochs
     ) -> None:
-        """Record all that an earlier process has measured, in one stroke."""
+        """Log the metrics of an earlier process, in one write."""
         with self.run.edit() as record:
-            for epoch, measures in enumerate(epochs, 1):
-                record.metrics.update(measures)
-                for name, value in measures.items():
+            for epoch, metrics in enumerate(epochs, 1):
+                record.metrics.update(metrics)
+                for name, value in metrics.items():
                     record.history.setdefault(name, []).append((epoch, value))

@@ -1,4 +1,4 @@
-"""Training: precision, memory that does not suffice, checkpoints that cannot be written."""
+"""Training: micro-batches, mixed precision, checkpoint interval, NaN losses."""
 
 import json
 from pathlib import Path
@@ -13,20 +13,20 @@ from mlkit.runs.run import RunStore
 
 
 @pytest.fixture
-def float32_afterwards():
-    """Models of other tests are built in the usual precision."""
+def restore_float32():
+    """Set the default precision for the models of other tests."""
     from mlkit.training import prepare_devices
 
     yield
     prepare_devices("float32")
 
 
-def greedy_model(rows: int):
-    """A network whose layer asks for petabytes when a batch has more rows than that."""
+def model_with_memory_limit(rows: int):
+    """A network that allocates petabytes when a batch has more rows than that."""
     import keras
     import tensorflow as tf
 
-    class Greedy(keras.layers.Layer):
+    class AllocatingLayer(keras.layers.Layer):
         def call(self, inputs):
             size = tf.where(tf.shape(inputs)[0] > rows, tf.constant(2**50, "int64"), 1)
             return inputs + tf.cast(tf.reduce_max(tf.range(size)), "float32")
@@ -34,38 +34,39 @@ def greedy_model(rows: int):
     keras.utils.set_random_seed(4)
     image = keras.Input((8, 8, 1), name="image")
     hidden = keras.layers.Dense(16, "relu")(keras.layers.Flatten()(image))
-    return keras.Model({"image": image}, keras.layers.Dense(10, "softmax")(Greedy()(hidden)))
+    return keras.Model({"image": image}, keras.layers.Dense(10, "softmax")(AllocatingLayer()(hidden)))
 
 
-def test_a_batch_that_does_not_fit_goes_through_in_parts(capsys) -> None:
-    """What comes out is what comes out when the number of parts is given, to the last bit."""
+def test_a_batch_that_does_not_fit_is_split_into_micro_batches(capsys) -> None:
+    """The result equals that of a given number of micro-batches, bit by bit."""
     from mlkit.training import fit
 
     data = load_dataset("digits")
-    short = greedy_model(rows=50)
-    history = fit(short, data, epochs=2, batch_size=160)
-    told = capsys.readouterr().out
-    assert "160 rows does not fit into memory; it goes through the model in 2 parts" in told
-    assert "in 4 parts" in told
-    given = greedy_model(rows=10_000)
-    assert fit(given, data, epochs=2, batch_size=160, parts=4).epochs == history.epochs
-    for one, other in zip(short.get_weights(), given.get_weights(), strict=True):
-        assert np.array_equal(one, other)
+    limited = model_with_memory_limit(rows=50)
+    history = fit(limited, data, epochs=2, batch_size=160)
+    output = capsys.readouterr().out
+    assert "160 rows does not fit into memory: using 2 micro-batches" in output
+    assert "using 4 micro-batches" in output
+    unlimited = model_with_memory_limit(rows=10_000)
+    assert fit(unlimited, data, epochs=2, batch_size=160, parts=4).epochs == history.epochs
+    for weight, expected in zip(limited.get_weights(), unlimited.get_weights(), strict=True):
+        assert np.array_equal(weight, expected)
 
 
-def test_not_even_a_row_fits() -> None:
+def test_a_single_row_does_not_fit() -> None:
     from mlkit.training import fit
 
     with pytest.raises(ParameterError, match="Not even a single row fits"):
-        fit(greedy_model(rows=0), load_dataset("digits"), epochs=1, batch_size=4)
+        fit(model_with_memory_limit(rows=0), load_dataset("digits"), epochs=1, batch_size=4)
 
 
-@pytest.mark.usefixtures("float32_afterwards")
+@pytest.mark.usefixtures("restore_float32")
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-def test_large_values_are_prepared_in_full_precision(precision: str, tmp_path: Path) -> None:
-    """Amounts beyond the range of 16 bits are normalised before anything is computed in it."""
-    from mlkit.export import export_saved_model, load_saved_model
+def test_large_values_are_normalised_in_full_precision(precision: str, tmp_path: Path) -> None:
+    """Amounts beyond the range of 16 bits are normalised in float32."""
     from mlkit.models import build_model
+
+    from mlkit.export import export_saved_model, load_saved_model
     from mlkit.training import fit, prepare_devices
 
     rng = np.random.default_rng(1)
@@ -80,36 +81,37 @@ def test_large_values_are_prepared_in_full_precision(precision: str, tmp_path: P
         assert history.metrics["val_accuracy"] > 0.95
         assert {weight.dtype for weight in model.trainable_weights} == {"float32"}
     saved = load_saved_model(export_saved_model(model, data, tmp_path / "exported"))
-    answer = saved({"amount": [3e7, 7e7], "kind": ["a", "b"]})
-    assert answer["probabilities"].dtype == np.float32
-    assert list(answer["class"]) == [data.classes[0], data.classes[1]]
+    predictions = saved({"amount": [3e7, 7e7], "kind": ["a", "b"]})
+    assert predictions["probabilities"].dtype == np.float32
+    assert list(predictions["class"]) == [data.classes[0], data.classes[1]]
 
 
-def test_checkpoints_come_as_often_as_asked_for(tmp_path: Path) -> None:
-    """A long interval leaves only the last checkpoint, a tiny one makes one after every call."""
+def test_checkpoints_are_written_at_the_given_interval(tmp_path: Path) -> None:
+    """A long interval leaves only the last checkpoint, a tiny one writes a checkpoint after every call."""
     from mlkit.models import build_model
+
     from mlkit.training import fit
     from mlkit.training.checkpoints import TrainingCheckpoint
 
     saved = []
-    data, archive = load_dataset("digits"), RunStore(tmp_path)
+    data, store = load_dataset("digits"), RunStore(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         save = TrainingCheckpoint.save
         patch.setattr(TrainingCheckpoint, "save", lambda self, state: saved.append(str(state)) or save(self, state))
-        fit(build_model("mlp", data), data, epochs=2, run=archive.create("train"), checkpoint_minutes=60)
+        fit(build_model("mlp", data), data, epochs=2, run=store.create("train"), checkpoint_minutes=60)
         assert saved == ["after epoch 2"]
         saved.clear()
-        fit(build_model("mlp", data), data, epochs=2, run=archive.create("train"), checkpoint_minutes=1e-6)
+        fit(build_model("mlp", data), data, epochs=2, run=store.create("train"), checkpoint_minutes=1e-6)
     assert len(saved) > 5
     with pytest.raises(ParameterError, match="checkpoint_minutes must be greater than 0"):
         fit(build_model("mlp", data), data, checkpoint_minutes=0)
 
 
-def test_a_weighted_loss_that_is_no_number_is_found_at_its_step() -> None:
-    """Many steps go into one call, and still the very step is named."""
+def test_a_nan_loss_is_reported_with_its_step() -> None:
+    """The step is named although many steps are executed in one call."""
     import keras
-
     from mlkit.models import build_model
+
     from mlkit.training import fit
 
     data = load_dataset("digits")
@@ -123,5 +125,5 @@ def test_a_weighted_loss_that_is_no_number_is_found_at_its_step() -> None:
 def test_the_state_in_the_checkpoint_is_json(tmp_path: Path) -> None:
     from mlkit.training.checkpoints import TrainingState
 
-    state = TrainingState({"seed": 1}, [{"loss": 0.1}], step=3, steps=9)
+    state = TrainingState({"seed": 1}, [{"loss": 0.1}], step=3, steps_per_epoch=9)
     assert TrainingState(**json.loads(json.dumps(vars(state)))) == state

@@ -1,4 +1,4 @@
-"""Going on with an earlier model, and rows that do not all count the same."""
+"""Warm start from a source model, and sample weights."""
 
 import json
 import os
@@ -22,25 +22,25 @@ def write(folder: Path, name: str, **columns) -> Path:
 
 
 def shop(folder: Path, name: str, cities: list[str], rows: int = 240, seed: int = 1, label: str = "sold") -> Path:
-    """Visits from some cities, whose outcome depends on city, device and price."""
+    """Visits from some cities; the label depends on city, device and price."""
     rng = np.random.default_rng(seed)
     city, device = rng.choice(cities, rows), rng.choice(["phone", "desk", "tablet"], rows)
     price = rng.normal(10, 3, rows)
-    chance = 1 / (1 + np.exp(-(np.char.str_len(city) - 5 + (device == "phone") - (price - 10) / 3)))
-    sold = rng.random(rows) < chance
+    probability = 1 / (1 + np.exp(-(np.char.str_len(city) - 5 + (device == "phone") - (price - 10) / 3)))
+    sold = rng.random(rows) < probability
     outcome = np.where(sold, "yes", "no") if label == "sold" else price * 2 + sold
     comment = [" ".join(rng.choice([*cities, "good", "dear"], 3)) for _ in range(rows)]
     return write(folder, name, city=city, device=device, price=price, comment=comment, **{label: outcome})
 
 
-def trained(archive: RunStore, data, family: str = "wide_deep", optimizer: str = "adam", epochs: int = 1, **sizes):
-    """A run that holds a trained model and its optimizer's memory, and the model."""
+def trained(store: RunStore, data, family: str = "wide_deep", optimizer: str = "adam", epochs: int = 1, **sizes):
+    """Run with a trained model and its optimizer state, and the model."""
     from mlkit.export import export_saved_model
     from mlkit.training import save_optimizer
 
     model = ready(data, family, optimizer, **sizes)
     model.fit(data.to_tf("train", shuffle=False), epochs=epochs, shuffle=False, verbose=0)
-    run = archive.create("train")
+    run = store.create("train")
     export_saved_model(model, data, run)
     save_optimizer(model, run)
     return run, model
@@ -48,55 +48,56 @@ def trained(archive: RunStore, data, family: str = "wide_deep", optimizer: str =
 
 def ready(data, family: str = "wide_deep", optimizer: str = "adam", **sizes):
     from mlkit.models import build_model
+
     from mlkit.training import compile_model
 
     return compile_model(build_model(family, data, **sizes), data.task, 0.01, optimizer)
 
 
-def answers(model, data) -> np.ndarray:
+def predict(model, data) -> np.ndarray:
     import tensorflow as tf
 
     return model({name: tf.constant(values) for name, values in data.arrays.items()}).numpy()
 
 
 FAMILIES = {"linear": {}, "wide_deep": {"hidden": (8,)}, "mlp": {"hidden": (8,)}, "text": {"hidden": (8,)}}
-TOLD = {"comment": "text", "city x device": {"kind": "cross", "buckets": 30}, "price": {"normalise": "minmax"}}
+FEATURES = {"comment": "text", "city x device": {"kind": "cross", "buckets": 30}, "price": {"normalise": "minmax"}}
 
 
 @pytest.fixture
-def archive(tmp_path: Path) -> RunStore:
+def store(tmp_path: Path) -> RunStore:
     return RunStore(tmp_path / "runs")
 
 
-# -- the same model --
+# -- restored models --
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("optimizer", ["adam", "ftrl"])
-def test_a_grown_model_answers_old_rows_as_before(tmp_path, archive, family, optimizer):
+def test_a_model_with_extended_tables_predicts_old_rows_as_before(tmp_path, store, family, optimizer):
     from mlkit.training import warm_start
     from mlkit.training.transfer import load_warm_start_data
 
-    first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", features=TOLD)
-    run, model = trained(archive, first, family, optimizer, 2, **FAMILIES[family])
+    first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", features=FEATURES)
+    run, model = trained(store, first, family, optimizer, 2, **FAMILIES[family])
     second = shop(tmp_path, "second", ["Rome", "Lisbon", "Oslo", "Amsterdam"], seed=2)
     data = load_warm_start_data(second, earlier=run)
     assert data.features["city"].vocabulary[:2] == first.features["city"].vocabulary
     assert set(data.features["city"].vocabulary[2:]) == {"Lisbon", "Amsterdam"}
     assert set(data.features["comment"].vocabulary[-2:]) == {"lisbon", "amsterdam"}
-    grown = ready(data, family, optimizer, **FAMILIES[family])
-    report = warm_start(grown, data, run)
+    extended = ready(data, family, optimizer, **FAMILIES[family])
+    report = warm_start(extended, data, run)
     assert report.grown
     assert report.parents == (run.id,)
-    np.testing.assert_allclose(answers(grown, first), answers(model, first), atol=1e-6)
-    kept = load_warm_start_data(second, earlier=run, vocabulary="keep")
-    same = ready(kept, family, optimizer, **FAMILIES[family])
-    assert not warm_start(same, kept, run).grown
-    np.testing.assert_array_equal(answers(same, first), answers(model, first))
+    np.testing.assert_allclose(predict(extended, first), predict(model, first), atol=1e-6)
+    unchanged = load_warm_start_data(second, earlier=run, vocabulary="keep")
+    same = ready(unchanged, family, optimizer, **FAMILIES[family])
+    assert not warm_start(same, unchanged, run).grown
+    np.testing.assert_array_equal(predict(same, first), predict(model, first))
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "ftrl", "sgd", "rmsprop", "nadam"])
-def test_five_epochs_are_three_and_two(tmp_path, archive, optimizer):
+def test_three_epochs_and_two_are_five(tmp_path, store, optimizer):
     from mlkit.training import set_seed, warm_start
 
     set_seed(3)
@@ -104,56 +105,56 @@ def test_five_epochs_are_three_and_two(tmp_path, archive, optimizer):
     batches = data.to_tf("train", shuffle=False)
     whole = ready(data, "wide_deep", optimizer, hidden=(8,))
     losses = whole.fit(batches, epochs=5, shuffle=False, verbose=0).history["loss"]
-    run, _ = trained(archive, data, "wide_deep", optimizer, 3, hidden=(8,))
+    run, _ = trained(store, data, "wide_deep", optimizer, 3, hidden=(8,))
     later = ready(data, "wide_deep", optimizer, hidden=(8,))
-    assert "goes on after step" in warm_start(later, data, str(run.folder)).optimizer
+    assert "continues after step" in warm_start(later, data, str(run.folder)).optimizer
     assert later.fit(batches, epochs=2, shuffle=False, verbose=0).history["loss"] == losses[3:]
-    for one, other in zip(later.get_weights(), whole.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for weight, expected in zip(later.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, expected)
 
 
-def test_momenta_of_grown_tables_follow_their_rows(tmp_path, archive):
+def test_optimizer_slots_follow_the_rows_of_extended_tables(tmp_path, store):
     from mlkit.training import warm_start
-    from mlkit.training.transfer import _memory, load_warm_start_data
+    from mlkit.training.transfer import _optimizer_state, load_warm_start_data
 
     first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment")
-    run, model = trained(archive, first)
+    run, model = trained(store, first)
     data = load_warm_start_data(shop(tmp_path, "second", ["Rome", "Oslo", "Lisbon"]), earlier=run, ignore="comment")
-    grown = ready(data)
-    warm_start(grown, data, run)
-    before, now = _memory(model), _memory(grown)
+    extended = ready(data)
+    warm_start(extended, data, run)
+    before, now = _optimizer_state(model), _optimizer_state(extended)
     assert before.keys() == now.keys()
     assert int(now["Adam/iteration"]) == int(before["Adam/iteration"]) > 0
-    old, new = (np.asarray(each["Adam/city_embedding_embeddings_velocity"]) for each in (before, now))
+    old, new = (np.asarray(state["Adam/city_embedding_embeddings_velocity"]) for state in (before, now))
     np.testing.assert_array_equal(new[: len(old)], old)
     assert not new[len(old) :].any()
-    old, new = (np.asarray(each["Adam/wide_categories_embeddings_momentum"]).ravel() for each in (before, now))
+    old, new = (np.asarray(state["Adam/wide_categories_embeddings_momentum"]).ravel() for state in (before, now))
     assert len(new) > len(old)
     np.testing.assert_array_equal(np.sort(new[new != 0]), np.sort(old[old != 0]))
 
 
-def test_the_scale_of_a_number_to_predict_is_kept(tmp_path, archive):
+def test_the_scale_of_a_regression_target_is_reused(tmp_path, store):
     from mlkit.training import warm_start
     from mlkit.training.transfer import load_warm_start_data
 
     first = load_dataset(shop(tmp_path, "first", ["Rome"], label="worth"), "worth", ignore="comment")
-    run, model = trained(archive, first, "mlp", epochs=3)
+    run, model = trained(store, first, "mlp", epochs=3)
     table = pl.read_parquet(tmp_path / "first.parquet").with_columns(pl.col("worth") * 5 + 100)
     table.write_parquet(tmp_path / "dearer.parquet")
     data = load_warm_start_data(tmp_path / "dearer.parquet", earlier=run, ignore="comment")
     later = ready(data, "mlp")
     warm_start(later, data, run)
-    np.testing.assert_array_equal(answers(later, first), answers(model, first))
-    afresh = load_dataset(tmp_path / "dearer.parquet", "worth", ignore="comment")
+    np.testing.assert_array_equal(predict(later, first), predict(model, first))
+    other_scale = load_dataset(tmp_path / "dearer.parquet", "worth", ignore="comment")
     with pytest.raises(ModelError, match="the scale of the label"):
-        warm_start(ready(afresh, "mlp"), replace(afresh, features=first.features), run)
+        warm_start(ready(other_scale, "mlp"), replace(other_scale, features=first.features), run)
 
 
-def test_images_go_on_with_batch_normalization(archive, digits):
+def test_warm_start_of_an_image_model_with_batch_normalization(store, digits):
     from mlkit.training import warm_start
     from mlkit.training.transfer import load_warm_start_data
 
-    run, model = trained(archive, digits, "resnet", filters=8, blocks=1)
+    run, model = trained(store, digits, "resnet", filters=8, blocks=1)
     data = load_warm_start_data("digits", earlier=run)
     later = ready(data, "resnet", filters=8, blocks=1)
     warm_start(later, data, run)
@@ -161,20 +162,20 @@ def test_images_go_on_with_batch_normalization(archive, digits):
     np.testing.assert_array_equal(later(few).numpy(), model(few).numpy())
 
 
-def test_a_model_can_be_continued_again_and_again(tmp_path, archive):
+def test_repeated_warm_starts(tmp_path, store):
     from mlkit.training import warm_start
     from mlkit.training.transfer import load_warm_start_data
 
     cities = ["Rome", "Oslo", "Lisbon", "Amsterdam", "Paris", "Berlin", "Prague", "Vienna", "Athens", "Dublin"]
     data = load_dataset(shop(tmp_path, "day-1", cities[:2]), "sold", ignore="comment")
-    run, model = trained(archive, data)
+    run, model = trained(store, data)
     pairs = next(layer for layer in model.layers if layer.name == "wide_categories").blocks
     for day in range(2, 6):
         data = load_warm_start_data(shop(tmp_path, f"day-{day}", cities[: 2 * day]), earlier=run, ignore="comment")
         before = model
         model = ready(data)
         assert "city_embedding/embeddings" in warm_start(model, data, run).grown
-        run, model = saved(archive, model, data)
+        run, model = saved(store, model, data)
     assert data.features["city"].appended == 8
     widths = [weight.shape[1] for weight in model.weights if weight.path == "city_embedding/embeddings"]
     assert widths == [weight.shape[1] for weight in before.weights if weight.path == "city_embedding/embeddings"]
@@ -182,90 +183,90 @@ def test_a_model_can_be_continued_again_and_again(tmp_path, archive):
     assert [names for names, _ in now] == [names for names, _ in pairs]
 
 
-def saved(archive, model, data):
+def saved(store, model, data):
     from mlkit.export import export_saved_model
     from mlkit.training import save_optimizer
 
-    run = archive.create("train")
+    run = store.create("train")
     export_saved_model(model, data, run)
     save_optimizer(model, run)
     return run, model
 
 
-def test_a_streamed_data_set_goes_on_as_well(tmp_path, archive):
+def test_warm_start_with_streamed_data(tmp_path, store):
     from mlkit.data import open_dataset
     from mlkit.training import warm_start
     from mlkit.training.transfer import load_warm_start_data
 
     first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment")
-    run, model = trained(archive, first)
+    run, model = trained(store, first)
     path = shop(tmp_path, "second", ["Rome", "Oslo", "Lisbon"], rows=2_000)
     options = {"earlier": run, "ignore": "comment", "split": "random"}
     data = load_warm_start_data(path, "sold", load=open_dataset, **options)
     assert data.features["city"].vocabulary[2:] == ("Lisbon",)
-    grown = ready(data)
-    warm_start(grown, data, run)
-    np.testing.assert_allclose(answers(grown, first), answers(model, first), atol=1e-6)
+    extended = ready(data)
+    warm_start(extended, data, run)
+    np.testing.assert_allclose(predict(extended, first), predict(model, first), atol=1e-6)
     batch, _ = next(iter(data.to_tf("train", batch_size=8)))
     assert list(batch) == list(first.features)
 
 
-def test_an_own_model_is_matched_without_keras_numbers(tmp_path, archive):
+def test_a_custom_model_is_matched_without_keras_numbers(tmp_path, store):
     import keras
 
     from mlkit.training import warm_start
 
     data = load_dataset("wine")
 
-    def own() -> keras.Model:
+    def custom_model() -> keras.Model:
         inputs = {name: keras.Input((), name=name) for name in data.features}
         x = keras.layers.Dense(5, "relu")(keras.ops.stack(list(inputs.values()), axis=-1))
         model = keras.Model(inputs, keras.layers.Dense(3, "softmax")(x))
         model.compile("adam", "sparse_categorical_crossentropy")
         return model
 
-    model = own()
+    model = custom_model()
     model.fit(data.to_tf("train", shuffle=False), epochs=2, shuffle=False, verbose=0)
-    run, _ = saved(archive, model, data)
-    later = own()
+    run, _ = saved(store, model, data)
+    later = custom_model()
     assert later.weights[0].path != model.weights[0].path
     report = warm_start(later, data, run)
-    np.testing.assert_array_equal(answers(later, data), answers(model, data))
-    assert report.optimizer == "Adam, goes on after step 10"
+    np.testing.assert_array_equal(predict(later, data), predict(model, data))
+    assert report.optimizer == "Adam, continues after step 10"
     assert all(np.asarray(variable).any() for variable in later.optimizer.variables if "velocity" in variable.path)
 
 
-def test_mixed_precision_keeps_its_memory(tmp_path, archive):
+def test_optimizer_state_with_loss_scaling(tmp_path, store):
     import keras
 
     from mlkit.training import warm_start
 
     data = load_dataset("wine")
 
-    def scaled():
+    def loss_scaled_model():
         model = ready(data, "mlp", keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)))
         model.optimizer.build(model.trainable_variables)
         return model
 
-    model = scaled()
+    model = loss_scaled_model()
     model.fit(data.to_tf("train", shuffle=False), epochs=1, verbose=0)
-    run, _ = saved(archive, model, data)
-    later = scaled()
-    assert warm_start(later, data, run).optimizer == "Adam, goes on after step 5"
+    run, _ = saved(store, model, data)
+    later = loss_scaled_model()
+    assert warm_start(later, data, run).optimizer == "Adam, continues after step 5"
     plain = ready(data, "mlp")
-    assert warm_start(plain, data, run).optimizer == "Adam, goes on after step 5"
-    one, other = (next(v for v in m.optimizer.variables if "momentum" in v.path) for m in (plain, later))
-    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    assert warm_start(plain, data, run).optimizer == "Adam, continues after step 5"
+    momentum, expected = (next(v for v in m.optimizer.variables if "momentum" in v.path) for m in (plain, later))
+    np.testing.assert_array_equal(np.asarray(momentum), np.asarray(expected))
 
 
-# -- what is refused --
+# -- errors --
 
 
-def test_nothing_changes_when_something_does_not_fit(tmp_path, archive):
+def test_nothing_changes_when_something_does_not_fit(tmp_path, store):
     from mlkit.training import warm_start
 
     data = load_dataset("wine")
-    run, _ = trained(archive, data, "mlp", hidden=(8,))
+    run, _ = trained(store, data, "mlp", hidden=(8,))
     other = ready(data, "mlp", hidden=(9,))
     before = other.get_weights()
     with pytest.raises(ModelError, match=r"'hidden_1/kernel' is \[13, 9\] here and \[13, 8\]"):
@@ -278,51 +279,53 @@ def test_nothing_changes_when_something_does_not_fit(tmp_path, archive):
     with pytest.raises(ModelError, match=r"optimizer\.npz is damaged"):
         warm_start(fitting, data, run)
     for model, weights in ((other, before), (fitting, untouched)):
-        for one, value in zip(weights, model.get_weights(), strict=True):
-            np.testing.assert_array_equal(one, value)
+        for expected, weight in zip(weights, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(weight, expected)
 
 
-def test_another_optimizer_starts_afresh_and_says_so(archive):
+def test_another_optimizer_starts_with_a_new_state(store):
     from mlkit.training import warm_start
 
     data = load_dataset("wine")
-    run, model = trained(archive, data, "mlp")
+    run, model = trained(store, data, "mlp")
     later = ready(data, "mlp", "ftrl")
-    assert warm_start(later, data, run).optimizer == "fresh Ftrl: the earlier run kept that of Adam"
+    assert warm_start(later, data, run).optimizer == "new Ftrl: the source run has saved that of Adam"
     later.train_on_batch(*next(iter(data.to_tf("train", batch_size=128))))
-    drift = np.abs(later.get_weights()[0] - model.get_weights()[0]).max()
-    assert drift < 0.1  # one step away, not at zero
+    change = np.abs(later.get_weights()[0] - model.get_weights()[0]).max()
+    assert change < 0.1  # one step away, not at zero
     assert np.abs(model.get_weights()[0]).max() > 0.2
 
 
-def test_sources_that_cannot_be_continued(tmp_path, archive, monkeypatch):
-    from mlkit.training.transfer import earlier_model, load_warm_start_data
+def test_invalid_source_models(tmp_path, store, monkeypatch):
+    from mlkit.training.transfer import load_source_model, load_warm_start_data
 
-    monkeypatch.setenv("MLKIT_RUNS_ROOT", str(archive.root))
+    monkeypatch.setenv("MLKIT_RUNS_ROOT", str(store.root))
     data = load_dataset("wine")
-    run, _ = trained(archive, data, "mlp")
-    assert earlier_model(run.id).name == earlier_model(run.id[-4:]).name == earlier_model(run).name == run.id
-    assert earlier_model(run.folder / "saved_model").folder == run.folder / "saved_model" / "1"
+    run, _ = trained(store, data, "mlp")
+    assert (
+        load_source_model(run.id).name == load_source_model(run.id[-4:]).name == load_source_model(run).name == run.id
+    )
+    assert load_source_model(run.folder / "saved_model").folder == run.folder / "saved_model" / "1"
     with pytest.raises(NotFoundError, match="nosuch"):
-        earlier_model("nosuch")
+        load_source_model("nosuch")
     with pytest.raises(NotFoundError, match="no SavedModel"):
-        earlier_model(tmp_path)
+        load_source_model(tmp_path)
     (run.folder / "saved_model" / "1" / "assets.extra" / "continuing.json").unlink()
     with pytest.raises(ModelError, match="Train it again"):
         load_warm_start_data("wine", earlier=run)
 
 
-def test_columns_and_choices_that_do_not_fit(tmp_path, archive):
+def test_columns_and_arguments_that_do_not_fit(tmp_path, store):
     from mlkit.training.transfer import load_warm_start_data
 
     first = load_dataset(path := shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment")
-    run, _ = trained(archive, first)
+    run, _ = trained(store, first)
     with pytest.raises(DatasetError, match=r"not trained on: comment.*ignore=\['comment'\]"):
         load_warm_start_data(path, earlier=run)
     pl.read_parquet(path).drop("comment").rename({"city": "town"}).write_parquet(tmp_path / "town.parquet")
     with pytest.raises(DatasetError, match="city"):
         load_warm_start_data(tmp_path / "town.parquet", earlier=run)
-    with pytest.raises(ParameterError, match="features= is settled"):
+    with pytest.raises(ParameterError, match="features= is fixed by the source model"):
         load_warm_start_data(path, earlier=run, features={"city": "hash"})
     with pytest.raises(ParameterError, match="task='multiclass'"):
         load_warm_start_data(path, earlier=run, task="multiclass")
@@ -332,43 +335,43 @@ def test_columns_and_choices_that_do_not_fit(tmp_path, archive):
         load_warm_start_data(tmp_path / "maybe.parquet", earlier=run, ignore="comment")
 
 
-def test_data_loaded_afresh_are_refused_by_name(tmp_path, archive):
+def test_data_with_another_encoding_are_rejected(tmp_path, store):
     from mlkit.training import warm_start
 
     first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment")
-    run, _ = trained(archive, first)
-    afresh = load_dataset(shop(tmp_path, "second", ["Rome", "Oslo"], seed=5), "sold", ignore="comment")
+    run, _ = trained(store, first)
+    other_encoding = load_dataset(shop(tmp_path, "second", ["Rome", "Oslo"], seed=5), "sold", ignore="comment")
     with pytest.raises(ModelError, match=r"'price'.*load_warm_start_data"):
-        warm_start(ready(afresh), afresh, run)
+        warm_start(ready(other_encoding), other_encoding, run)
 
 
-def test_the_memory_of_an_optimizer_cannot_execute_anything(archive):
+def test_a_saved_optimizer_state_cannot_execute_code(store):
     from mlkit.training import warm_start
 
     data = load_dataset("wine")
-    run, _ = trained(archive, data, "mlp")
+    run, _ = trained(store, data, "mlp")
     np.savez(run.folder / "optimizer.npz", **{"Adam/iteration": np.array([{}], object)})
     with pytest.raises(ModelError, match="is damaged"):
         warm_start(ready(data, "mlp"), data, run)
 
 
-def test_a_limit_on_a_vocabulary_holds_when_it_grows(tmp_path, archive):
+def test_the_limit_of_a_vocabulary_holds_when_it_is_extended(tmp_path, store):
     from mlkit.training.transfer import load_warm_start_data
 
-    said = {"city": {"max_vocabulary": 3}}
-    first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment", features=said)
-    run, _ = trained(archive, first)
+    features = {"city": {"max_vocabulary": 3}}
+    first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment", features=features)
+    run, _ = trained(store, first)
     more = shop(tmp_path, "more", ["Rome", "Lisbon", "Paris", "Wien"])
     data = load_warm_start_data(more, earlier=run, ignore="comment")
     assert len(data.features["city"].vocabulary) == 3
     assert any("2 values of 'city' in training are unknown" in note for note in data.notes)
 
 
-def test_a_continued_data_set_can_be_loaded_again(tmp_path, archive):
+def test_warm_start_data_can_be_reloaded(tmp_path, store):
     from mlkit.training.transfer import load_warm_start_data
 
-    first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", features=TOLD)
-    run, _ = trained(archive, first)
+    first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", features=FEATURES)
+    run, _ = trained(store, first)
     data = load_warm_start_data(shop(tmp_path, "second", ["Rome", "Lisbon"]), earlier=run)
     again = reload_dataset(json.loads(json.dumps(data.record())))
     assert again.fingerprint == data.fingerprint
@@ -378,7 +381,7 @@ def test_a_continued_data_set_can_be_loaded_again(tmp_path, archive):
     np.testing.assert_array_equal(again.splits["test"], data.splits["test"])
 
 
-# -- weights of rows --
+# -- sample weights --
 
 
 def gradients(model, batch) -> tuple[float, list[np.ndarray]]:
@@ -390,28 +393,28 @@ def gradients(model, batch) -> tuple[float, list[np.ndarray]]:
     with tf.GradientTape() as tape:
         loss = model.compute_loss(x=features, y=labels, y_pred=model(features, training=True), sample_weight=weights)
     total = len(labels) if weights is None else float(tf.reduce_sum(weights))
-    found = tape.gradient(loss, [weight.value for weight in model.trainable_weights])
-    scale = len(labels) / total  # Keras divides by rows; what is compared is the mean over what rows count for
-    return float(loss) * scale, [tf.convert_to_tensor(each).numpy() * scale for each in found]
+    values = tape.gradient(loss, [weight.value for weight in model.trainable_weights])
+    scale = len(labels) / total  # Keras divides by the number of rows; the weighted mean is compared
+    return float(loss) * scale, [tf.convert_to_tensor(value).numpy() * scale for value in values]
 
 
-def test_a_row_of_weight_three_is_three_rows(tmp_path):
+def test_a_row_with_weight_three_counts_as_three_rows(tmp_path):
     rng = np.random.default_rng(4)
     counts = rng.integers(0, 4, 120)
     columns = {"x": rng.normal(size=120), "c": rng.choice(["a", "b"], 120), "y": rng.choice(["no", "yes"], 120)}
     once = write(tmp_path, "once", **columns, n=counts)
     often = write(tmp_path, "often", **{name: np.repeat(values, counts) for name, values in columns.items()})
-    weighed = load_dataset(once, "y", weight="n", fractions=(1, 0, 0))
+    weighted = load_dataset(once, "y", weight="n", fractions=(1, 0, 0))
     repeated = load_dataset(often, "y", fractions=(1, 0, 0))
-    repeated = replace(repeated, features=weighed.features)
-    model = ready(weighed, "mlp")
-    results = [gradients(model, next(iter(data.to_tf("train", batch_size=500)))) for data in (weighed, repeated)]
+    repeated = replace(repeated, features=weighted.features)
+    model = ready(weighted, "mlp")
+    results = [gradients(model, next(iter(data.to_tf("train", batch_size=500)))) for data in (weighted, repeated)]
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
-    for one, other in zip(results[0][1], results[1][1], strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
+    for gradient, expected in zip(results[0][1], results[1][1], strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_balanced_classes_find_more_of_the_rare_one(tmp_path):
+def test_balanced_class_weights_increase_the_recall_of_a_rare_class(tmp_path):
     from mlkit.training import fit
 
     rng = np.random.default_rng(6)
@@ -423,13 +426,13 @@ def test_balanced_classes_find_more_of_the_rare_one(tmp_path):
         data = load_dataset(path, "y", class_weight=class_weight, split="random")
         model = ready(data, "linear")
         fit(model, data, epochs=8, learning_rate=0.05)
-        found = answers(model, data)[:, 0] < 0.5  # class 0 is fraud
-        recall[class_weight] = found[fraud].mean()
+        predicted_fraud = predict(model, data)[:, 0] < 0.5  # class 0 is fraud
+        recall[class_weight] = predicted_fraud[fraud].mean()
     assert recall[None] < 0.05
     assert recall["balanced"] > 0.5
 
 
-def test_streamed_rows_count_as_loaded_ones_do(tmp_path):
+def test_streamed_and_loaded_rows_have_the_same_weights(tmp_path):
     from mlkit.data import open_dataset
 
     rng = np.random.default_rng(2)
@@ -439,9 +442,11 @@ def test_streamed_rows_count_as_loaded_ones_do(tmp_path):
     options = {"weight": "w", "class_weight": "balanced", "split": "hash", "key": "key"}
     opened, loaded = open_dataset(path, "y", **options), load_dataset(path, "y", **options)
     for split in ("train", "validation", "all"):
-        one, other = (next(iter(each.to_tf(split, batch_size=500, shuffle=False))) for each in (opened, loaded))
-        np.testing.assert_array_equal(one[1], other[1])
-        np.testing.assert_allclose(one[2], other[2], rtol=1e-6)
+        streamed_batch, loaded_batch = (
+            next(iter(data.to_tf(split, batch_size=500, shuffle=False))) for data in (opened, loaded)
+        )
+        np.testing.assert_array_equal(streamed_batch[1], loaded_batch[1])
+        np.testing.assert_allclose(streamed_batch[2], loaded_batch[2], rtol=1e-6)
     again = open_dataset(**json.loads(json.dumps(opened.arguments)))
     assert again.split_digest == opened.split_digest != open_dataset(path, "y", ignore="w").split_digest
     pl.read_parquet(path).with_columns(w=pl.col("w") - 1).write_parquet(tmp_path / "negative.parquet")
@@ -449,7 +454,7 @@ def test_streamed_rows_count_as_loaded_ones_do(tmp_path):
         open_dataset(tmp_path / "negative.parquet", "y", weight="w")
 
 
-def test_weights_of_zero_teach_nothing(tmp_path):
+def test_rows_with_weight_zero_do_not_change_the_training(tmp_path):
     from mlkit.training import set_seed
 
     set_seed(1)
@@ -458,25 +463,25 @@ def test_weights_of_zero_teach_nothing(tmp_path):
         tmp_path, "changed", x=np.arange(40.0), y=["a", "b"] * 10 + ["b", "a"] * 10, w=[1.0] * 20 + [0.0] * 20
     )
     learned = []
-    for each in (path, changed):
-        data = load_dataset(each, "y", weight="w", fractions=(1, 0, 0))
+    for file in (path, changed):
+        data = load_dataset(file, "y", weight="w", fractions=(1, 0, 0))
         model = ready(data, "mlp")
         model.fit(data.to_tf("train", shuffle=False, batch_size=8), epochs=2, shuffle=False, verbose=0)
         learned.append(model.get_weights())
-    for one, other in zip(*learned, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for weight, expected in zip(*learned, strict=True):
+        np.testing.assert_array_equal(weight, expected)
 
 
-def test_a_fit_takes_weights_and_validates_without_those_of_classes(tmp_path):
+def test_fit_uses_class_weights_for_training_only(tmp_path):
     from mlkit.training import fit
 
     wine = load_dataset("wine")
-    plain, weighed = wine, load_dataset("wine", class_weight={"class_0": 5})
-    assert {len(weighed.to_tf(split).element_spec) for split in ("train", "validation", "test")} == {3}
-    histories = [fit(ready(data, "mlp"), data, epochs=2, seed=1) for data in (plain, weighed)]
+    plain, weighted = wine, load_dataset("wine", class_weight={"class_0": 5})
+    assert {len(weighted.to_tf(split).element_spec) for split in ("train", "validation", "test")} == {3}
+    histories = [fit(ready(data, "mlp"), data, epochs=2, seed=1) for data in (plain, weighted)]
     assert histories[0]["loss"] != histories[1]["loss"]
-    rows = weighed.splits["validation"]
-    assert set(weighed.weights[rows]) == {1.0}
+    rows = weighted.splits["validation"]
+    assert set(weighted.weights[rows]) == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -489,7 +494,7 @@ def test_a_fit_takes_weights_and_validates_without_those_of_classes(tmp_path):
         ({"class_weight": 3}, "Received: 3"),
     ],
 )
-def test_bad_weights_are_refused(options, message):
+def test_invalid_weights_are_rejected(options, message):
     with pytest.raises(DatasetError, match=message):
         load_dataset("wine", **options)
 
@@ -501,7 +506,7 @@ def test_rows_without_a_weight_are_named(tmp_path, bad):
         load_dataset(path, "y", weight="w")
 
 
-def test_another_weighting_is_another_training(tmp_path, archive, capsys):
+def test_class_weights_change_the_training_signature(tmp_path, store, capsys):
     from mlkit.training.checkpoints import training_signature
 
     signatures = []
@@ -511,7 +516,7 @@ def test_another_weighting_is_another_training(tmp_path, archive, capsys):
     assert len(set(signatures)) == 3
 
 
-def test_the_data_floor_stays_free_of_tensorflow():
+def test_loading_data_does_not_import_tensorflow():
     code = "import sys; from mlkit.data import load_dataset; load_dataset('wine', class_weight='balanced');"
     done = subprocess.run(
         [sys.executable, "-c", code + "print('tensorflow' in sys.modules)"],

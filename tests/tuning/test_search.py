@@ -1,4 +1,4 @@
-"""Searches as users start them: several trials at a time, killed and resumed, over a cluster, with wrong input."""
+"""Searches by command line and API: parallel trials, kill and resume, invalid input."""
 
 import json
 import os
@@ -31,13 +31,13 @@ beginning = len(list(run.checkpoints.iterdir()))
 run.log_metrics({"loss": (1 - x) ** 2 + 100 * (y - x * x) ** 2, "beginnings": beginning + 1}, step=1)
 while held and len(list(Path(held).parent.glob("runs/*-trial*/notebook.html"))) >= after and not Path(held).exists():
     time.sleep(0.05)
-assert not fail, "as asked"
+assert not fail, "as requested"
 """
 SEARCH = """
 from mlkit.runs import Run
 from mlkit.tuning import tune
-found = tune(space, fixed, job="trial_of_valley.ipynb", search=search, objective="loss", trials=trials, jobs=jobs)
-found
+result = tune(space, fixed, job="trial_of_valley.ipynb", search=search, objective="loss", trials=trials, jobs=jobs)
+result
 """
 SPACE = {"x": {"min": -2.0, "max": 2.0}, "y": {"min": -1.0, "max": 3.0}}
 SEARCH_PARAMETERS = f'space: dict = {SPACE}\nfixed: dict = {{}}\nsearch: str = "random"\ntrials: int = 6\njobs: int = 1'
@@ -45,7 +45,7 @@ SEARCH_PARAMETERS = f'space: dict = {SPACE}\nfixed: dict = {{}}\nsearch: str = "
 
 @pytest.fixture(scope="module", autouse=True)
 def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Warm kernels of this module's own, that know what searches need."""
+    """Warm kernel pool of this module alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("xdg")))
         folder = tmp_path_factory.mktemp("warm")
@@ -55,7 +55,7 @@ def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def write_jobs(folder: Path) -> None:
-    """A job that measures how far along a valley a point lies, and one that searches the valley."""
+    """Write a job that evaluates the Rosenbrock function, and one that searches its minimum."""
     for name, parameters, code in (
         ("trial_of_valley", PARAMETERS, VALLEY),
         ("valley", SEARCH_PARAMETERS, SEARCH),
@@ -69,169 +69,169 @@ def write_jobs(folder: Path) -> None:
 
 
 @pytest.fixture
-def archive(project: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
-    """The archive of a project that has the two jobs."""
+def store(project: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
+    """Run store of a project with the two jobs."""
     monkeypatch.chdir(project)
     write_jobs(project)
     return RunStore(project / "runs")
 
 
-def search_of(archive: RunStore) -> Run:
-    """The only search of an archive."""
-    (summary,) = archive.list(job="valley")
-    return archive.get(summary.id)
+def find_search(store: RunStore) -> Run:
+    """The only search in a run store."""
+    (summary,) = store.list(job="valley")
+    return store.get(summary.id)
 
 
-def trials_of(archive: RunStore, search: Run) -> list[Run]:
-    """The runs of its trials, in order."""
-    return [archive.get(point.run) for point in search.record.points]
+def trial_runs(store: RunStore, search: Run) -> list[Run]:
+    """Runs of the trials, in order."""
+    return [store.get(point.run) for point in search.record.points]
 
 
-def choices(search: Run) -> list[dict]:
-    """What was chosen for each trial."""
+def suggested_values(search: Run) -> list[dict]:
+    """Hyperparameters of each trial."""
     return [{n: v for n, v in point.parameters.items() if n in SPACE} for point in search.record.points]
 
 
-def journal(search: Run) -> list[dict]:
-    """All that has happened in a search."""
+def read_journal(search: Run) -> list[dict]:
+    """Events of a search."""
     return [json.loads(line) for line in (search.folder / "search.jsonl").read_text().splitlines()]
 
 
-def hold(project: Path, after: int) -> tuple[str, Path]:
-    """Parameters with which trials wait once so many have ended, and the file that lets them go on."""
+def hold_trials(project: Path, after: int) -> tuple[str, Path]:
+    """Parameters that block trials after a number of completed ones, and the file that releases them."""
     gate = project / "gate"
     fixed = json.dumps({"held": str(gate), "after": after})
     return f"fixed={fixed}", gate
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    """`mlkit ...` in the background."""
+    """Start `mlkit ...` in the background."""
     command = [sys.executable, "-m", "mlkit", *arguments]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What is chosen by a search that nobody cuts off."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Hyperparameters of the trials of an uninterrupted search."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     write_jobs(folder)
     result = run_cli("run", "valley.ipynb", folder=folder)
     assert result.returncode == 0, result.stderr
-    return choices(search_of(RunStore(folder / "runs")))
+    return suggested_values(find_search(RunStore(folder / "runs")))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_search_that_is_cut_off_goes_on_and_no_trial_is_lost_or_repeated(
-    number: signal.Signals, project: Path, archive: RunStore, cli: Callable, undisturbed: list[dict]
+def test_an_interrupted_search_resumes_without_losing_or_repeating_trials(
+    number: signal.Signals, project: Path, store: RunStore, cli: Callable, uninterrupted: list[dict]
 ) -> None:
-    fixed, gate = hold(project, after=3)
+    fixed, gate = hold_trials(project, after=3)
     process = start(project, "run", "valley.ipynb", "-p", fixed)
-    wait_until(lambda: len(archive.list(job="trial_of_valley", status="completed")) == 3, 300)
-    wait_until(lambda: archive.list(job="trial_of_valley", status="running", where="beginnings > 0").runs)
+    wait_until(lambda: len(store.list(job="trial_of_valley", status="completed")) == 3, 300)
+    wait_until(lambda: store.list(job="trial_of_valley", status="running", where="beginnings > 0").runs)
     process.send_signal(number)
     process.wait(60)
     process.stderr.close()
-    search = search_of(archive)
-    wait_until(lambda: [run.status for run in trials_of(archive, search)] == ["completed"] * 3 + ["interrupted"])
+    search = find_search(store)
+    wait_until(lambda: [run.status for run in trial_runs(store, search)] == ["completed"] * 3 + ["interrupted"])
     if number == signal.SIGTERM:
-        assert [run.record.status for run in trials_of(archive, search)][3:] == ["interrupted"]
-    before = {run.id: run.record.ended for run in trials_of(archive, search)[:3]}
+        assert [run.record.status for run in trial_runs(store, search)][3:] == ["interrupted"]
+    before = {run.id: run.record.ended for run in trial_runs(store, search)[:3]}
     gate.touch()
     result = cli("resume", search.id)
     assert result.returncode == 0, result.stderr
-    runs = trials_of(archive, search)
+    runs = trial_runs(store, search)
     assert [run.status for run in runs] == ["completed"] * 6
-    assert sorted(run.id for run in runs) == sorted(each.id for each in archive.list(job="trial_of_valley"))
+    assert sorted(run.id for run in runs) == sorted(summary.id for summary in store.list(job="trial_of_valley"))
     assert {run.id: run.record.ended for run in runs[:3]} == before
-    assert [run.record.metrics["beginnings"] for run in runs] == [1, 1, 1, 2, 1, 1]  # it found its checkpoint again
-    asked = [event["ask"] for event in journal(search) if event.get("ask")]
-    ended = [event["end"] for event in journal(search) if "end" in event]
-    assert (asked, ended) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
-    assert choices(search) == undisturbed
+    assert [run.record.metrics["beginnings"] for run in runs] == [1, 1, 1, 2, 1, 1]  # it result its checkpoint again
+    suggested = [event["ask"] for event in read_journal(search) if event.get("ask")]
+    ended = [event["end"] for event in read_journal(search) if "end" in event]
+    assert (suggested, ended) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
+    assert suggested_values(search) == uninterrupted
 
 
-def test_a_run_whose_id_could_not_be_noted_is_found_again(archive: RunStore) -> None:
-    """A kill between the making of a trial's run and the writing of its id."""
+def test_a_run_whose_id_was_not_recorded_is_found(store: RunStore) -> None:
+    """A kill between the creation of a trial's run and the recording of its id."""
     from mlkit.tuning import tune
 
-    found = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, jobs=1)
-    lost = found.run.record.points[1].run
-    with found.run.edit() as record:
+    result = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, jobs=1)
+    lost = result.run.record.points[1].run
+    with result.run.edit() as record:
         record.points[1].run, record.status = None, "interrupted"
-    lines = (found.run.folder / "search.jsonl").read_text().splitlines(keepends=True)
-    (found.run.folder / "search.jsonl").write_text("".join(lines[:-2]))  # nor how it ended
-    again = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, jobs=1, run=found.run)
-    assert again.run.record.points[1].run == lost
-    assert len(archive.list(job="trial_of_valley")) == 2
-    assert [event["end"] for event in journal(found.run) if "end" in event] == [1, 2]
+    lines = (result.run.folder / "search.jsonl").read_text().splitlines(keepends=True)
+    (result.run.folder / "search.jsonl").write_text("".join(lines[:-2]))  # nor its result
+    resumed = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, jobs=1, run=result.run)
+    assert resumed.run.record.points[1].run == lost
+    assert len(store.list(job="trial_of_valley")) == 2
+    assert [event["end"] for event in read_journal(result.run) if "end" in event] == [1, 2]
 
 
-def test_a_search_gives_up_when_trials_fail_one_after_another(archive: RunStore) -> None:
+def test_a_search_fails_after_consecutive_failures(store: RunStore) -> None:
     from mlkit.tuning import Search, tune
 
-    with pytest.raises(JobFailedError, match=r"3 trials in a row have failed, the last one: .*as asked"):
+    with pytest.raises(JobFailedError, match=r"3 trials in a row have failed, the last one: .*as requested"):
         tune(SPACE, {"fail": True}, job="trial_of_valley.ipynb", objective="loss", trials=9, jobs=1)
-    (search,) = archive.list(job="tune")
+    (search,) = store.list(job="tune")
     assert search.status == "failed"
-    assert [trial.status for trial in Search(archive.get(search.id)).trials] == ["failed"] * 3
+    assert [trial.status for trial in Search(store.get(search.id)).trials] == ["failed"] * 3
     chosen = {"x": [0.1, 0.2, 0.3], "fail": [False, True]}
-    found = tune(chosen, job="trial_of_valley.ipynb", objective="loss", search="grid", jobs=1)
-    states = [trial.status for trial in found.trials]
+    result = tune(chosen, job="trial_of_valley.ipynb", objective="loss", search="grid", jobs=1)
+    states = [trial.status for trial in result.trials]
     assert states == ["completed", "failed"] * 3
-    assert [trial.score is None for trial in found.trials] == [state == "failed" for state in states]
-    assert found.run.status == "completed"
+    assert [trial.score is None for trial in result.trials] == [state == "failed" for state in states]
+    assert result.run.status == "completed"
 
 
-def test_two_searches_cannot_share_a_folder_and_another_search_cannot_take_it(archive: RunStore) -> None:
+def test_a_run_belongs_to_one_search_and_one_process(store: RunStore) -> None:
     from mlkit.tuning import tune
     from mlkit.tuning.oracle import JOURNAL, Journal
 
-    how = {"job": "trial_of_valley.ipynb", "objective": "loss", "trials": 1, "jobs": 1}
-    run = archive.create("tune").start()
+    options = {"job": "trial_of_valley.ipynb", "objective": "loss", "trials": 1, "jobs": 1}
+    run = store.create("tune").start()
     with Journal(run.folder / JOURNAL), pytest.raises(InputError, match="another process"):
-        tune(SPACE, run=run, **how)
-    tune(SPACE, run=run, **how)
+        tune(SPACE, run=run, **options)
+    tune(SPACE, run=run, **options)
     with pytest.raises(InputError, match=r"another search \(seed differ\)"):
-        tune(SPACE, run=run, seed=7, **how)
-    assert len(archive.list(job="trial_of_valley")) == 1
+        tune(SPACE, run=run, seed=7, **options)
+    assert len(store.list(job="trial_of_valley")) == 1
 
 
-def test_a_measure_that_trials_do_not_report_is_named_after_the_first(archive: RunStore) -> None:
+def test_an_unknown_objective_is_reported_after_the_first_trial(store: RunStore) -> None:
     from mlkit.tuning import tune
 
     with pytest.raises(
         ParameterError, match=r"No trial measures 'los'. Did you mean 'loss'\? There are: loss, beginnings"
     ):
         tune(SPACE, job="trial_of_valley.ipynb", objective="los", trials=5, jobs=1)
-    assert len(archive.list(job="trial_of_valley")) == 1
+    assert len(store.list(job="trial_of_valley")) == 1
 
 
 MEMORY = f"""
 import ctypes, json, psutil
 from mlkit.tuning import tune
-how = {{"job": "trial_of_valley.ipynb", "objective": "loss", "jobs": 2}}
+options = {{"job": "trial_of_valley.ipynb", "objective": "loss", "jobs": 2}}
 sizes = []
 for trials in (8, 16):
-    tune({SPACE}, trials=trials, **how)
-    ctypes.CDLL(None).malloc_trim(0)  # what is free is not kept; only glibc has it, and its arenas
+    tune({SPACE}, trials=trials, **options)
+    ctypes.CDLL(None).malloc_trim(0)  # returns free memory to the system; only glibc has it
     sizes.append(psutil.Process().memory_full_info().uss / 1e6)
 print(json.dumps(sizes))
 """
 
 
-def test_memory_stays_flat(archive: RunStore, project: Path) -> None:
-    # one heap for all threads: otherwise each new one that a thread meets looks like growth
+def test_memory_stays_flat(store: RunStore, project: Path) -> None:
+    # one heap for all threads: otherwise each new arena looks like growth
     one_heap = os.environ | {"MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", MEMORY]
     result = subprocess.run(command, cwd=project, env=one_heap, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     first, second = json.loads(result.stdout.splitlines()[-1])
-    assert second - first < 16 * 0.5, f"{first:.0f}, {second:.0f} MB"  # half a megabyte a trial
+    assert second - first < 16 * 0.5, f"{first:.0f}, {second:.0f} MB"  # half a megabyte per trial
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
-    """An archive with a search over the breast cancer data, by the command line."""
+    """Run store with a search over the breast cancer data, by the command line."""
     folder = tmp_path_factory.mktemp("tuned")
     space = "space={learning_rate: {min: 1e-4, max: 1e-1, sampling: log}, model_options.dropout: [0, 0.4]}"
     flags = [
@@ -249,14 +249,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
     return RunStore(folder / "runs")
 
 
-def test_every_trial_is_a_run_that_has_not_seen_the_test_split(tuned: RunStore) -> None:
+def test_every_trial_is_a_run_without_test_metrics(tuned: RunStore) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (summary,) = tuned.list(job="tune")
     search = tuned.get(summary.id)
     assert (search.status, len(search.record.points)) == ("completed", 4)
     assert search.record.parameters["jobs"] == 2
-    for run in trials_of(tuned, search):
+    for run in trial_runs(tuned, search):
         assert (run.status, run.parents) == ("completed", [search.id])
         assert run.record.parameters["model_options"]["hidden"] == [8]
         assert (run.record.parameters["class_weight"], run.record.parameters["precision"]) == ("balanced", "float32")
@@ -268,28 +268,29 @@ def test_every_trial_is_a_run_that_has_not_seen_the_test_split(tuned: RunStore) 
     assert {"parallel.png", "importance.png", "curves.png"} <= names
 
 
-def test_the_best_trial_is_trained_again_and_tested_on_the_same_rows(tuned: RunStore) -> None:
+def test_the_final_training_is_tested_on_the_same_rows(tuned: RunStore) -> None:
     from mlkit.tuning import Search
 
     (summary,) = tuned.list(job="tune")
-    found = Search(tuned.get(summary.id))
+    result = Search(tuned.get(summary.id))
     (summary,) = tuned.list(job="train")
     trained = tuned.get(summary.id)
-    assert trained.parents == [found.run.id, found.best.run.id]
-    assert found.best.score == min(trial.score for trial in found.trials)
+    assert trained.parents == [result.run.id, result.best.run.id]
+    assert result.best.score == min(trial.score for trial in result.trials)
     parameters = trained.record.parameters
-    assert parameters["learning_rate"] == found.best.values["learning_rate"]
+    assert parameters["learning_rate"] == result.best.values["learning_rate"]
     assert (parameters["class_weight"], parameters["precision"]) == ("balanced", "float32")
-    assert parameters["epochs"] == found.best.best_epoch
-    data, judged = (reload_dataset(run.record.data[0]) for run in (trained, tuned.get(found.best.run.id)))
-    assert data.splits["test"].tolist() == judged.splits["test"].tolist()
-    assert sorted([*judged.splits["train"], *judged.splits["validation"]]) == data.splits["train"].tolist()
+    assert parameters["epochs"] == result.best.best_epoch
+    train_data, trial_data = (reload_dataset(run.record.data[0]) for run in (trained, tuned.get(result.best.run.id)))
+    assert train_data.splits["test"].tolist() == trial_data.splits["test"].tolist()
+    training_rows = sorted([*trial_data.splits["train"], *trial_data.splits["validation"]])
+    assert training_rows == train_data.splits["train"].tolist()
     assert (trained.folder / "saved_model" / "1").is_dir()
     assert any(name.startswith("test") for name in trained.record.metrics)
 
 
-def test_trials_go_on_from_an_earlier_model(tuned: RunStore, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` is then its family, and its sizes are not chosen anew."""
+def test_warm_start_of_trials(tuned: RunStore, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is the family of the source model, and its sizes are not searched."""
     from mlkit.tuning import train_best, tune
 
     monkeypatch.chdir(project)
@@ -298,18 +299,19 @@ def test_trials_go_on_from_an_earlier_model(tuned: RunStore, project: Path, monk
     sizes = earlier.record.parameters["model_options"]
     common = {"dataset": "breast_cancer", "model_options": sizes, "epochs": 1, "warm_start": str(earlier.folder)}
     space = {"learning_rate": [1e-6, 1e-5], "model_options": "auto"}
-    found = tune(space, common, search="grid", jobs=2)
-    archive = RunStore(found.run.folder.parent)
-    for run in trials_of(archive, found.run):
-        assert run.parents == [found.run.id, earlier.id]
+    result = tune(space, common, search="grid", jobs=2)
+    store = RunStore(result.run.folder.parent)
+    for run in trial_runs(store, result.run):
+        assert run.parents == [result.run.id, earlier.id]
         assert run.record.parameters["model"] == "wide_deep"
-        assert run.record.metrics["val_accuracy"] > 0.85  # at these rates, only of what it has brought along
-    again = archive.create("train", parents=[found.run.id, found.best.run.id, earlier.id])
-    again.start().complete()
-    assert train_best(found).id == again.id  # it is known in spite of the third parent
+        accuracy = run.record.metrics["val_accuracy"]
+        assert accuracy > 0.85  # at these learning rates only with the weights of the source model
+    final = store.create("train", parents=[result.run.id, result.best.run.id, earlier.id])
+    final.start().complete()
+    assert train_best(result).id == final.id  # recognised in spite of the third parent
 
 
-def test_a_wrong_search_ends_with_exit_code_2(cli: Callable, project: Path) -> None:
+def test_an_invalid_search_has_exit_code_2(cli: Callable, project: Path) -> None:
     given = ["dataset=breast_cancer", "model=mlp", "objective=val_acuracy"]
     result = cli("run", "tune", *(part for flag in given for part in ("-p", flag)))
     assert result.returncode == 2
@@ -318,7 +320,7 @@ def test_a_wrong_search_ends_with_exit_code_2(cli: Callable, project: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("space", "how", "message"),
+    ("space", "options", "message"),
     [
         ({"learning_rate": [1e-3, 1e-2]}, {"objective": "val_acuracy"}, "Did you mean 'val_accuracy'?"),
         ({"learning_rat": [1e-3, 1e-2]}, {}, "Did you mean 'learning_rate'?"),
@@ -327,8 +329,8 @@ def test_a_wrong_search_ends_with_exit_code_2(cli: Callable, project: Path) -> N
         ({"batch_size": {"min": 1, "max": 500}}, {"search": "grid"}, "The grid has 500 points"),
     ],
 )
-def test_wrong_searches_are_refused_before_the_first_trial(
-    space: dict, how: dict, message: str, project: Path, monkeypatch: pytest.MonkeyPatch
+def test_invalid_searches_are_rejected_before_the_first_trial(
+    space: dict, options: dict, message: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlkit.data import load_dataset
     from mlkit.tuning import tune
@@ -336,7 +338,7 @@ def test_wrong_searches_are_refused_before_the_first_trial(
     monkeypatch.chdir(project)
     common = {"dataset": "breast_cancer", "model": "mlp"}
     with pytest.raises(ParameterError, match=re.escape(message)):
-        tune(space, common, dataset=load_dataset("breast_cancer"), **how)
+        tune(space, common, dataset=load_dataset("breast_cancer"), **options)
     assert not len(RunStore(project / "runs").list(job="trial"))
 
 
@@ -348,22 +350,22 @@ def test_wrong_searches_are_refused_before_the_first_trial(
         (["tune", "--workers", "2"], "--workers is for one run"),
     ],
 )
-def test_runs_at_a_time_where_there_is_one(arguments: list[str], message: str, cli: Callable, project: Path) -> None:
+def test_parallel_runs_need_a_sweep_or_search(arguments: list[str], message: str, cli: Callable, project: Path) -> None:
     result = cli("run", *arguments, "--jobs", "2")
     assert result.returncode == 2
     assert message in result.stderr
     assert not (project / "runs").exists()
 
 
-def test_hyperband_lets_the_better_trainings_go_on(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hyperband_promotes_the_better_trials(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlkit.tuning import tune
 
     monkeypatch.chdir(project)
     common = {"dataset": "breast_cancer", "model": "mlp", "model_options": {"hidden": [4]}, "epochs": 3}
     space = {"learning_rate": {"min": 1e-4, "max": 1e-1, "sampling": "log"}}
-    found = tune(space, common, search="hyperband", jobs=2)
-    runs = {trial.run.id: trial for trial in found.trials}
-    promoted = [trial for trial in found.trials if trial.parameters.get("continues")]
+    result = tune(space, common, search="hyperband", jobs=2)
+    runs = {trial.run.id: trial for trial in result.trials}
+    promoted = [trial for trial in result.trials if trial.parameters.get("continues")]
     assert promoted
     for trial in promoted:
         earlier = runs[trial.parameters["continues"]]

@@ -1,0 +1,1 @@
+"""Private interfaces of other libraries, one function and one test each."""
