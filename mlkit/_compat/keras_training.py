@@ -7,9 +7,9 @@ from mlkit._tensorflow import import_tensorflow
 
 import_tensorflow()  # quietly, and before Keras
 
-import keras
-import numpy as np
-import tensorflow as tf
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
 
 
 def set_model_strategy(

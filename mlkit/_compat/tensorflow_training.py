@@ -4,7 +4,7 @@ from mlkit._tensorflow import import_tensorflow
 
 import_tensorflow()  # quietly
 
-import tensorflow as tf
+import tensorflow as tf  # noqa: E402
 
 
 def abort_collectives(

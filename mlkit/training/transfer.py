@@ -31,7 +31,8 @@ from ..data.labels import each_label
 from ..errors import DatasetError, ModelError, NotFoundError, ParameterError, did_you_mean, join_names
 from ..models.families import FAMILIES, build_model
 from ..models.preprocessing import Blocks
-from ..runs.run import Run, RunStore, find_model_version
+from ..runs.run import Run, find_model_version
+from ..runs.store import RunStore
 from .distribution import optimizer_chain
 
 # %% ../../nbs/library/training/09_transfer.ipynb #b0548f0e

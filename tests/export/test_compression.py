@@ -230,7 +230,7 @@ def test_invalid_students_are_rejected(network: keras.Model, digits: Dataset, pa
         build_student(network, digits, "mpl")
     with pytest.raises(ModelError, match="is for tables"):
         build_student(network, digits, "wide_deep")
-    with pytest.raises(ModelError, match=r"cnn takes no size 'hiden'\. Did you mean 'hidden'"):
+    with pytest.raises(ModelError, match=r"cnn has no hyperparameter 'hiden'\. Did you mean 'hidden'"):
         build_student(network, digits, "cnn", hiden=3)
     for options in ({"temperature": 0}, {"teacher_weight": 0}, {"teacher_weight": 1.5}):
         with pytest.raises(ParameterError, match="temperature is above 0"):

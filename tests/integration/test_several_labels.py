@@ -119,7 +119,7 @@ def test_what_cannot_be_meant_is_refused(table):
     refuse("weight='amount' is a label", weight="amount")
     refuse("key='returned' is a label", split="hash", key="returned")
     refuse("class_weight= is for one label", class_weight="balanced")
-    refuse("names 'amont', which is no label. Did you mean", task={"amont": "regression"})
+    refuse("names 'amont', which is not a label. Did you mean", task={"amont": "regression"})
     refuse("Did you mean 'regression'", task={"amount": "regresion"})
 
 
@@ -129,7 +129,7 @@ def test_names_that_would_mean_two_measures_are_refused(tmp_path):
     ).write_csv(tmp_path / "names.csv")
     with pytest.raises(DatasetError, match="rename the column 'paid in cash'"):
         load_dataset(tmp_path / "names.csv", ["gain", "paid in cash"])
-    with pytest.raises(DatasetError, match="'gain_pr_auc' would be a measure of both"):
+    with pytest.raises(DatasetError, match="'gain_pr_auc' would be a metric of both"):
         load_dataset(tmp_path / "names.csv", ["gain", "gain_pr"])
 
 

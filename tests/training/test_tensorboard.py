@@ -13,13 +13,13 @@ import pytest
 import tensorflow as tf
 from google.protobuf import text_format
 from keras import layers
-from mlkit.models import build_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.plugins.projector import ProjectorConfig
 
 from mlkit.data import Dataset, load_dataset, open_dataset
 from mlkit.errors import ParameterError
+from mlkit.models import build_model
 from mlkit.training.diagnostics import LayerProbe, TrainingDiagnostics, diagnose, probe_batch
 from mlkit.training.tensorboard import TensorBoardLogger, parse_profile, row_names, write_projector
 from tests.conftest import ADULT

@@ -64,9 +64,8 @@ def test_a_single_row_does_not_fit() -> None:
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
 def test_large_values_are_normalised_in_full_precision(precision: str, tmp_path: Path) -> None:
     """Amounts beyond the range of 16 bits are normalised in float32."""
-    from mlkit.models import build_model
-
     from mlkit.export import export_saved_model, load_saved_model
+    from mlkit.models import build_model
     from mlkit.training import fit, prepare_devices
 
     rng = np.random.default_rng(1)
@@ -89,7 +88,6 @@ def test_large_values_are_normalised_in_full_precision(precision: str, tmp_path:
 def test_checkpoints_are_written_at_the_given_interval(tmp_path: Path) -> None:
     """A long interval leaves only the last checkpoint, a tiny one writes a checkpoint after every call."""
     from mlkit.models import build_model
-
     from mlkit.training import fit
     from mlkit.training.checkpoints import TrainingCheckpoint
 
@@ -110,8 +108,8 @@ def test_checkpoints_are_written_at_the_given_interval(tmp_path: Path) -> None:
 def test_a_nan_loss_is_reported_with_its_step() -> None:
     """The step is named although many steps are executed in one call."""
     import keras
-    from mlkit.models import build_model
 
+    from mlkit.models import build_model
     from mlkit.training import fit
 
     data = load_dataset("digits")

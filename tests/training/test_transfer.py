@@ -48,7 +48,6 @@ def trained(store: RunStore, data, family: str = "wide_deep", optimizer: str = "
 
 def ready(data, family: str = "wide_deep", optimizer: str = "adam", **sizes):
     from mlkit.models import build_model
-
     from mlkit.training import compile_model
 
     return compile_model(build_model(family, data, **sizes), data.task, 0.01, optimizer)

@@ -244,7 +244,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> RunStore:
         "trials=4",
         space,
     ]
-    result = run_cli("run", "tune", "--max-parallel", "2", *(part for flag in flags for part in ("-p", flag)), folder=folder)
+    result = run_cli(
+        "run", "tune", "--max-parallel", "2", *(part for flag in flags for part in ("-p", flag)), folder=folder
+    )
     assert result.returncode == 0, result.stderr
     return RunStore(folder / "runs")
 
