@@ -342,7 +342,7 @@ def test_verdicts_are_fair(cancer: Dataset) -> None:
     assert measured.compare(best).verdict == "same"
     worse = replace(best, scores=0.8 * best.scores + 0.1)
     assert measured.compare(worse, "the timid one").verdict == "worse"
-    assert "the timid one is not worth it here" in str(measured.compare(worse, "the timid one"))
+    assert "the timid one is worse than the best baseline" in str(measured.compare(worse, "the timid one"))
     perfect = replace(best, scores=np.eye(2)[best.labels])
     constant = replace(measured, found={"constant": measured.found["constant"]})
     assert constant.compare(perfect).verdict == "better"
