@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .._display import format_number, html_table
+from .._display import display_path, format_number, html_table
 from .._files import as_storage_error
 from ..config import load_settings
 from mlkit.errors import (
@@ -616,7 +616,7 @@ class Registry:
             yield LockedModel(self.root, writer, state)
 
     def __repr__(self) -> str:
-        return f"Registry({str(self.root)!r})"
+        return f"Registry({display_path(self.root)})"
 
     def _repr_html_(self) -> str:
         versions = [version for name in self.states() for version in self.versions(name)]

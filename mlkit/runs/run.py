@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from markupsafe import Markup
 
-from .._display import format_number, format_seconds, render, sparkline
+from .._display import display_path, format_number, format_seconds, render, sparkline
 from .._files import locked, new_folder, write_atomic
 from ..errors import InputError, NotFoundError, StorageError
 from mlkit.runs.record import (
@@ -327,7 +327,7 @@ def run_html(
         given=record.parameters,
         file_count=len(record.artifacts),
         megabytes=f"{sum(artifact.size for artifact in record.artifacts) / 1e6:.1f}",
-        folder=str(run.folder),
+        folder=display_path(run.folder),
     )
 
 # %% ../../nbs/library/runs/01_run.ipynb #bded3077

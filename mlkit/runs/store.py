@@ -21,7 +21,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .._display import format_number, format_seconds, render
+from .._display import display_path, format_number, format_seconds, render
 from .._files import as_storage_error, write_atomic
 from ..config import load_settings
 from ..errors import InputError, NotFoundError, did_you_mean
@@ -54,7 +54,7 @@ class RunTable:
         return order[:most]
 
     def __repr__(self) -> str:
-        return f"RunTable({len(self)} of {self.matching} runs in {self.root})"
+        return f"RunTable({len(self)} of {self.matching} runs in {display_path(self.root)})"
 
     def _repr_html_(self) -> str:
         names = self.metric_names()
@@ -69,7 +69,7 @@ class RunTable:
             for run in self.runs
         ]
         titles = ("run", "status", "time", *names, "parameters passed")
-        return render("run_table.html", titles=titles, rows=rows, matching=self.matching, root=str(self.root))
+        return render("run_table.html", titles=titles, rows=rows, matching=self.matching, root=display_path(self.root))
 
 # %% ../../nbs/library/runs/03_store.ipynb #a08f4235
 class RunStore:
