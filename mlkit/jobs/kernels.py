@@ -411,18 +411,18 @@ def run_server(
             for file in (Path(path), Path(path).with_suffix(".log")):
                 file.unlink(missing_ok=True)
             return
-    exec_kernel(request, import_path, changeable_modules(), kit)
+    exec_kernel(request, import_path, kit)
 
 
 def exec_kernel(
     request: ForkRequest,
     import_path: list[str],  # sys.path of a kernel
-    changeable: list[str],  # names of modules outside the installed environment
     kit: dict[str, str],  # digests of the kit's files when the server imported them; {} if it did not
 ) -> None:
     """Turn this copy of the server into the requested kernel or other process, and run it until it ends."""
     module, _, function = request.entry.partition(":")
     entry = getattr(importlib.import_module(module), function)
+    changeable = changeable_modules()  # those that the entry point needs included, or two copies of a module would meet
     adopt_orphans()
     for target, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, target)
