@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOWER_ANYWHERE', 'LOWER_WORDS', 'MANY_CLASSES', 'BOOTSTRAP_SAMPLES', 'SUBSET_ROWS', 'CONFIDENCE', 'Task', 'FUNCTIONS',
-           'METRICS', 'THRESHOLDS', 'lower_is_better', 'LabelledScores', 'per_row_loss', 'binary_measures',
-           'multiclass_measures', 'regression_measures', 'list_gains', 'MetricEstimate', 'bootstrap_weights',
-           'sample_rows', 'metric_values', 'compute_metrics', 'list_measures', 'compare_metrics', 'Decision',
-           'best_threshold', 'threshold_table', 'thresholds_html']
+           'METRICS', 'THRESHOLDS', 'lower_is_better', 'LabelledScores', 'per_row_loss', 'binary_metrics',
+           'multiclass_metrics', 'regression_metrics', 'ranking_values', 'MetricEstimate', 'bootstrap_weights',
+           'sample_rows', 'metric_values', 'compute_metrics', 'ranking_metrics', 'compare_metrics', 'ThresholdMetrics',
+           'best_threshold', 'threshold_metrics', 'threshold_html']
 
 # %% ../nbs/library/core/04_metrics.ipynb #5e91eb5f
 import re
@@ -107,7 +107,7 @@ def _areas(weights: np.ndarray, positive: np.ndarray, labels: np.ndarray) -> tup
     return roc_auc, _ratio((true_steps * precision).sum(axis=1), positives)
 
 
-def binary_measures(
+def binary_metrics(
     rows: LabelledScores,  # labels 0 or 1, scores [rows, 2]
     weights: np.ndarray,  # row weights, [samples, rows]
     threshold: float = 0.5,  # probability above which a row is predicted positive
@@ -150,7 +150,7 @@ def _true_class_rank(rows: LabelledScores) -> np.ndarray:
     return (rows.scores >= np.take_along_axis(rows.scores, rows.labels[:, None], axis=1)).sum(axis=1)
 
 
-def multiclass_measures(
+def multiclass_metrics(
     rows: LabelledScores,  # labels are class indices, scores [rows, classes]
     weights: np.ndarray,  # row weights, [samples, rows]
 ) -> dict[str, np.ndarray]:  # metric -> values [samples]
@@ -178,7 +178,7 @@ def _quantiles(weights: np.ndarray, values: np.ndarray, quantiles: Sequence[floa
     return [values[order][np.argmax(cumulative >= q * cumulative[:, -1:], axis=1)] for q in quantiles]
 
 
-def regression_measures(
+def regression_metrics(
     rows: LabelledScores,  # labels and predictions in the unit of the target
     weights: np.ndarray,  # row weights, [samples, rows]
 ) -> dict[str, np.ndarray]:  # metric -> values [samples]; r2 is NaN where all labels are equal
@@ -200,7 +200,7 @@ def regression_measures(
     }
 
 # %% ../nbs/library/core/04_metrics.ipynb #c786aa9a
-def list_gains(
+def ranking_values(
     rows: LabelledScores,  # labels are relevances (0: not relevant), scores [rows] or probabilities [rows, 2]
     lists: np.ndarray,  # list that each row belongs to, any values, [rows]
     first: int = 10,  # cutoff rank k of the metrics at k
@@ -242,9 +242,9 @@ SUBSET_ROWS = 5_000  # rows within which the bootstrap resamples
 CONFIDENCE = 0.95
 Task = Literal["binary", "multiclass", "regression"]
 FUNCTIONS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
-    "binary": binary_measures,
-    "multiclass": multiclass_measures,
-    "regression": regression_measures,
+    "binary": binary_metrics,
+    "multiclass": multiclass_metrics,
+    "regression": regression_metrics,
 }
 METRICS = [  # metrics of all tasks
     *("accuracy", "log_loss", "f1", "precision", "recall", "auc", "pr_auc", "calibration_error"),
@@ -338,8 +338,8 @@ def compute_metrics(
     return _with_intervals(len(rows.labels), lambda subset, weights: function(rows.take(subset), weights, **options))
 
 # %% ../nbs/library/core/04_metrics.ipynb #f058e898
-def list_measures(
-    gains: dict[str, np.ndarray],  # metric -> values [lists], from `list_gains`
+def ranking_metrics(
+    gains: dict[str, np.ndarray],  # metric -> values [lists], from `ranking_values`
 ) -> dict[str, MetricEstimate]:
     """Mean of ranking metrics over lists, with confidence intervals; raises ValueError without lists."""
     count = len(next(iter(gains.values())))
@@ -374,7 +374,7 @@ def compare_metrics(
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-class Decision(NamedTuple):
+class ThresholdMetrics(NamedTuple):
     """Metrics of a binary classifier at a decision threshold."""
 
     threshold: float
@@ -397,10 +397,10 @@ def best_threshold(
     return (float(scores[best]) + float(next_score)) / 2
 
 # %% ../nbs/library/core/04_metrics.ipynb #1c03e62e
-def threshold_table(
+def threshold_metrics(
     rows: LabelledScores,  # scores of a binary classifier
     thresholds: Sequence[float] | None = None,  # by default THRESHOLDS and the one with the highest F1
-) -> list[Decision]:  # by ascending threshold
+) -> list[ThresholdMetrics]:  # by ascending threshold
     """Compute the metrics at each decision threshold; raises ValueError without rows."""
     _require_rows(rows)
     thresholds = sorted({*THRESHOLDS, best_threshold(rows)} if thresholds is None else set(thresholds))
@@ -419,12 +419,14 @@ def threshold_table(
         return statistics
 
     estimates = _with_intervals(len(rows.labels), decisions)
-    names = Decision._fields[1:]
-    return [Decision(float(threshold), *(estimates[threshold, name] for name in names)) for threshold in thresholds]
+    names = ThresholdMetrics._fields[1:]
+    return [
+        ThresholdMetrics(float(threshold), *(estimates[threshold, name] for name in names)) for threshold in thresholds
+    ]
 
 # %% ../nbs/library/core/04_metrics.ipynb #7ca8d54e
-def thresholds_html(
-    table: Sequence[Decision],  # metrics at each threshold, from `threshold_table`
+def threshold_html(
+    table: Sequence[ThresholdMetrics],  # metrics at each threshold, from `threshold_metrics`
 ) -> str:  # HTML
     """Render the metrics at each threshold as a table with 95 % intervals; the highest F1 is bold."""
     best = max(decision.f1.value for decision in table)

@@ -89,9 +89,9 @@ def _column_types(text: str | None) -> dict[str, str]:
 
 def _name(source: str) -> str:
     """Name of a source in a report, without credentials."""
-    from mlkit.data.sql import safe_source
+    from mlkit.data.sql import redact_source
 
-    return Path(source).name if Path(source).exists() else safe_source(source)
+    return Path(source).name if Path(source).exists() else redact_source(source)
 
 
 _LARGE = 2_000_000_000  # bytes
@@ -158,7 +158,7 @@ def _values(column: "ColumnStatistics") -> str:
 
 
 def _bars(column: "ColumnStatistics", width: int = 10) -> str:
-    from mlkit._display import text_curve
+    from mlkit._display import text_sparkline
 
     if column.is_quantity:
         if not column.minimum < column.maximum < float("inf"):
@@ -167,7 +167,7 @@ def _bars(column: "ColumnStatistics", width: int = 10) -> str:
         shares = column.histogram([column.minimum + step * n for n in range(width)] + [column.maximum])
     else:
         shares = list(column.counts.values())[:width]
-    return text_curve(shares, 0, max(shares)) if len(shares) else ""
+    return text_sparkline(shares, 0, max(shares)) if len(shares) else ""
 
 
 def describe_table(
@@ -352,9 +352,9 @@ def drift_table(
     drift: "Drift",
 ) -> Table:
     """The worst column first."""
-    from mlkit.data.drift import VERDICT_COLORS, format_p
+    from mlkit.data.drift import RESULT_COLORS, format_p
 
-    colors = VERDICT_COLORS | {"unproven": "yellow", "new": "dim", "not judged": "dim"}
+    colors = RESULT_COLORS | {"unproven": "yellow", "new": "dim", "not judged": "dim"}
     rows = [
         (c.name, f"[{colors[c.verdict]}]{c.verdict}[/]", format_p(c.p_value), c.reason) for c in drift.columns.values()
     ]

@@ -42,9 +42,9 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Convert a run's model to other formats and write its model card."""
-    from mlkit.export.convert import export_run, read_targets
+    from mlkit.export.convert import export_run, parse_formats
 
-    targets, run = read_targets(to), RunStore().get(reference, having="saved_model")
+    targets, run = parse_formats(to), RunStore().get(reference, having="saved_model")
     with errors.status("...") as status:
         exports = export_run(run, targets, replace, watch=lambda name: status.update(f"exporting {name}"))
     card = run.folder / "model_card.md"
@@ -133,11 +133,11 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Make a model smaller by several methods and compare them."""
-    from mlkit.export.compression_report import METHODS, check_kept, check_methods, read_variants
+    from mlkit.export.compression_report import METHODS, check_kept_method, check_methods, read_variants
     from mlkit.jobs.executor import run_job
 
     chosen = check_methods(methods or list(METHODS))
-    check_kept(keep, chosen)
+    check_kept_method(keep, chosen)
     run = RunStore().get(reference, having="saved_model")
     options = {"sparsity": sparsity, "epochs": epochs, "keep": keep}
     options = {name: value for name, value in options.items() if value is not None}

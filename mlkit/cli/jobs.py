@@ -58,12 +58,12 @@ def start(
     as_json: JsonOption = False,
 ) -> None:
     """Import TensorFlow once and fork kernels from then on."""
-    from mlkit.jobs.kernels import CAN_FORK, WarmServer
+    from mlkit.jobs.kernels import CAN_FORK, ForkServerClient
 
     if not CAN_FORK:
         raise InputError("Warm kernels need Linux; jobs run in ordinary kernels here.")
     seconds = idle_timeout or load_settings().kernels.idle_timeout
-    server = WarmServer.fitting(os.environ)
+    server = ForkServerClient.fitting(os.environ)
     with working("importing TensorFlow"):
         server.hold(seconds).close()
     if as_json:
@@ -101,9 +101,9 @@ def status(as_json: JsonOption = False) -> None:
 @kernels.command(epilog="Example: mlkit kernels stop")
 def stop(as_json: JsonOption = False) -> None:
     """Stop all pools; kernels that execute a job finish it."""
-    from mlkit.jobs.kernels import WarmServer, running_servers
+    from mlkit.jobs.kernels import ForkServerClient, running_servers
 
-    stopped = [WarmServer(server["key"]).ask("stop") for server in running_servers()]
+    stopped = [ForkServerClient(server["key"]).ask("stop") for server in running_servers()]
     if as_json:
         print_json(stopped)
         return

@@ -14,7 +14,7 @@ from mlkit.cli.run import EngineOption
 from mlkit.errors import InputError
 
 if TYPE_CHECKING:
-    from mlkit.serving.batch_predict import Predicted
+    from mlkit.serving.batch_predict import BatchPrediction
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def result_table(
-    result: "Predicted",
+    result: "BatchPrediction",
 ) -> Table:
     """One line: model, version, run, rows and rows per second."""
     names = result.names

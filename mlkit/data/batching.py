@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from .._tensorflow import import_tensorflow
-from .labels import each_label
+from .labels import map_labels
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -39,7 +39,7 @@ def _gatherer(packed: _Packed, order: Sequence[str], *per_row: "np.ndarray | Map
     tf = import_tensorflow()
 
     with tf.device("CPU:0"):
-        per_row = [each_label(values, tf.constant) for values in per_row]
+        per_row = [map_labels(values, tf.constant) for values in per_row]
 
     def gather(rows):
         batch = {}
@@ -48,7 +48,7 @@ def _gatherer(packed: _Packed, order: Sequence[str], *per_row: "np.ndarray | Map
             columns = [gathered] if values.shape.rank == 4 else tf.unstack(gathered, axis=1)
             batch.update(zip(names, columns, strict=True))
         return {name: batch[name] for name in order}, *(
-            each_label(values, lambda column: tf.gather(column, rows)) for values in per_row
+            map_labels(values, lambda column: tf.gather(column, rows)) for values in per_row
         )
 
     return gather

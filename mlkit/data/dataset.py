@@ -19,19 +19,19 @@ import polars as pl
 
 from .._files import write_atomic
 from .batching import _batches, _gatherer, _pack, _Packed, _stream
-from .builtin import _SOURCES, _Content, _open
-from .cleaning import Cleaned, load_steps
+from .builtin import BUILTIN_SOURCES, SourceData, open_source
+from .cleaning import CleaningResult, load_steps
 from .cleaning import clean as clean_table
 from .dataset_html import render_dataset
 from mlkit.data.feature_specs import (
     FeatureSpec,
-    as_declared,
-    as_feature,
+    cast_columns,
     count_words,
     plan_features,
     plan_image,
     read_features,
     text_columns,
+    to_feature_values,
     vocabulary_warnings,
 )
 from .io import fingerprint, fingerprint_images, is_local, write_table
@@ -42,11 +42,11 @@ from mlkit.data.labels import (
     _find_labels,
     _Labels,
     _weight_column,
-    each_label,
+    map_labels,
 )
 from .schema import Schema, load_schema, parse_schema, schema_text
 from .splits import SPLITS, SplitConfig, check_split
-from .sql import safe_source
+from .sql import redact_source
 from .statistics import Statistics, describe
 from .validation import Anomalies, conform, validate
 from ..errors import DatasetError, did_you_mean, join_names
@@ -72,7 +72,7 @@ class DatasetSummaryMixin:
             | {
                 "label": self.label if isinstance(self.label, str) else list(self.label),
                 "rows": self.sizes["all"],
-                "classes": each_label(self.classes, list),
+                "classes": map_labels(self.classes, list),
                 "splits": {name: self.sizes[name] for name in SPLITS},
                 "features": {name: spec.kind for name, spec in self.features.items()},
                 "notes": list(self.notes),
@@ -118,7 +118,7 @@ class Dataset(DatasetSummaryMixin):
     notes: tuple[str, ...] = ()  # warnings, a sentence each
     arguments: dict[str, Any] = field(default_factory=dict)  # arguments of `load_dataset`
     statistics: Statistics | None = None  # statistics of the training features; None for images
-    cleaned: Cleaned | None = None  # result of the cleaning steps
+    cleaned: CleaningResult | None = None  # result of the cleaning steps
     anomalies: Anomalies | None = None  # warnings of the schema validation
     weights: np.ndarray | None = None  # [rows] float32, sample weights; None: all equal
     kept_scale: tuple[float, float] | dict[str, tuple[float, float]] | None = None  # label_scale of a source model
@@ -196,7 +196,7 @@ class Dataset(DatasetSummaryMixin):
     def labels_of(self, split: str) -> np.ndarray | dict[str, np.ndarray]:
         """Labels of a split, in the order of its rows; several labels by name."""
         rows = self.rows(split)
-        return each_label(self.labels, lambda labels: labels[rows])
+        return map_labels(self.labels, lambda labels: labels[rows])
 
     def batches(self, split: str = "train", batch_size: int = 1024) -> Iterator[dict[str, np.ndarray]]:
         """Features of a split as batches of arrays, in the order of its rows."""
@@ -255,7 +255,7 @@ _Overrides = Mapping[str, Mapping[str, Any]]  # column -> options of its feature
 
 
 def _select_features(
-    content: _Content, reserved: Collection[str | None], ignore: Sequence[str], overrides: _Overrides
+    content: SourceData, reserved: Collection[str | None], ignore: Sequence[str], overrides: _Overrides
 ) -> "pl.DataFrame | np.ndarray":
     """Columns that are features, cast as declared, or images."""
     columns = content.table.columns
@@ -272,7 +272,7 @@ def _select_features(
             raise DatasetError(f"{content.name} holds images; features= is for tables. Received: {invalid}")
         return content.images
     names = [name for name in columns if name not in {*reserved, *content.targets, *ignore}]
-    selected = as_declared(content.table.select(names), overrides)
+    selected = cast_columns(content.table.select(names), overrides)
     if not selected.width:
         ignored = join_names([*ignore, *(name for name in names if name in overrides)])
         used = join_names(f"'{name}'" for name in reserved if name)
@@ -283,7 +283,7 @@ def _select_features(
 def _to_inputs(features: "pl.DataFrame | np.ndarray") -> "pl.DataFrame | np.ndarray":
     if isinstance(features, np.ndarray):
         return features
-    return pl.DataFrame([as_feature(column) for column in features])
+    return pl.DataFrame([to_feature_values(column) for column in features])
 
 
 def _plan_inputs(
@@ -330,7 +330,7 @@ class _Preparation:
                 overrides[column.name] = {**options, "kind": "category", "vocabulary": vocabulary}
         return overrides
 
-    def apply(self, content: _Content) -> _Content:
+    def apply(self, content: SourceData) -> SourceData:
         """Clean and validate the rows; raises `DataValidationError` for errors of the schema."""
         if content.images is not None and (self.steps or self.schema):
             raise DatasetError(f"{content.name} holds images; clean= and schema= are for tables.")
@@ -346,7 +346,7 @@ class _Preparation:
         return content
 
 
-def _preparation_warnings(content: _Content) -> list[str]:
+def _preparation_warnings(content: SourceData) -> list[str]:
     """Warnings about rows removed by cleaning, and of the schema."""
     warnings = []
     if content.cleaned is not None and content.cleaned.quarantine.height:
@@ -393,7 +393,7 @@ def load_dataset(
     **options: Any,  # options of the source: of `read_table`, or of "retail": rows, days, drift, dirty, simulation_seed
 ) -> Dataset:
     """Load a data set; raises `DatasetError`, or `DataValidationError` for rows that break the schema."""
-    label, task = label if isinstance(label, str | None) else list(label), each_label(task, str)
+    label, task = label if isinstance(label, str | None) else list(label), map_labels(task, str)
     ignore = [ignore] if isinstance(ignore, str) else list(ignore)
     preparation = _Preparation(load_steps(clean), _parse_schema_argument(schema), read_features(features))
     weighting = WeightConfig(weight, class_weight)
@@ -412,7 +412,7 @@ def load_dataset(
         **options,
     }
     splitting = SplitConfig(split, key, tuple(fractions), seed)
-    content = preparation.apply(_open(source, options, text_columns(preparation.features)))
+    content = preparation.apply(open_source(source, options, text_columns(preparation.features)))
     names = _find_labels(content, label)
     if len(names) > 1 and class_weight is not None:
         raise DatasetError("class_weight= is for one label; with several labels, weight= names a column of weights.")
@@ -458,8 +458,8 @@ def load_dataset(
 
 def _source_record(source: str | Path | Sequence[str | Path]) -> dict[str, Any]:
     """Source as it is recorded: with absolute paths and without passwords."""
-    if isinstance(source, str) and (source in _SOURCES or not is_local(source)):
-        return {"source": safe_source(source).replace(":***@", "@")}  # the password comes from the environment
+    if isinstance(source, str) and (source in BUILTIN_SOURCES or not is_local(source)):
+        return {"source": redact_source(source).replace(":***@", "@")}  # the password comes from the environment
     if isinstance(source, str | Path):
         return {"source": str(Path(source).absolute())}
     return {"source": [str(Path(path).absolute()) for path in source]}
@@ -509,7 +509,7 @@ def _label_arguments(record: Mapping[str, Any], label: str | Sequence[str] | Non
 
 def _load_new_data(record: Mapping[str, Any], source: Any, label: Any, options: Mapping[str, Any]) -> Dataset:
     recorded = record["arguments"]
-    built_in = {str(name) for name in (source, recorded["source"])} & _SOURCES.keys()
+    built_in = {str(name) for name in (source, recorded["source"])} & BUILTIN_SOURCES.keys()
     same_type = source == recorded["source"] or not built_in
     source_options = {name: value for name, value in recorded.items() if same_type and name not in _LOADING_PARAMETERS}
     arguments = _label_arguments(record, label) | {"fractions": (0, 0, 1)}

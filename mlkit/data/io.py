@@ -29,8 +29,8 @@ import yaml
 
 from .._files import new_file, sync_file
 from mlkit.data.dtypes import (
+    COLUMN_TYPES,
     DTYPES,
-    KINDS,
     TEXT_PARSERS,
     TEXT_TYPES,
     convert_column,
@@ -38,7 +38,7 @@ from mlkit.data.dtypes import (
     known_values,
     parse_exactly,
 )
-from .sql import read_query, safe_source
+from .sql import read_query, redact_source
 from .tfrecord import gunzip, read_tfrecord, write_tfrecord
 from ..errors import DatasetError, MissingDependencyError, MlkitError, did_you_mean, join_names
 
@@ -280,10 +280,10 @@ def _check_header(file: Path, names: list[str], table: pl.DataFrame) -> None:
 # %% ../../nbs/library/data/01_io.ipynb #1470e94e
 def _check_types(types: Mapping[str, str]) -> None:
     for name, column_type in types.items():
-        if column_type not in KINDS:
+        if column_type not in COLUMN_TYPES:
             raise DatasetError(
-                f"types= declares column '{name}' as '{column_type}'.{did_you_mean(column_type, KINDS)} "
-                f"Column types: {join_names(KINDS)}."
+                f"types= declares column '{name}' as '{column_type}'.{did_you_mean(column_type, COLUMN_TYPES)} "
+                f"Column types: {join_names(COLUMN_TYPES)}."
             )
 
 
@@ -536,7 +536,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         package = _STORES.get(scheme, "'mlkit[remote]'")
         raise MissingDependencyError(f"'{scheme}://' needs another package: pip install {package}") from error
     except ValueError as error:
-        raise DatasetError(f"'{safe_source(url)}' cannot be opened: {error}.") from None
+        raise DatasetError(f"'{redact_source(url)}' cannot be opened: {error}.") from None
 
 
 def _remote_paths(url: str) -> tuple[Any, list[str]]:
@@ -545,7 +545,7 @@ def _remote_paths(url: str) -> tuple[Any, list[str]]:
         return filesystem, [path]
     paths = sorted(filesystem.glob(path))
     if not paths:
-        raise DatasetError(f"No file matches '{safe_source(url)}'.")
+        raise DatasetError(f"No file matches '{redact_source(url)}'.")
     return filesystem, paths
 
 
@@ -574,7 +574,7 @@ def _download_files(url: str, folder: Path) -> list[Path]:
         problem = f"{type(error).__name__}: {error or 'no further message'}"
     else:
         return files
-    raise DatasetError(f"'{safe_source(url)}' could not be downloaded. {safe_source(problem)}")
+    raise DatasetError(f"'{redact_source(url)}' could not be downloaded. {redact_source(problem)}")
 
 # %% ../../nbs/library/data/01_io.ipynb #69c776fc
 @contextlib.contextmanager
@@ -590,7 +590,7 @@ def local_files(
                 continue
             folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mlkit-")))
             downloaded = _download_files(item, folder)
-            origins |= {str(file): safe_source(item) for file in downloaded}
+            origins |= {str(file): redact_source(item) for file in downloaded}
             files += downloaded
         try:
             yield files
@@ -670,7 +670,7 @@ def read_table(
         return _apply_types(read_query(source, query, query_parameters), types)
     if query is not None or query_parameters:
         raise DatasetError(
-            f"query= is for databases, such as 'postgresql://me@host/shop'. Received: '{safe_source(source)}'."
+            f"query= is for databases, such as 'postgresql://me@host/shop'. Received: '{redact_source(source)}'."
         )
     options = _CsvOptions(columns, _as_list(null_values), encoding, separator)
     return _apply_types(_read_files(source, options, types), types)
@@ -783,7 +783,7 @@ def scan_table(
     types = dict(types or {})
     _check_types(types)
     if _is_url(source):
-        raise DatasetError(f"'{safe_source(source)}' is an address; scan_table scans local files. Use read_table.")
+        raise DatasetError(f"'{redact_source(source)}' is an address; scan_table scans local files. Use read_table.")
     files = find_files(source)
     options = _CsvOptions(columns, _as_list(null_values), "utf-8", separator)
     with read_errors(files):
@@ -871,10 +871,10 @@ def _upload(table: pl.DataFrame, url: str, shards: int) -> list[Path]:
             for file, target in zip(files, targets, strict=True):
                 filesystem.put_file(str(file), target)
         except Exception as error:  # each fsspec implementation raises its own exceptions
-            problem = safe_source(f"{type(error).__name__}: {error}")
+            problem = redact_source(f"{type(error).__name__}: {error}")
         else:
             return [Path(target) for target in targets]
-    raise DatasetError(f"'{safe_source(url)}' could not be written. {problem}")
+    raise DatasetError(f"'{redact_source(url)}' could not be written. {problem}")
 
 # %% ../../nbs/library/data/01_io.ipynb #4af66112
 def _canonical_column(column: pl.Series) -> tuple[str, pl.Series]:

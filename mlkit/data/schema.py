@@ -24,7 +24,7 @@ from .._display import format_number, html_table
 from .._files import as_storage_error, locked, write_atomic
 from ..config import load_settings
 from .drift import DISTANCES
-from .dtypes import Kind
+from .dtypes import ColumnType
 from .statistics import ColumnStatistics, Statistics
 from ..errors import DatasetError, NotFoundError, did_you_mean, join_names
 
@@ -54,7 +54,7 @@ class ColumnSchema:
     """Expectations of one column; raises `DatasetError` when they contradict each other."""
 
     name: str
-    kind: Kind = "other"  # column type; "other" is not checked
+    kind: ColumnType = "other"  # column type; "other" is not checked
     required: float = 0.0  # minimum share of rows with a value
     required_rows: int = 0  # minimum number of rows with a value
     domain: tuple[str, ...] | tuple[int, ...] | None = None  # all allowed values
@@ -90,9 +90,9 @@ class ColumnSchema:
 # %% ../../nbs/library/data/09_schema.ipynb #be5d2092
 def _find_contradiction(column: ColumnSchema) -> str:
     """Description of the first contradiction; empty when there is none."""
-    if column.kind not in get_args(Kind):
-        suggestion = did_you_mean(column.kind, get_args(Kind))
-        return f"kind is one of {join_names(get_args(Kind))}. Received: {column.kind!r}.{suggestion}"
+    if column.kind not in get_args(ColumnType):
+        suggestion = did_you_mean(column.kind, get_args(ColumnType))
+        return f"kind is one of {join_names(get_args(ColumnType))}. Received: {column.kind!r}.{suggestion}"
     if not (0 <= column.required <= 1 and 0 <= column.domain_share <= 1):
         return f"required and domain_share are from 0 to 1. Received: {column.required}, {column.domain_share}"
     for name in ("distinct", "values"):
@@ -349,7 +349,7 @@ _UNCHECKED_STAGES = (
 )  # planned, alpha, deprecated, debug only, disabled: TFDV does not validate these either
 
 
-def _read_kind(feature: "schema_pb2.Feature", tags: Mapping[str, str]) -> Kind:
+def _read_kind(feature: "schema_pb2.Feature", tags: Mapping[str, str]) -> ColumnType:
     if "kind" in tags:
         return tags["kind"]
     domain = feature.WhichOneof("domain_info") or ""
@@ -368,7 +368,7 @@ def _read_tags(annotation: Any) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 # %% ../../nbs/library/data/09_schema.ipynb #c3c802e2
-def _read_bound(domain: Any, name: str, kind: Kind, tags: Mapping[str, str]) -> float | datetime.date | None:
+def _read_bound(domain: Any, name: str, kind: ColumnType, tags: Mapping[str, str]) -> float | datetime.date | None:
     exact = tags.get({"min": "minimum", "max": "maximum"}[name])
     if kind in ("date", "datetime"):
         return datetime.date.fromisoformat(exact) if exact else None
@@ -389,7 +389,7 @@ def _to_float32(number: float) -> np.float32:
         return np.float32(number)
 
 
-def _read_domain(domain: Any, kind: Kind, tags: Mapping[str, str]) -> tuple | None:
+def _read_domain(domain: Any, kind: ColumnType, tags: Mapping[str, str]) -> tuple | None:
     if "domain" in tags:
         return tuple(_parse_tag(tags, "domain"))
     values = tuple(getattr(domain, "value", ()))

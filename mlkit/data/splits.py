@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import polars as pl
 
-from .builtin import _Content
+from .builtin import SourceData
 from .labels import missing_rows
 from ..errors import DatasetError, did_you_mean, join_names
 
@@ -139,7 +139,7 @@ class SplitConfig:
             raise DatasetError(f"seed= is an integer of at least 0. Received: {self.seed}")
         check_fractions(self.fractions)
 
-    def resolve(self, content: _Content, labels: Sequence[str]) -> "SplitConfig":
+    def resolve(self, content: SourceData, labels: Sequence[str]) -> "SplitConfig":
         """The rule with its key column; raises `DatasetError` for an unknown rule or an unsuitable column."""
         if self.rule not in _RULES:
             raise DatasetError(
@@ -168,7 +168,7 @@ class SplitConfig:
             raise DatasetError(f"Key column '{key}' lacks a value in {missing} rows; split='{self.rule}' needs all.")
         return replace(self, key=key)
 
-    def describe(self, content: _Content) -> str:
+    def describe(self, content: SourceData) -> str:
         """The rule in words."""
         shares = " / ".join(f"{share:g}" for share in self.fractions)
         if self.rule == "time":
@@ -177,7 +177,7 @@ class SplitConfig:
         return f"{rule}, {shares}, seed {self.seed}" + (", published test set" if content.published_test else "")
 
     def assign(
-        self, content: _Content, inputs: "pl.DataFrame | np.ndarray", strata: np.ndarray
+        self, content: SourceData, inputs: "pl.DataFrame | np.ndarray", strata: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Row numbers of each split, and of all; raises `DatasetError` for an empty split."""
         assigned = self._split_numbers(content, inputs, strata)
@@ -190,7 +190,9 @@ class SplitConfig:
                 )
         return splits | {"all": np.arange(len(assigned))}
 
-    def _split_numbers(self, content: _Content, inputs: "pl.DataFrame | np.ndarray", strata: np.ndarray) -> np.ndarray:
+    def _split_numbers(
+        self, content: SourceData, inputs: "pl.DataFrame | np.ndarray", strata: np.ndarray
+    ) -> np.ndarray:
         """Split number of each row, [rows]."""
         if self.rule == "hash":
             return hash_split(content.table[self.key], self.fractions, self.seed)

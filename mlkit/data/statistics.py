@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 
 from .._display import html_page
-from .dtypes import _TEMPORAL, Kind, _as_numbers, _plain, as_number, kind_of
+from .dtypes import TEMPORAL_TYPES, ColumnType, as_numbers, column_type_of, normalize_dtype, value_as_number
 from ..errors import DatasetError, did_you_mean, join_names
 
 # %% ../../nbs/library/data/07_statistics.ipynb #23196ec3
@@ -44,25 +44,25 @@ _REPRESENTABLE = {"date": _YEARS, "datetime": _YEARS, "duration": (-999_999_999,
 
 def _to_python(values: pl.Series) -> list:
     """Python objects; days since 1970-01-01 for dates that Python cannot represent."""
-    kind = kind_of(values.dtype)
+    kind = column_type_of(values.dtype)
     if kind not in _REPRESENTABLE:
         return values.to_list()
     low, high = _REPRESENTABLE[kind]
-    days = _as_numbers(values)
+    days = as_numbers(values)
     inside = (days >= low) & (days < high)
     representable = iter(values.filter(pl.Series(inside, dtype=pl.Boolean)).to_list())
     return [next(representable) if fits else float(day) for fits, day in zip(inside, days, strict=True)]
 
 
-def _truncate_counts(kind: Kind, counts: Mapping[Any, int]) -> dict[Any, int]:
+def _truncate_counts(kind: ColumnType, counts: Mapping[Any, int]) -> dict[Any, int]:
     """The most frequent values, ties in order of value."""
-    ascending = sorted(counts, key=as_number) if kind in _REPRESENTABLE else sorted(counts)
+    ascending = sorted(counts, key=value_as_number) if kind in _REPRESENTABLE else sorted(counts)
     ranked = sorted(ascending, key=counts.__getitem__, reverse=True)
     return {value: counts[value] for value in ranked[: _MAX_TEXTS if kind == "text" else _MAX_NUMBERS]}
 
 
 def _most_frequent(values: pl.Series, rows: np.ndarray) -> dict[Any, int]:
-    kind = kind_of(values.dtype)
+    kind = column_type_of(values.dtype)
     if len(values) > (limit := _MAX_TEXTS if kind == "text" else _MAX_NUMBERS):
         table = pl.DataFrame({"value": values, "rows": rows})
         table = table.top_k(limit, by=["rows", "value"], reverse=[False, True])
@@ -150,7 +150,7 @@ def _hash(values: pl.Series) -> np.ndarray:
         return _hash_texts(values)
     if values.dtype in (pl.Int64, pl.UInt64):
         return _mix(values.to_numpy().view(np.uint64))  # also beyond 2^53, where float64 has gaps
-    return _mix((_as_numbers(values) + 0.0).view(np.uint64))
+    return _mix((as_numbers(values) + 0.0).view(np.uint64))
 
 # %% ../../nbs/library/data/07_statistics.ipynb #9f6e31bf
 def _make_sketch(hashes: np.ndarray) -> np.ndarray:
@@ -170,7 +170,7 @@ def _to_numbers(values: Iterable) -> np.ndarray:
     try:
         return np.array(values, float) + 0.0
     except TypeError:
-        return np.array([as_number(value) for value in values])
+        return np.array([value_as_number(value) for value in values])
 
 
 def _sorted_counts(counts: Mapping[Any, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +197,7 @@ class ColumnStatistics:
     """Statistics of one column."""
 
     name: str
-    kind: Kind  # column type
+    kind: ColumnType  # column type
     rows: int  # total rows, missing ones included
     missing: int  # rows with null, NaN or "", which a model sees as missing
     unique: int  # distinct values; an estimate or a lower bound where not unique_exact
@@ -266,24 +266,24 @@ class ColumnStatistics:
 
 # %% ../../nbs/library/data/07_statistics.ipynb #b4e03a4d
 def _describe_column(column: pl.Series) -> ColumnStatistics:
-    kind, name, rows = kind_of(column.dtype), column.name, len(column)
+    kind, name, rows = column_type_of(column.dtype), column.name, len(column)
     if kind == "other":
         countable = column.dtype != pl.Object
         unique = column.drop_nulls().n_unique() if countable else 0
         return ColumnStatistics(name, kind, rows, column.null_count(), unique, countable)
-    known = _plain(column.alias("value")).drop_nulls()  # Polars reads a name such as ^a.*$ as a pattern
+    known = normalize_dtype(column.alias("value")).drop_nulls()  # Polars reads a name such as ^a.*$ as a pattern
     values, rows_per_value = _count_values(known)
     if kind == "text":
         lengths = values.str.len_chars().to_numpy()
         fields, short = _text_fields(lengths, rows_per_value), lengths <= _MAX_TEXT_LENGTH
         counts = _most_frequent(values.filter(pl.Series(short, dtype=pl.Boolean)), rows_per_value[short])
     else:
-        fields, counts = _numeric_fields(_as_numbers(values), rows_per_value), _most_frequent(values, rows_per_value)
+        fields, counts = _numeric_fields(as_numbers(values), rows_per_value), _most_frequent(values, rows_per_value)
     statistics = ColumnStatistics(name, kind, rows, rows - len(known), len(values), True, counts, **fields)
     return statistics if statistics.complete else replace(statistics, sketch=_make_sketch(_hash(values)))
 
 # %% ../../nbs/library/data/07_statistics.ipynb #b3683479
-def _fields_from_counts(kind: Kind, counts: Mapping[Any, int]) -> dict[str, Any]:
+def _fields_from_counts(kind: ColumnType, counts: Mapping[Any, int]) -> dict[str, Any]:
     """Statistics that are computed from complete value counts."""
     if kind == "text":
         return _text_fields(np.array([len(text) for text in counts]), np.array(list(counts.values())))
@@ -359,7 +359,7 @@ def _merge_columns(parts: Sequence[ColumnStatistics]) -> ColumnStatistics:
     return whole if len(whole.sketch) else replace(whole, sketch=_column_sketch(replace(whole, counts=counts)))
 
 
-def _approximate_fields(kind: Kind, known: Sequence[ColumnStatistics]) -> dict[str, Any]:
+def _approximate_fields(kind: ColumnType, known: Sequence[ColumnStatistics]) -> dict[str, Any]:
     """Statistics of numbers or text that are merged without complete value counts."""
     if kind == "text":
         return {
@@ -463,8 +463,8 @@ def _check_slices(by: str, count: int) -> None:
 
 def _slices(table: pl.DataFrame, by: str) -> dict[str, Statistics]:
     """Statistics of the rows of each value; rows without a value form the slice "column="."""
-    keys = _plain(table[by])
-    if kind_of(keys.dtype) == "other":
+    keys = normalize_dtype(table[by])
+    if column_type_of(keys.dtype) == "other":
         raise DatasetError(
             f"by='{by}' holds {table.schema[by]}; a column to slice by holds text, numbers, dates or booleans."
         )
@@ -543,7 +543,7 @@ def _escape_text(value: Any, limit: int = 32) -> str:
     return html.escape(text if len(text) <= limit else f"{text[: limit - 1]}…")
 
 
-def _format_date(days: float, kind: Kind) -> str:
+def _format_date(days: float, kind: ColumnType) -> str:
     try:
         moment = datetime(1970, 1, 1) + timedelta(days=days)
     except OverflowError:
@@ -555,7 +555,7 @@ def _format_date(days: float, kind: Kind) -> str:
 
 def format_value(
     value: float,  # number; dates and times as days
-    kind: Kind,  # column type
+    kind: ColumnType,  # column type
 ) -> str:
     """Format a number in few characters, a date as a date."""
     if not math.isfinite(value):
@@ -587,7 +587,7 @@ def _bin_edges(columns: Sequence[ColumnStatistics]) -> np.ndarray | None:
     return edges if np.all(edges[1:] > edges[:-1]) else None  # float64 cannot divide the range
 
 
-def _bin_label(low: float, high: float, kind: Kind) -> str:
+def _bin_label(low: float, high: float, kind: ColumnType) -> str:
     if kind in ("integer", "boolean", "date") and low % 1 == 0.5:
         low, high = low + 0.5, high - 0.5  # first and last number of the bin
     if kind == "boolean":
@@ -692,7 +692,7 @@ def _value_cells(column: ColumnStatistics | None) -> str:
     cells = _cell(_percent(share) if share else "-", "n" if share else "n quiet") + _cell(unique, "n")
     if not column.is_quantity:
         return cells + _cell(_top_values(column), colspan=5)
-    spread = "duration" if column.kind in _TEMPORAL.values() else column.kind
+    spread = "duration" if column.kind in TEMPORAL_TYPES.values() else column.kind
     kinds = (column.kind, spread, column.kind, column.kind, column.kind)
     values = (column.mean, column.deviation, column.minimum, column.quantile(0.5), column.maximum)
     return cells + "".join(_cell(format_value(value, kind), "n") for value, kind in zip(values, kinds, strict=True))
@@ -785,7 +785,7 @@ _KEY_PARSERS = {
 }
 
 
-def _parse_key(value: Any, kind: Kind) -> Any:
+def _parse_key(value: Any, kind: ColumnType) -> Any:
     if isinstance(value, float) or kind not in _KEY_PARSERS:  # a float is also a date that Python cannot represent
         return value
     return _KEY_PARSERS[kind](value)
@@ -811,8 +811,8 @@ def _table_record(statistics: Statistics) -> dict[str, Any]:
 
 
 def _parse_column(record: dict[str, Any]) -> ColumnStatistics:
-    if record["kind"] not in get_args(Kind):
-        raise ValueError(f"kind is one of {join_names(get_args(Kind))}. Received: {record['kind']!r}")
+    if record["kind"] not in get_args(ColumnType):
+        raise ValueError(f"kind is one of {join_names(get_args(ColumnType))}. Received: {record['kind']!r}")
     numbers = {name: float(record[name]) for name in ("mean", "deviation", "minimum", "maximum", "mean_length")}
     arrays = {
         "counts": {_parse_key(value, record["kind"]): rows for value, rows in record["counts"]},

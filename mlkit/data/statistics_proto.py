@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from .dtypes import Kind
+from .dtypes import ColumnType
 from mlkit.data.statistics import (
     _PROBABILITIES,
     ColumnStatistics,
@@ -125,7 +125,7 @@ def _read_numbers(numbers: "statistics_pb2.NumericStatistics") -> dict[str, Any]
     return fields | {"deviation": numbers.std_dev if math.isfinite(numbers.mean) else math.nan}
 
 
-def _read_texts(texts: "statistics_pb2.StringStatistics", kind: Kind, known: int) -> dict[str, Any]:
+def _read_texts(texts: "statistics_pb2.StringStatistics", kind: ColumnType, known: int) -> dict[str, Any]:
     ranked = [(bucket.label, bucket.sample_count) for bucket in texts.rank_histogram.buckets]
     ranked = ranked or [(top.value, top.frequency) for top in texts.top_values]
     parse = int if kind == "integer" else str
@@ -137,7 +137,7 @@ def _read_texts(texts: "statistics_pb2.StringStatistics", kind: Kind, known: int
     return fields | {"mean_length": texts.avg_length}
 
 # %% ../../nbs/library/data/08_statistics_proto.ipynb #10506acd
-_COLUMN_TYPES: dict[str, Kind] = {"INT": "integer", "FLOAT": "number", "STRING": "text"}
+_COLUMN_TYPES: dict[str, ColumnType] = {"INT": "integer", "FLOAT": "number", "STRING": "text"}
 
 
 def _read_column(feature: "statistics_pb2.FeatureNameStatistics", rows: int) -> ColumnStatistics:
@@ -145,7 +145,7 @@ def _read_column(feature: "statistics_pb2.FeatureNameStatistics", rows: int) -> 
     stats = getattr(feature, member) if member else feature.struct_stats
     custom_stats = {entry.name: entry.str or entry.num for entry in feature.custom_stats}
     kind = _COLUMN_TYPES.get(feature.Type.Name(feature.type), "other")
-    if custom_stats.get("mlkit.kind") in get_args(Kind):
+    if custom_stats.get("mlkit.kind") in get_args(ColumnType):
         kind = custom_stats["mlkit.kind"]
     common, fields = stats.common_stats, {"unique": int(custom_stats.get("mlkit.unique", 0)), "unique_exact": False}
     known = common.num_non_missing

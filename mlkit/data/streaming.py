@@ -20,20 +20,20 @@ import polars as pl
 from .._tensorflow import import_tensorflow
 from .builtin import short_name
 from .dataset import Dataset, DatasetSummaryMixin
-from .feature_specs import FeatureSpec, as_declared, as_feature, plan_features, read_features
+from .feature_specs import FeatureSpec, cast_columns, plan_features, read_features, to_feature_values
 from .io import find_files, read_errors
 from mlkit.data.labels import (
     ClassWeight,
     check_class_weight,
     class_weights,
-    dropped_notes,
+    dropped_row_warnings,
     encode_labels,
     missing_rows,
     number_labels,
     parse_sample_weight,
 )
 from .splits import SPLITS, assign_group_splits, assign_splits, check_fractions, check_split, hash_split
-from .sql import safe_source
+from .sql import redact_source
 from .statistics import Statistics, describe
 from .tfrecord import read_tfrecord
 from ..errors import DatasetError, did_you_mean, join_names
@@ -127,7 +127,7 @@ class _RowSource:
         if self.weight:
             weights = parse_sample_weight(table[self.weight], chunk * _CHUNK_ROWS)
             table = table.with_columns(pl.Series(self.weight, weights))
-        features = as_declared(table.select(self.columns), self.declared)
+        features = cast_columns(table.select(self.columns), self.declared)
         return features.with_columns(table[name] for name in self.targets), splits
 
     def read_labels(
@@ -358,7 +358,7 @@ class StreamedDataset(DatasetSummaryMixin):
         targets = [pl.Series(self.label, labels)]
         if self.weighted:
             targets.append(pl.Series(_WEIGHT, self._sample_weight(table, labels, splits[mask])))
-        return pl.DataFrame([*(as_feature(table[name]) for name in self.features), *targets])
+        return pl.DataFrame([*(to_feature_values(table[name]) for name in self.features), *targets])
 
     def _sample_weight(self, table: pl.DataFrame, labels: np.ndarray, splits: np.ndarray) -> np.ndarray:
         """Weights by their column, multiplied by the class weights in training."""
@@ -566,7 +566,7 @@ def open_dataset(
         split_rule=f"split by {key or 'row number'}, {shares}, seed {seed}",
         source_rows=source_rows,
         counts=np.array(profile.split_counts),
-        notes=tuple(dropped_notes(profile.dropped, total, label)),
+        notes=tuple(dropped_row_warnings(profile.dropped, total, label)),
         arguments=arguments,
         class_weights=()
         if class_weight is None
@@ -617,7 +617,7 @@ def open_rows(
         raise DatasetError(f"'{label}' has no value in any row, or infinite ones. Evaluation needs finite labels.")
     return StreamedDataset(
         name=short_name(files),
-        source=safe_source(source),
+        source=redact_source(source),
         task=record["task"],
         label=label,
         classes=classes,
@@ -627,7 +627,7 @@ def open_rows(
         split_rule="all test",
         source_rows=replace(source_rows, splitter=replace(all_training, fractions=(0.0, 0.0, 1.0))),
         counts=counts,
-        notes=tuple(dropped_notes(profile.dropped, total, label)),
+        notes=tuple(dropped_row_warnings(profile.dropped, total, label)),
         arguments={"source": _source_paths(files), "label": label},
     )
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import polars as pl
 
 from .._display import html_page, html_table
-from .dtypes import KINDS, Kind, as_number, convert_column, kind_of, known_values
+from .dtypes import COLUMN_TYPES, ColumnType, column_type_of, convert_column, known_values, value_as_number
 from .schema import ColumnSchema, Schema, Severity
 from .statistics import ColumnStatistics, Statistics
 from ..errors import DatasetError, DataValidationError, join_names
@@ -166,18 +166,20 @@ def _anomaly_table(anomalies: Anomalies) -> str:
     return html_table(("severity", "column", "rule", "message", "suggestion"), rows) if rows else ""
 
 # %% ../../nbs/library/data/10_validation.ipynb #f65977e5
-def _convert(known: pl.Series, kind: Kind) -> pl.Series | None:
+def _convert(known: pl.Series, kind: ColumnType) -> pl.Series | None:
     """Values converted to another column type, null where one cannot be; None where none can."""
-    source = kind_of(known.dtype)
-    if source not in KINDS or kind not in KINDS or (source, kind) == ("number", "text"):  # 3.0 was not text
+    source = column_type_of(known.dtype)
+    if (
+        source not in COLUMN_TYPES or kind not in COLUMN_TYPES or (source, kind) == ("number", "text")
+    ):  # 3.0 was not text
         return None
     return convert_column(known, kind)
 
 
-def _convert_if_lossless(column: pl.Series, kind: Kind) -> pl.Series:
+def _convert_if_lossless(column: pl.Series, kind: ColumnType) -> pl.Series:
     """Column cast to a type where every value can be converted; otherwise unchanged."""
     known = known_values(column.alias("value"))  # Polars reads a name such as ^a.*$ as a pattern
-    converted = None if kind_of(column.dtype) == kind else _convert(known, kind)
+    converted = None if column_type_of(column.dtype) == kind else _convert(known, kind)
     return column if converted is None or converted.null_count() > known.null_count() else converted
 
 
@@ -190,7 +192,7 @@ def conform(
     return pl.DataFrame({name: converted.get(name, table[name]) for name in table.columns})
 
 # %% ../../nbs/library/data/10_validation.ipynb #a6b1aead
-def _comparable(values: pl.Expr, kind: Kind) -> pl.Expr:
+def _comparable(values: pl.Expr, kind: ColumnType) -> pl.Expr:
     """Values that can be compared, null where they are missing."""
     if kind == "text":
         values = values.cast(pl.String)
@@ -200,7 +202,7 @@ def _comparable(values: pl.Expr, kind: Kind) -> pl.Expr:
     return values.dt.date() if kind == "datetime" else values
 
 
-def _value_masks(column: ColumnSchema, kind: Kind, values: pl.Expr) -> dict[str, pl.Expr]:
+def _value_masks(column: ColumnSchema, kind: ColumnType, values: pl.Expr) -> dict[str, pl.Expr]:
     """Rule -> whether a comparable value breaks it."""
     violations = [values < column.minimum] if column.minimum is not None else []
     violations += [values > column.maximum] if column.maximum is not None else []
@@ -237,7 +239,7 @@ def _row_masks(column: ColumnSchema, dtype: pl.DataType, values: pl.Expr) -> dic
     """Rule -> whether a row breaks it."""
     if dtype.is_nested():
         return _length_masks(column, dtype, values)
-    kind = kind_of(dtype)
+    kind = column_type_of(dtype)
     if not _is_compatible(column, kind) or dtype == pl.Object:
         return {}
     comparable = _comparable(values, kind)
@@ -245,7 +247,7 @@ def _row_masks(column: ColumnSchema, dtype: pl.DataType, values: pl.Expr) -> dic
     return _value_masks(column, kind, comparable) | duplicated
 
 
-def _is_compatible(column: ColumnSchema, kind: Kind) -> bool:
+def _is_compatible(column: ColumnSchema, kind: ColumnType) -> bool:
     """Whether a type is allowed for a column; integers are numbers."""
     return column.kind in (kind, "other") or (column.kind, kind) == ("number", "integer")
 
@@ -254,7 +256,7 @@ def _is_compatible(column: ColumnSchema, kind: Kind) -> bool:
 class _ColumnObservation:
     """Rows, values and examples of one column that break its rules."""
 
-    kind: Kind  # column type; of lists the type of the elements
+    kind: ColumnType  # column type; of lists the type of the elements
     rows: int
     missing: int
     distinct: int | None = None  # number of distinct values, where a rule needs it
@@ -273,7 +275,7 @@ class _ColumnObservation:
         return self.known < max(column.required * self.rows, column.required_rows)
 
 # %% ../../nbs/library/data/10_validation.ipynb #d3807681
-def _unconvertible(values: pl.Series, kind: Kind) -> pl.Series:
+def _unconvertible(values: pl.Series, kind: ColumnType) -> pl.Series:
     """Whether a value is present and cannot be converted to a type."""
     known = known_values(values)
     converted = _convert(known, kind)
@@ -311,7 +313,7 @@ def _observe_columns(
         pl.DataFrame(series).select(expression.alias(str(n)) for n, expression in enumerate(expressions)).row(0)
     )
     broken = [key for key, count in zip(masks, counts, strict=False) if count]
-    kinds = [kind_of(_element_type(values.dtype)) for values in series]
+    kinds = [column_type_of(_element_type(values.dtype)) for values in series]
     observations = [_ColumnObservation(kind, table.height, next(counts), next(counts)) for kind in kinds]
     for index, rule in broken:
         mask = series[index].to_frame().select(masks[index, rule]).to_series()
@@ -330,7 +332,7 @@ def _count_expressions(column: ColumnSchema, dtype: pl.DataType, values: pl.Expr
     """Expressions for the numbers of missing and of distinct values."""
     if dtype.is_nested() or dtype == pl.Object:
         return [values.null_count(), pl.lit(None)]
-    comparable = _comparable(values, kind_of(dtype))
+    comparable = _comparable(values, column_type_of(dtype))
     if column.distinct == (2, None):
         varies = comparable.min() != comparable.max()
         return [comparable.null_count(), varies.fill_null(False).cast(pl.Int64) + 1]
@@ -343,7 +345,7 @@ def _add_examples(table: pl.DataFrame, observed: _ColumnObservation, name: str, 
     observed.broken[rule] = len(row_numbers)
     observed.examples[rule] = _example_rows(table, name, row_numbers.head(_MAX_EXAMPLES))
     values = table[name].alias("value").gather(row_numbers)
-    if kind_of(values.dtype) != "other":
+    if column_type_of(values.dtype) != "other":
         counted = values.value_counts(name="rows").top_k(_MAX_VALUES, by="rows")
         observed.values[rule] = dict(counted.sort("rows", "value", descending=[True, False]).iter_rows())
     if rule == "range":
@@ -402,8 +404,8 @@ def _add_value_counts(observed: _ColumnObservation, rule: str, counted: pl.DataF
 # %% ../../nbs/library/data/10_validation.ipynb #fe1d1405
 def _estimate_outside(column: ColumnStatistics, expected: ColumnSchema) -> int:
     """Estimated number of values outside the range; 0 where there is none."""
-    low = -math.inf if expected.minimum is None else as_number(expected.minimum)
-    high = math.inf if expected.maximum is None else as_number(expected.maximum) + (column.kind == "datetime")
+    low = -math.inf if expected.minimum is None else value_as_number(expected.minimum)
+    high = math.inf if expected.maximum is None else value_as_number(expected.maximum) + (column.kind == "datetime")
     if column.minimum >= low and column.maximum <= high:
         return 0
     share = float(column.cumulative(low)) + 1 - float(column.cumulative(high))
@@ -476,7 +478,7 @@ def _describe_kind(column: ColumnSchema, observed: _ColumnObservation) -> tuple[
         return f"{mismatch}; every value can be converted", "table = conform(table, schema)"
     values = _list_values(observed.values.get("kind", {}))
     failures = f"{_format_share(observed.broken['kind'], observed.known)} cannot be converted{values}"
-    data = _cleaning_step(step="convert", column=column.name, kind=column.kind) if column.kind in KINDS else ""
+    data = _cleaning_step(step="convert", column=column.name, kind=column.kind) if column.kind in COLUMN_TYPES else ""
     return f"{mismatch}; {failures}", _order_fixes(
         data, _schema_change(column, kind=observed.kind), observed.broken["kind"] / observed.known
     )

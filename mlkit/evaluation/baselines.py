@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 
 from .._display import format_number, format_seconds, html_table
 from ..data.dataset import Dataset
-from ..data.feature_specs import FeatureSpec, as_declared
+from ..data.feature_specs import FeatureSpec, cast_columns
 from ..errors import DatasetError, ParameterError
 from .evaluator import ByLabel, Evaluation, LabelEvaluations, evaluate, plot_by_label
 from ..metrics import LabelledScores, per_row_loss
@@ -41,7 +41,7 @@ def _feature_columns(name: str, column: pl.Series, spec: FeatureSpec) -> list[pl
     if spec.kind in ("category", "hash", "text"):
         return [column.alias(f"{'text' if spec.kind == 'text' else 'category'} {name}")]
     if spec.kind == "datetime":
-        moments = as_declared(column.alias(name).to_frame(), {name: {"kind": "datetime"}})[name]
+        moments = cast_columns(column.alias(name).to_frame(), {name: {"kind": "datetime"}})[name]
         days = moments.cast(pl.Datetime("us")).dt.epoch("s") / 86_400
         fields = {"month": moments.dt.month(), "weekday": moments.dt.weekday()}
         fields |= {"hour": moments.dt.hour()} if moments.dtype == pl.Datetime else {}

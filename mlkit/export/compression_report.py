@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ORIGINAL', 'LITERT_KINDS', 'MAIN_METRIC', 'MIN_ROWS', 'MIN_FRACTION', 'TITLES', 'VARIANTS_FILE',
-           'check_methods', 'check_kept', 'compress', 'save_variants', 'FolderSize', 'folder_size', 'variant_slices',
-           'WorstSlice', 'worst_slice', 'Variant', 'Variants', 'pareto_front', 'plot_variants', 'measure_variants',
-           'read_variants', 'keep_variant']
+           'check_methods', 'check_kept_method', 'compress', 'save_variants', 'FolderSize', 'folder_size',
+           'variant_slices', 'WorstSlice', 'worst_slice', 'Variant', 'Variants', 'pareto_front', 'plot_variants',
+           'measure_variants', 'read_variants', 'keep_variant']
 
 # %% ../../nbs/library/export/11_compression_report.ipynb #6cc0c9af
 import html
@@ -68,7 +68,7 @@ def check_methods(
     return list(dict.fromkeys(methods))
 
 
-def check_kept(
+def check_kept_method(
     keep: str | None,  # one of the methods
     methods: Sequence[str],
 ) -> None:
@@ -452,7 +452,7 @@ def keep_variant(
     if method is None:
         return variants
     check_unsigned(run.folder)
-    check_kept(method, list(dict.fromkeys(variant.method for variant in variants.variants)))
+    check_kept_method(method, list(dict.fromkeys(variant.method for variant in variants.variants)))
     source = run.folder / "variants" / method
     for name in ("saved_model", "litert"):
         shutil.rmtree(run.folder / name, ignore_errors=True)

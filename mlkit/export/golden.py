@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GOLDEN_FILE', 'TOLERANCES', 'Golden', 'load_golden', 'row_differences', 'ParityResult', 'compare_outputs',
-           'check_answers']
+           'check_outputs']
 
 # %% ../../nbs/library/export/01_golden.ipynb #3b9c4ba6
 import json
@@ -174,7 +174,7 @@ def compare_outputs(
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "int8": 5e-2, "full_int8": 5e-2, "int4": 8e-2}  # by number type
 
 # %% ../../nbs/library/export/01_golden.ipynb #f708614a
-def check_answers(
+def check_outputs(
     answers: Mapping[str, np.ndarray],  # outputs for the golden requests, by name
     golden: Golden,
     tolerance: float,  # one of TOLERANCES

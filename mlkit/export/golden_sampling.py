@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.dataset import Dataset
 from ..data.feature_specs import FeatureSpec
-from ..data.labels import each_label
+from ..data.labels import map_labels
 from .golden import Golden
 from .protos import fill_tensor, message_class
 
@@ -91,7 +91,7 @@ def _to_json_value(value: Any) -> Any:
 
 def _estimate_bytes(instance: Mapping[str, Any], dataset: Dataset) -> int:
     """Approximate size of a row with its predictions in the file."""
-    classes = each_label(dataset.classes, len)
+    classes = map_labels(dataset.classes, len)
     return len(json.dumps(instance)) + 12 * (sum(classes.values()) if isinstance(classes, Mapping) else classes)
 
 

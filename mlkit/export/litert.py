@@ -31,7 +31,7 @@ from ..data.feature_specs import FeatureSpec
 from ..errors import MissingDependencyError, ModelError, ParameterError, did_you_mean, join_names
 from .numpy_preprocessing import NumpyPreprocessor
 from .saved_model import check_exportable, describe_model
-from ..models.preprocessing import CYCLES, SeededLayers, encode_table, normalisation
+from ..models.preprocessing import CYCLES, SeededLayers, encode_table, normalization_constants
 from ..runs.run import Run
 
 # %% ../../nbs/library/export/06_litert.ipynb #b90f2a9c
@@ -66,7 +66,7 @@ def _row_encoder_record(spec: FeatureSpec) -> dict[str, Any]:
 def _number_records(specs: Sequence[FeatureSpec]) -> Iterator[dict[str, Any]]:
     """Columns of numbers, then indicators of missing ones."""
     for spec in specs:
-        shift, scale, fill = np.array(normalisation(spec), "float32").tolist()
+        shift, scale, fill = np.array(normalization_constants(spec), "float32").tolist()
         log = spec.options.normalise == "log"
         yield {"feature": spec.name, "part": "value", "log": log, "shift": shift, "scale": scale, "fill": fill}
     yield from ({"feature": spec.name, "part": "missing"} for spec in specs if spec.missing)

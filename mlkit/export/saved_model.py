@@ -27,7 +27,7 @@ from .._tensorflow import import_tensorflow
 from ..data.dataset import Dataset
 from ..data.feature_specs import FeatureSpec
 from ..data.io import write_table
-from ..data.labels import each_label
+from ..data.labels import map_labels
 from ..errors import ModelError, did_you_mean
 from ..evaluation.evaluator import as_scores
 from .golden import GOLDEN_FILE, Golden
@@ -44,7 +44,7 @@ from .signatures import CLASSIFY, REGRESS
 from ..metrics import MANY_CLASSES
 from ..models.preprocessing import decode_images
 from ..runs.run import Run
-from ..training.transfer import continuing_record, version_folder
+from ..training.transfer import version_folder, warm_start_record
 
 # %% ../../nbs/library/export/02_saved_model.ipynb #4605638b
 import_tensorflow()  # quietly, and before Keras
@@ -311,7 +311,7 @@ def describe_model(
         "task": dataset.task,
         "tasks": dataset.tasks if dataset.task == "multi" else {},
         "label": dataset.label,
-        "classes": each_label(dataset.classes, list),
+        "classes": map_labels(dataset.classes, list),
         "features": [
             {"name": name, "kind": dataset.features[name].kind, "dtype": spec.dtype.name, "shape": list(spec.shape[1:])}
             for name, spec in serving_inputs(dataset).items()
@@ -471,7 +471,7 @@ def _write(model: keras.Model, dataset: Dataset, folder: Path) -> None:
     write_atomic(extra / GOLDEN_FILE, golden.to_json())
     write_atomic(extra / "tf_serving_warmup_requests", _warm_up_records(golden, dataset))
     write_atomic(extra / "mlkit.json", json.dumps(describe_model(dataset), indent=1, ensure_ascii=False))
-    write_atomic(extra / "continuing.json", json.dumps(continuing_record(model, dataset), ensure_ascii=False))
+    write_atomic(extra / "continuing.json", json.dumps(warm_start_record(model, dataset), ensure_ascii=False))
     if hasattr(model, "item_embeddings"):
         items = pl.Series(dataset.label, dataset.classes)
         vectors = pl.Series("embedding", model.item_embeddings())
@@ -535,7 +535,7 @@ class SavedModel:
         description = _read_description(path)
         self.task, self.tasks, label = description["task"], description["tasks"], description["label"]
         self.label = label if isinstance(label, str) else tuple(label)
-        self.classes = each_label(description["classes"], tuple)
+        self.classes = map_labels(description["classes"], tuple)
         self.features = {
             spec["name"]: ServedFeature(**spec | {"shape": tuple(spec["shape"])}) for spec in description["features"]
         }

@@ -35,7 +35,7 @@ from mlkit.errors import InputError, JobInterruptedError, MlkitError, ParameterE
 from mlkit.jobs.cluster import Cluster, free_ports
 from mlkit.jobs.executor import (
     CancellationToken,
-    Watcher,
+    ProgressCallback,
     attach_run,
     check_kernel,
     execute_run,
@@ -59,7 +59,7 @@ from mlkit.jobs.ray import (
     task_spec_for,
 )
 from mlkit.jobs.resources import THREAD_VARIABLES, ray_resources, visible_devices
-from mlkit.jobs.sweep import ready_engine
+from mlkit.jobs.sweep import connected_engine
 from mlkit.runs.record import RUN_FILE, Failure, ProcessInfo, Record, current_owner, list_artifacts
 from mlkit.runs.remote import download_run, upload_run
 from mlkit.runs.run import Run
@@ -167,7 +167,7 @@ class _GroupTask:
     """What all workers of a group have in common."""
 
     notebook: Path
-    on_progress: Watcher  # callback; receives the run of worker 0, then each of its cells
+    on_progress: ProgressCallback  # callback; receives the run of worker 0, then each of its cells
     timeout: float | None  # seconds after which an attempt fails
 
 
@@ -433,7 +433,7 @@ def execute_worker(
     root: Path,  # root of the run store on this node
     notebook: Path,
     *,
-    on_progress: Watcher,
+    on_progress: ProgressCallback,
     cancellation: CancellationToken,
 ) -> None:
     """Execute the notebook into a worker's run on its node; the run is returned in any case."""
@@ -655,7 +655,7 @@ def _first_failure(run: Run, workers: Sequence[Worker]) -> Exception:
 @contextlib.contextmanager
 def _checked_engine(engine: str, group: WorkerGroup) -> Iterator[None]:
     """Context manager that connects an engine with room for a group; raises ParameterError, or MlkitError."""
-    with ready_engine(engine):
+    with connected_engine(engine):
         if engine == "local":
             group.check_devices()
         else:
@@ -672,7 +672,7 @@ def run_distributed(
     engine: str = "local",  # "local", or "ray" for the nodes of the running Ray cluster
     retries: int = RETRIES,  # further attempts after a process has died
     archive: RunStore | None = None,  # run store; by default the one in settings
-    watch: Watcher | None = None,  # callback; receives the run, then each cell of worker 0 as it begins
+    watch: ProgressCallback | None = None,  # callback; receives the run, then each cell of worker 0 as it begins
     timeout: float | None = None,  # seconds after which an attempt fails
 ) -> Run:  # the completed run
     """Execute a job in several processes into one run; raises JobFailedError or JobInterruptedError with the run.
@@ -699,7 +699,7 @@ def resume_distributed(
     *,
     engine: str = "local",  # "local" or "ray"; it may differ from the first attempt's
     retries: int = RETRIES,  # further attempts after a process has died
-    watch: Watcher | None = None,  # callback; receives the run, then each cell of worker 0 as it begins
+    watch: ProgressCallback | None = None,  # callback; receives the run, then each cell of worker 0 as it begins
     timeout: float | None = None,  # seconds after which an attempt fails
 ) -> Run:  # the completed run
     """Resume a run with the same worker group; raises InputError when it is completed or had one process."""
@@ -712,5 +712,5 @@ def resume_distributed(
         return _execute_group(run, group, _group_task(path, watch, timeout), engine, retries)
 
 
-def _group_task(path: Path, watch: Watcher | None, timeout: float | None) -> _GroupTask:
+def _group_task(path: Path, watch: ProgressCallback | None, timeout: float | None) -> _GroupTask:
     return _GroupTask(path.absolute(), watch or (lambda run, cell: None), timeout)

@@ -75,7 +75,7 @@ READ_AT_IMPORT = (  # prefixes of environment variables that belong to the key o
 )
 READ_LATER = ("TF_CONFIG", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "POLARS_MAX_THREADS")
 READ_LATER += ("PYDEVD_USE_FRAME_EVAL",)  # ipykernel sets it in every kernel
-KIT = Path(mlkit.__file__).parent
+PACKAGE_FOLDER = Path(mlkit.__file__).parent
 KERNEL_NAME = "mlkit"  # name of the kernelspec
 CAN_FORK = sys.platform == "linux"  # on macOS the system's own libraries do not survive a fork
 
@@ -489,7 +489,7 @@ def changeable_modules() -> list[str]:  # names
 def kit_files() -> dict[str, str]:  # relative path -> digest of the content
     """Digests of the kit's files on disk; {} while one of them is being replaced."""
     with suppress(OSError):
-        return {str(path.relative_to(KIT)): _digest(path) for path in KIT.rglob("*.py")}
+        return {str(path.relative_to(PACKAGE_FOLDER)): _digest(path) for path in PACKAGE_FOLDER.rglob("*.py")}
     return {}
 
 
@@ -542,7 +542,7 @@ SERVER_CODE = (
 
 
 @dataclass(frozen=True)
-class WarmServer:
+class ForkServerClient:
     """Client of a fork server, which may or may not be running."""
 
     key: str
@@ -550,7 +550,7 @@ class WarmServer:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def fitting(cls, environment: Mapping[str, str]) -> "WarmServer":
+    def fitting(cls, environment: Mapping[str, str]) -> "ForkServerClient":
         """Server whose kernels behave like an ordinary one in this environment."""
         environment = kernel_environment(environment)
         preload = load_settings().kernels.preload
@@ -616,7 +616,7 @@ class WarmServer:
             if self.is_running():
                 return
             _remove_stale_files()
-            code = SERVER_CODE.format(package=str(KIT.parent), socket=str(self.socket_path), preload=self.preload)
+            code = SERVER_CODE.format(package=str(PACKAGE_FOLDER.parent), socket=str(self.socket_path), preload=self.preload)
             with self.log_path.open("wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-c", code],
@@ -652,7 +652,7 @@ class WarmServer:
 def _remove_stale_files() -> None:
     """Remove the files of servers that were killed."""
     for path in servers_folder().glob("*.sock"):
-        if not WarmServer(path.stem).is_running():
+        if not ForkServerClient(path.stem).is_running():
             path.unlink(missing_ok=True)
             path.with_suffix(".log").unlink(missing_ok=True)
 
@@ -664,7 +664,7 @@ def _last_line(path: Path) -> str:
 
 def running_servers() -> list[dict[str, Any]]:  # status of each
     """Running servers of this user."""
-    statuses = [WarmServer(path.stem).ask("status") for path in sorted(servers_folder().glob("*.sock"))]
+    statuses = [ForkServerClient(path.stem).ask("status") for path in sorted(servers_folder().glob("*.sock"))]
     return [status for status in statuses if status]
 
 
@@ -726,11 +726,11 @@ _holds_lock = threading.Lock()
 
 def hold_server(
     environment: Mapping[str, str],
-) -> WarmServer:
+) -> ForkServerClient:
     """Hold the server for an environment until this process ends; raises MlkitError when it cannot run."""
     if not CAN_FORK:
         raise MlkitError(f"Warm kernels need Linux; this is {platform.system()}.")
-    server = WarmServer.fitting(environment)
+    server = ForkServerClient.fitting(environment)
     with _holds_lock:
         connection = _holds.get(server.key)
         if connection is None or select.select([connection], [], [], 0)[0]:  # not held, or the server has ended
@@ -743,7 +743,7 @@ def is_warm(
 ) -> bool:
     """Whether the server for an environment is running."""
     with suppress(MlkitError, OSError):
-        return CAN_FORK and WarmServer.fitting(environment).is_running()
+        return CAN_FORK and ForkServerClient.fitting(environment).is_running()
     return False
 
 
@@ -835,5 +835,5 @@ def main() -> None:
 def kernel_specs() -> KernelSpecManager:
     """Installed kernelspecs, and the kit's own where it runs from a checkout."""
     manager = KernelSpecManager()
-    manager.kernel_dirs.append(str(KIT.parent / "jupyter" / "kernels"))
+    manager.kernel_dirs.append(str(PACKAGE_FOLDER.parent / "jupyter" / "kernels"))
     return manager

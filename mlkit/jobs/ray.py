@@ -36,7 +36,7 @@ from typing import Any
 from mlkit._compat.ray import redirect_node_output
 from mlkit.config import known_settings, load_settings, variable_name
 from mlkit.errors import MissingDependencyError, MlkitError, SettingsError
-from mlkit.jobs.executor import CancellationToken, CellProgress, Watcher, resume_run, run_job
+from mlkit.jobs.executor import CancellationToken, CellProgress, ProgressCallback, resume_run, run_job
 from mlkit.jobs.points import TrialQueue, TrialState, TrialTracker, close_abandoned, is_retryable
 from mlkit.jobs.resources import THREAD_VARIABLES, ray_resources
 from mlkit.runs.record import RUN_FILE, ProcessInfo, current_owner
@@ -146,7 +146,7 @@ class TaskUpdate:
     owner: ProcessInfo | None = None  # process that executes the task
 
 
-def travelling_environment() -> dict[str, str]:  # name -> value
+def propagated_environment() -> dict[str, str]:  # name -> value
     """Environment variables for other nodes: settings in effect, and variables that change what is computed.
 
     Settings travel as the variables that would set them, so a node needs no `settings.ini`.
@@ -176,7 +176,7 @@ def task_spec_for(
         working_folder=os.getcwd(),
         notebook=path,
         content=path.read_bytes(),
-        environment=travelling_environment(),
+        environment=propagated_environment(),
         variables={name: str(resources["num_cpus"]) for name in THREAD_VARIABLES if name not in os.environ},
         remote_url=remote_url,
         timeout=timeout,
@@ -294,7 +294,7 @@ def execute_point(
     root: Path,  # root of the run store
     notebook: Path,
     *,
-    on_progress: Watcher,
+    on_progress: ProgressCallback,
     cancellation: CancellationToken,
 ) -> None:
     """Execute a sweep point: resume its run where it can be reached, else create one; it is returned in any case."""

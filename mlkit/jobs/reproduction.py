@@ -17,7 +17,7 @@ from typing import Any, Literal
 from .._display import format_number, html_table
 from .._files import write_atomic
 from ..errors import InputError, StorageError
-from .executor import CancellationToken, Watcher, execute_run, stored_notebook
+from .executor import CancellationToken, ProgressCallback, execute_run, stored_notebook
 from .notebook import read_notebook
 from .parameters import ParameterSchema
 from ..runs.diff import RunDiff, diff_runs
@@ -208,7 +208,7 @@ def reproduce(
     run: Run,  # completed
     tolerance: float = 0.01,  # relative difference of metrics up to which the result is within tolerance
     *,
-    watch: Watcher | None = None,  # callback; receives the repetition, then each cell as it begins
+    watch: ProgressCallback | None = None,  # callback; receives the repetition, then each cell as it begins
     timeout: float | None = None,  # seconds after which the repetition fails
     cancellation: CancellationToken | None = None,  # ends the repetition from another thread
     warm: bool | None = None,  # fork the kernel from a warm server; None: where one is running

@@ -25,7 +25,14 @@ import numpy as np
 
 from .._tensorflow import import_tensorflow
 from ..data.dataset import Dataset
-from ..data.feature_specs import FeatureSpec, as_declared, as_feature, count_words, plan_features, read_features
+from mlkit.data.feature_specs import (
+    FeatureSpec,
+    cast_columns,
+    count_words,
+    plan_features,
+    read_features,
+    to_feature_values,
+)
 from ..data.statistics import describe
 from ..errors import MissingDependencyError, ModelError, did_you_mean, join_names
 from mlkit.models.preprocessing import (
@@ -33,9 +40,9 @@ from mlkit.models.preprocessing import (
     EncodedTable,
     RowIndices,
     SeededLayers,
+    concatenate_features,
     encode_table,
     seeded,
-    side_by_side,
 )
 from .retrieval import Catalogue, TwoTower
 
@@ -215,7 +222,7 @@ def mlp(
         inputs, x = {spec.name: image}, layers.Flatten(name=make.name("flat"))(x)
     else:
         table = encode_table(dataset.features, make)
-        inputs, x = table.inputs, side_by_side(table, make, embedding)
+        inputs, x = table.inputs, concatenate_features(table, make, embedding)
     x = _hidden_layers(x, make, hidden, dropout)
     return _add_outputs(inputs, make.logits(_output_units(dataset))(x), dataset, make, "mlp")
 
@@ -303,7 +310,7 @@ def wide_deep(
     make = SeededLayers(seed)
     table = encode_table(dataset.features, make)
     outputs = _output_units(dataset)
-    x = _hidden_layers(side_by_side(table, make, embedding), make, hidden, dropout)
+    x = _hidden_layers(concatenate_features(table, make, embedding), make, hidden, dropout)
     parts = [make.dense(outputs, "deep")(x), *_wide(table, make, outputs, crosses, cross_rows)]
     return _add_outputs(table.inputs, layers.Add(name="logits")(parts), dataset, make, "wide_deep")
 
@@ -460,7 +467,7 @@ def text(
     }[encoder]
     parts = [make.dropout(dropout, f"{name}_dropout")(encode(words, name)) for name, words in table.words.items()]
     if table.numeric is not None or table.rows:
-        parts.append(side_by_side(replace(table, words={}), make, embedding))
+        parts.append(concatenate_features(replace(table, words={}), make, embedding))
     x = ops.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     x = _hidden_layers(x, make, hidden, dropout)
     return _add_outputs(table.inputs, make.logits(_output_units(dataset))(x), dataset, make, "text")
@@ -514,12 +521,12 @@ def _encode_items(
     dataset: Dataset, overrides: Mapping[str, Mapping[str, Any]], make: SeededLayers
 ) -> tuple[EncodedTable, dict[str, keras.KerasTensor], list[np.ndarray]]:
     """Encoded item columns, the inputs of the item tower, and their values, [items, ...] each."""
-    declared = as_declared(dataset.table[_rows_of_items(dataset)].select(list(overrides)), overrides)
+    declared = cast_columns(dataset.table[_rows_of_items(dataset)].select(list(overrides)), overrides)
     texts = [
         name for name, options in overrides.items() if options.get("kind") == "text" and not options.get("buckets")
     ]
     words = {name: count_words(declared[name].cast(str)) for name in texts}
-    raw = {column.name: ops.convert_to_tensor(as_feature(column).to_numpy()) for column in declared}
+    raw = {column.name: ops.convert_to_tensor(to_feature_values(column).to_numpy()) for column in declared}
     table = encode_table(plan_features(describe(declared), overrides, words=words), make)
     parts = {} if table.numeric is None else {"numeric": table.numeric}
     for group in ("rows", "crosses", "words"):
@@ -589,7 +596,7 @@ def two_tower(
     make = SeededLayers(seed)
 
     def tower(table: EncodedTable, name: str) -> keras.KerasTensor:
-        x = _hidden_layers(side_by_side(table, make, embedding), make, hidden, dropout)
+        x = _hidden_layers(concatenate_features(table, make, embedding), make, hidden, dropout)
         return make.dense(dimension, name)(x)
 
     table, overrides = encode_table(dataset.features, make), _parse_item_columns(dataset, item)

@@ -23,7 +23,7 @@ from .._files import write_atomic
 from ..config import Section
 from ..data.io import read_yaml
 from ..errors import DatasetError, InputError, NotFoundError, ParameterError, did_you_mean, join_names
-from ..evaluation.predictions import Predictions, Report, load_answers, read_head
+from ..evaluation.predictions import Predictions, Report, load_predictions, read_metadata
 from ..evaluation.slices import CERTAIN_ROWS, make_slices, measure_slices, slice_columns
 from ..export.model_card import write_card
 from ..jobs.executor import run_job
@@ -348,9 +348,11 @@ def find_measured(
     """Look for answers that suffice for the rules."""
     for run in _evaluations(archive, rows_of):
         files = [
-            file for file in sorted(run.folder.glob("answers*.parquet")) if read_head(file)["model"] == candidate.digest
+            file
+            for file in sorted(run.folder.glob("answers*.parquet"))
+            if read_metadata(file)["model"] == candidate.digest
         ]
-        answers = {each.label: each for each in map(load_answers, files)}
+        answers = {each.label: each for each in map(load_predictions, files)}
         if answers and all(set(rules.columns) <= set(each.table.columns) for each in answers.values()):
             return EvaluatedModel(candidate, run.id, answers, run.record.metrics)
     return None

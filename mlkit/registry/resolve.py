@@ -16,11 +16,11 @@ from typing import Any
 
 from ..data.dataset import Dataset, reload_dataset
 from ..data.drift import Drift, measure_drift
-from ..data.feature_specs import as_declared
+from ..data.feature_specs import cast_columns
 from ..data.statistics import Statistics, describe
 from ..data.streaming import StreamedDataset, open_rows
 from ..errors import DatasetError, InputError, ModelError, NotFoundError, ParameterError, join_names
-from ..export.litert_runtime import kind_folder, load_litert, read_record
+from ..export.litert_runtime import find_litert_folder, load_litert, read_record
 from .store import Registry
 from ..runs.record import RUN_FILE
 from ..runs.run import Run, check_unsigned, find_model_version
@@ -157,7 +157,7 @@ def resolve_model(
             )
         about = _describe(path)
     else:
-        path = kind_folder(folder, kind)
+        path = find_litert_folder(folder, kind)
         about = read_record(path)
         kind = about["model"]["kind"]
     known_in = _known_in(path)
@@ -227,7 +227,7 @@ def _statistics(data: Dataset | StreamedDataset) -> Statistics:
     if isinstance(data, StreamedDataset):
         return data.statistics
     kinds = {name: {"kind": spec.kind} for name, spec in data.features.items()}
-    return describe(as_declared(data.table[data.rows("test")].select(list(kinds)), kinds), name=data.name)
+    return describe(cast_columns(data.table[data.rows("test")].select(list(kinds)), kinds), name=data.name)
 
 
 def drift_metrics(

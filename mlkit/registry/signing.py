@@ -41,7 +41,7 @@ from mlkit.errors import (
     join_names,
 )
 from ..runs.record import RUN_FILE, Record, read_record
-from ..runs.run import FACTS_FILE, SIGNATURE_FILE, Run
+from ..runs.run import SIGNATURE_FILE, SIGNED_RECORD_FILE, Run
 
 # %% ../../nbs/library/registry/04_signing.ipynb #91b7f0ec
 def _optional(module: str) -> Any:
@@ -292,7 +292,7 @@ KINDS = {  # what a file is, by the beginning of its path
     "evaluation": r"(.*/)?(evaluation|parity)",
     "gate": r"(.*/)?gate",
     "plots": r"plots/",
-    "record": re.escape(FACTS_FILE),
+    "record": re.escape(SIGNED_RECORD_FILE),
 }
 
 
@@ -496,7 +496,7 @@ def _check_run(folder: Path) -> tuple[Record | None, dict[str, str]]:
     run, record = Run(folder), read_record(folder)
     if run.status not in ("completed", "interactive"):
         raise InputError(f"{run.id} is {run.status}; only a run that has completed can be signed.")
-    own = (FACTS_FILE, SIGNATURE_FILE)
+    own = (SIGNED_RECORD_FILE, SIGNATURE_FILE)
     ended = {artifact.path: artifact.sha256 for artifact in record.artifacts if artifact.path not in own}
     return record, {path: digest for path, digest in ended.items() if path.split("/")[0] not in CHANGING}
 
@@ -530,11 +530,11 @@ def sign_folder(
         for path in folder.glob(".*-*"):
             if _BEING_WRITTEN.fullmatch(path.name) and not path.name.startswith(f".{RUN_FILE}"):
                 path.unlink()  # of a signing that was killed; a record may be being written right now
-        if (folder / FACTS_FILE).is_symlink():
-            raise InputError(f"{FACTS_FILE} is a symbolic link, which no signature can bind. Remove it.")
+        if (folder / SIGNED_RECORD_FILE).is_symlink():
+            raise InputError(f"{SIGNED_RECORD_FILE} is a symbolic link, which no signature can bind. Remove it.")
         digests = _write_signature(folder, signer, config, record, ended)
     if record:
-        for name in (FACTS_FILE, SIGNATURE_FILE):
+        for name in (SIGNED_RECORD_FILE, SIGNATURE_FILE):
             Run(folder).log_artifact(folder / name)
     bundle = read_bundle(folder)
     name = _holder(bundle.certificate) if bundle.certificate else ""
@@ -545,7 +545,7 @@ def _write_signature(
     folder: Path, signer: Signer, config: Any, record: Record | None, ended: Mapping[str, str]
 ) -> dict[str, str]:
     """Write facts and signature, or neither."""
-    path = folder / FACTS_FILE
+    path = folder / SIGNED_RECORD_FILE
     earlier = path.read_bytes() if path.exists() else None
     told = {"mlkit": mlkit.__version__, "signed": datetime.now(UTC).isoformat(timespec="seconds")}
     outside = (*CHANGING, *STAYING) if record else ()
@@ -573,7 +573,7 @@ def _write_signature(
 
 def _read_facts(folder: Path, files: Mapping[str, str]) -> dict[str, Any]:
     """What was frozen in a folder whose signature holds; nothing where another tool has signed."""
-    return json.loads((folder / FACTS_FILE).read_bytes()) if FACTS_FILE in files else {}
+    return json.loads((folder / SIGNED_RECORD_FILE).read_bytes()) if SIGNED_RECORD_FILE in files else {}
 
 
 def _answer(bundle: Bundle, signer: str, files: dict[str, str], facts: Mapping[str, Any]) -> Signature:

@@ -20,12 +20,12 @@ from mlkit._display import (
     figure_svg,
     format_number,
     format_seconds,
+    format_value,
     html_page,
     json_safe,
     render,
-    shown_value,
     text_color,
-    text_curve,
+    text_sparkline,
 )
 from .._files import write_atomic
 from ..errors import InputError, NotFoundError, did_you_mean
@@ -171,7 +171,7 @@ def compare_runs(
 def _labels(comparison: RunComparison) -> list[str]:
     names = comparison.parameters
     labels = [
-        ", ".join(f"{name}={shown_value(run.values[name], 24)}" for name in names if name in run.values)
+        ", ".join(f"{name}={format_value(run.values[name], 24)}" for name in names if name in run.values)
         for run in comparison.runs
     ]
     counts = Counter(labels)
@@ -204,7 +204,7 @@ def _column(values: list[Any]) -> list[Any]:
         return values
     if types == {int, float}:
         return [None if value is None else float(value) for value in values]
-    return [None if value is None else shown_value(value, 200) for value in values]
+    return [None if value is None else format_value(value, 200) for value in values]
 
 # %% ../../nbs/library/runs/06_compare.ipynb #75fc778d
 MAX_COLORS = 10
@@ -326,7 +326,7 @@ def _without_overlap(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, st
 
 
 def _categorical_axis(name: str, values: Sequence[Any]) -> ParallelAxis:
-    texts = ["-" if value is None else shown_value(value, 18) for value in values]
+    texts = ["-" if value is None else format_value(value, 18) for value in values]
     categories = sorted(set(texts))
     heights = {text: n / (len(categories) - 1) if len(categories) > 1 else 0.5 for n, text in enumerate(categories)}
     step = math.ceil(len(categories) / 14)
@@ -407,7 +407,7 @@ class TableCell(NamedTuple):
         """Text that the page sorts by; a number in full precision."""
         if is_number(self.value):
             return repr(float(self.value))
-        return "" if self.value is None else shown_value(self.value, 200)
+        return "" if self.value is None else format_value(self.value, 200)
 
 
 def _table_titles(comparison: RunComparison) -> tuple[str, ...]:
@@ -424,7 +424,7 @@ def _table_rows(comparison: RunComparison) -> list[list[TableCell]]:
             TableCell(format_seconds(run.seconds), run.seconds),
         ]
         for name in comparison.parameters:
-            text = shown_value(run.values[name], 40) if name in run.values else ""
+            text = format_value(run.values[name], 40) if name in run.values else ""
             row.append(TableCell(text, run.values.get(name)))
         for name in comparison.metrics:
             value = run.metrics.get(name)
@@ -436,7 +436,7 @@ def _table_rows(comparison: RunComparison) -> list[list[TableCell]]:
 def _comparison_sections(comparison: RunComparison) -> list[tuple[str, list[tuple[str, ...]]]]:
     rows = [tuple(cell.text for cell in row) for row in _table_rows(comparison)]
     sections = [("runs", [_table_titles(comparison), *rows])]
-    sections.append(("equal in all", [(name, shown_value(value)) for name, value in comparison.common.items()]))
+    sections.append(("equal in all", [(name, format_value(value)) for name, value in comparison.common.items()]))
     best = [(metric, comparison.best(metric)) for metric in comparison.metrics]
     sections.append(("best", [(metric, ", ".join(names)) for metric, names in best if names]))
     sections += _text_curves(comparison)
@@ -452,7 +452,7 @@ def _text_curves(comparison: RunComparison, limit: int = 12) -> list[tuple[str, 
         curves = {n: [value for _, value in history] for n, history in histories.items() if history}
         finite = [value for curve in curves.values() for value in curve if math.isfinite(value)] or [0.0]
         rows = [
-            (labels[n], text_curve(curve, min(finite), max(finite)), format_number(curve[-1]))
+            (labels[n], text_sparkline(curve, min(finite), max(finite)), format_number(curve[-1]))
             for n, curve in curves.items()
         ]
         sections.append((name, rows))
@@ -464,7 +464,7 @@ def _comparison_html(comparison: RunComparison, sortable: bool = False) -> str:
         "run_comparison.html",
         titles=_table_titles(comparison),
         rows=_table_rows(comparison),
-        common=", ".join(f"{name} = {shown_value(value)}" for name, value in comparison.common.items()),
+        common=", ".join(f"{name} = {format_value(value)}" for name, value in comparison.common.items()),
         figures=_figures(comparison),
         sortable=sortable,
     )

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from .._display import format_seconds, json_safe, render, shown_value
+from .._display import format_seconds, format_value, json_safe, render
 from ..errors import InputError, NotFoundError, StorageError
 from mlkit.runs.notebook_diff import (
     CellDiff,
@@ -238,9 +238,9 @@ def field_row(
     diff: FieldDiff,
 ) -> tuple[str, str, str, str]:  # name, first, second, difference
     """Format a differing field; numbers whose short forms are equal are written in full."""
-    texts = [shown_value(diff.first), shown_value(diff.second)]
+    texts = [format_value(diff.first), format_value(diff.second)]
     if diff.present == "both" and texts[0] == texts[1]:
-        texts = [shown_value(repr(value), 400) for value in (diff.first, diff.second)]
+        texts = [format_value(repr(value), 400) for value in (diff.first, diff.second)]
     first, second = (
         text if diff.present in ("both", side) else "" for text, side in zip(texts, ("first", "second"), strict=True)
     )

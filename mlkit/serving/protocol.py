@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 
 from ..errors import MissingDependencyError, ServingError, did_you_mean, join_names
 from ..export.protos import STRING, array_type, message_class, message_pool
-from ..export.signatures import SignatureInfo, TensorInfo, _dimensions, find_signature
+from ..export.signatures import SignatureInfo, TensorInfo, find_signature, format_shape
 
 # %% ../../nbs/library/serving/00_protocol.ipynb #103d93a5
 try:
@@ -213,7 +213,7 @@ def check_shape(
         and all(expected in (None, extent) for expected, extent in zip(info.shape, shape, strict=True))
     ):
         return
-    raise _invalid(f"Input '{info.name}' takes values of shape {_dimensions(info)}, not {list(shape)}.")
+    raise _invalid(f"Input '{info.name}' takes values of shape {format_shape(info)}, not {list(shape)}.")
 
 
 _SUPPORTED = {*_CODES, np.dtype(bool), STRING}

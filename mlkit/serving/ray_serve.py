@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, MissingDependencyError, MlkitError, ServingError
-from ..jobs.ray import import_ray, quiet_ray, ray_cluster, travelling_environment
+from ..jobs.ray import import_ray, propagated_environment, quiet_ray, ray_cluster
 from ..runs.remote import RAY_EXTRA
 from .grpc_server import SERVICES, CallPolicy, add_reflection, bound_methods, handle_call
 from .options import ServerOptions
@@ -391,7 +391,7 @@ def _make_application(serve: Any, options: ServerOptions, replicas: Replicas, va
         max_constructor_retry_count=3,
         ray_actor_options={
             "num_cpus": 1,
-            "runtime_env": {"env_vars": {**travelling_environment(), **variables}},
+            "runtime_env": {"env_vars": {**propagated_environment(), **variables}},
         },
     )
     return deployment.bind(options.to_json(), os.getcwd())

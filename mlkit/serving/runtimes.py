@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import ModelError, ParameterError, ServingError, did_you_mean, join_names
-from ..export.golden import GOLDEN_FILE, TOLERANCES, Golden, check_answers, load_golden
-from ..export.litert_runtime import LiteRTModel, kind_folder
+from ..export.golden import GOLDEN_FILE, TOLERANCES, Golden, check_outputs, load_golden
+from ..export.litert_runtime import LiteRTModel, find_litert_folder
 from ..export.protos import parse_message
 from mlkit.export.signatures import (
     CLASSIFY,
@@ -272,7 +272,7 @@ class LiteRTPredictor:
         folder: Path,  # of one version, one precision variant, or a run
         kind: str = "float32",  # precision variant, one of mlkit.export.litert.KINDS
     ):
-        self._model = LiteRTModel(kind_folder(folder, kind))
+        self._model = LiteRTModel(find_litert_folder(folder, kind))
         self.folder, self.kind = folder, self._model.kind
         inputs = {
             name: TensorInfo(name, _dtype(feature["dtype"]), (None, *feature["shape"]), name)
@@ -459,7 +459,7 @@ def _check_predictions(
 ) -> None:
     name = model_format(predictor)
     try:
-        check_answers({key: _decode_strings(values) for key, values in outputs.items()}, golden, tolerance)
+        check_outputs({key: _decode_strings(values) for key, values in outputs.items()}, golden, tolerance)
     except ModelError as error:
         message = f"{name} does not predict as the model did when it was exported: {error}."
         raise ModelError(f"{message} {_ADVICE.format(name)}") from error

@@ -323,13 +323,13 @@ def _prepare_model(
     align_ftrl(model)
 
 # %% ../../nbs/library/training/08_trainer.ipynb #a1424221
-_fits: "weakref.WeakKeyDictionary[Run, int]" = weakref.WeakKeyDictionary()  # number of fit calls of each run
+_fit_counts: "weakref.WeakKeyDictionary[Run, int]" = weakref.WeakKeyDictionary()  # number of fit calls of each run
 
 
 def _checkpoint_folder(run: Run) -> Path:
     """Checkpoint folder of the next fit of a run."""
-    _fits[run] = _fits.get(run, 0) + 1
-    return run.checkpoints / f"fit-{_fits[run]}"
+    _fit_counts[run] = _fit_counts.get(run, 0) + 1
+    return run.checkpoints / f"fit-{_fit_counts[run]}"
 
 
 def _restore_state(

@@ -37,7 +37,7 @@ from mlkit._compat.keras_tuner import (
     seed_acquisition,
     set_seed_state,
 )
-from .._display import format_number, format_seconds, html_table, shown_value
+from .._display import format_number, format_seconds, format_value, html_table
 from .._files import as_storage_error
 from .._tensorflow import import_tensorflow
 from ..errors import InputError, ModelError, NotFoundError, ParameterError, StorageError, did_you_mean
@@ -548,7 +548,7 @@ def _search_table(search: Search) -> pl.DataFrame:
     for name in names:
         values = [trial.values.get(name) for trial in search.trials]
         is_numeric = all(isinstance(value, int | float | None) for value in values)
-        columns[name] = values if is_numeric else [shown_value(value, 60) for value in values]
+        columns[name] = values if is_numeric else [format_value(value, 60) for value in values]
     return pl.DataFrame(columns, strict=False)
 
 
@@ -565,7 +565,7 @@ def _search_html(search: Search, max_rows: int = 10) -> str:
         (
             f"<code>{html.escape(trial.run.id[-4:])}</code>" if trial.run else "",
             format_number(trial.score),
-            *(html.escape(shown_value(trial.values.get(name), 24)) for name in names),
+            *(html.escape(format_value(trial.values.get(name), 24)) for name in names),
             str(trial.best_epoch),
             format_seconds(trial.run.seconds) if trial.run else "",
         )

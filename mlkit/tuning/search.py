@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import load_settings
 from ..errors import JobFailedError, MlkitError, ParameterError, did_you_mean
-from ..jobs.executor import Watcher, interrupt_on_sigterm, resume_run, run_job
+from ..jobs.executor import ProgressCallback, interrupt_on_sigterm, resume_run, run_job
 from ..jobs.notebook import find_job, read_notebook
 from ..jobs.parameters import ParameterSchema
 from ..jobs.points import TrialQueue, TrialState, close_abandoned, write_hparams
 from ..jobs.ray import import_ray
-from ..jobs.resources import default_jobs, split_resources
-from ..jobs.sweep import ready_engine
+from ..jobs.resources import default_max_parallel, split_resources
+from ..jobs.sweep import connected_engine
 from ..runs.query import read_summaries
 from ..runs.record import SweepPoint
 from ..runs.run import Run
@@ -222,7 +222,7 @@ def tune(
         check_objective(objective, metric_names(dataset.tasks or dataset.task, bool(dataset.sizes["validation"])))
     checked_space = prepare_space(space, schema, common, dataset)
     with (
-        ready_engine(engine) as make_backend,
+        connected_engine(engine) as make_backend,
         _search_run(run, common) as owner,
         Journal(owner.folder / JOURNAL) as journal,
     ):
@@ -243,7 +243,7 @@ def _start_kernel_server(environment: dict[str, str], jobs: int | None) -> None:
 
     with contextlib.suppress(MlkitError, OSError):  # the first trial reports the error
         if load_settings().jobs.kernel == KERNEL_NAME:
-            hold_server(environment | split_resources(jobs or default_jobs())[0])
+            hold_server(environment | split_resources(jobs or default_max_parallel())[0])
 
 
 def _max_parallel(engine: str) -> int | None:  # None: by the resources of this machine
@@ -334,7 +334,7 @@ def final_parameters(
 def train_best(
     search: "Search",  # search that has ended
     job: str = "train",
-    watch: Watcher = lambda run, cell: None,  # callback that receives the run, and then each cell
+    watch: ProgressCallback = lambda run, cell: None,  # callback that receives the run, and then each cell
 ) -> Run:  # run of the final training; the existing one, if there is one
     """Train the best trial on train and validation; raises JobFailedError, NotFoundError if no trial has completed."""
     store, parents = RunStore(search.run.folder.parent), [search.run.id, search.best.run.id]

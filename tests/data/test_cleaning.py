@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from mlkit.data import clean, read_table, write_table
-from mlkit.data.cleaning import Cleaned, load_steps
+from mlkit.data.cleaning import CleaningResult, load_steps
 from mlkit.data.synthetic import retail
 from mlkit.errors import DatasetError
 from tests.conftest import ADULT
@@ -16,7 +16,7 @@ from tests.conftest import ADULT
 CATEGORIES = "books|electronics|fashion|garden|grocery|home|sports|toys"
 
 
-def check_accounting(table: pl.DataFrame, cleaned: Cleaned) -> None:
+def check_accounting(table: pl.DataFrame, cleaned: CleaningResult) -> None:
     """Rows in = rows out + rows in quarantine, and the quarantine holds the original rows with their numbers."""
     removed = cleaned.quarantine.filter(_taken="row")
     assert removed["_row"].is_unique().all()

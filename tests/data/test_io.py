@@ -23,7 +23,7 @@ import pytest
 from mlkit.data import read_table, scan_table, write_table
 from mlkit.data import sql as databases
 from mlkit.data.io import fingerprint
-from mlkit.data.sql import read_query, safe_source
+from mlkit.data.sql import read_query, redact_source
 from mlkit.data.synthetic import retail
 from mlkit.data.tfrecord import read_tfrecord, write_tfrecord
 from mlkit.errors import DatasetError, MissingDependencyError
@@ -713,7 +713,7 @@ def test_a_password_in_the_url(postgres, monkeypatch):
     with pytest.raises(DatasetError, match="nothing_here") as caught:
         read_table(address, query="select nothing_here")
     assert PASSWORD not in exception_texts(caught.value)
-    assert PASSWORD not in safe_source(address)
+    assert PASSWORD not in redact_source(address)
 
 
 def test_sqlite_types_follow_from_the_values(tmp_path):

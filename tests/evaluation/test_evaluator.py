@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from mlkit.data.streaming import open_rows
 from mlkit.evaluation import evaluate, make_report
-from mlkit.evaluation.predictions import load_answers, save_answers
+from mlkit.evaluation.predictions import load_predictions, save_predictions
 
 def peak_memory():  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -39,8 +39,8 @@ evaluation = evaluate(model, open_rows(record, "wide-*.parquet"))
 predictions = evaluation.answers(["device"])
 report = make_report(predictions, ["device"], group="device", weak=evaluation.weak_slices())
 record = report.record()
-save_answers(predictions, Path("answers.parquet"))
-rows, auc = len(load_answers("answers.parquet")), record["measures"]["auc"]["value"]
+save_predictions(predictions, Path("answers.parquet"))
+rows, auc = len(load_predictions("answers.parquet")), record["measures"]["auc"]["value"]
 print(peak_memory() - before, rows, len(record["slices"]), auc)
 """
 

@@ -251,11 +251,11 @@ def test_a_builder_of_ones_own_answers_by_label(both):
     import keras
 
     from mlkit.models import build_model
-    from mlkit.models.preprocessing import SeededLayers, encode_table, side_by_side
+    from mlkit.models.preprocessing import SeededLayers, concatenate_features, encode_table
 
     def build(dataset, seed, named=("returned", "amount")):
         encoded = encode_table(dataset.features, make := SeededLayers(seed))
-        x = side_by_side(encoded, make)
+        x = concatenate_features(encoded, make)
         last = {"returned": "sigmoid", "amount": None}
         return keras.Model(encoded.inputs, {name: keras.layers.Dense(1, last[name])(x) for name in named})
 
@@ -276,7 +276,7 @@ def test_a_training_that_was_cut_off_ends_on_the_same_bits(both, tmp_path):
 
     from mlkit.models import build_model
     from mlkit.training import fit
-    from mlkit.training.trainer import _fits
+    from mlkit.training.trainer import _fit_counts
 
     def train(run, **options):
         model = build_model("mlp", both)
@@ -293,7 +293,7 @@ def test_a_training_that_was_cut_off_ends_on_the_same_bits(both, tmp_path):
     run = archive.create("train")
     with pytest.raises(PowerCutError):
         train(run, callbacks=[Stop()])
-    _fits.pop(run)  # as in another process
+    _fit_counts.pop(run)  # as in another process
     weights, history = train(run)
     assert all((one == other).all() for one, other in zip(whole, weights, strict=True))
     assert history.epochs == measured.epochs

@@ -27,7 +27,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from mlkit.errors import MlkitError
 from mlkit.jobs import kernels
 from mlkit.jobs.kernels import (
-    WarmServer,
+    ForkServerClient,
     kernel_environment,
     kernel_specs,
     running_servers,
@@ -155,7 +155,7 @@ def test_code_is_never_stale(start: Callable, tmp_path: Path, monkeypatch: pytes
 @pytest.fixture
 def kit_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copy of the kit that a test may change."""
-    shutil.copytree(kernels.KIT, tmp_path / "kit" / "mlkit", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(kernels.PACKAGE_FOLDER, tmp_path / "kit" / "mlkit", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "kit" / "mlkit"
 
 
@@ -178,7 +178,7 @@ def run_in_kernel(code):
 
 is_loaded = "import sys; print('mlkit.config' in sys.modules)"
 outputs = [run_in_kernel(is_loaded)]
-config = kernels.KIT / "config.py"
+config = kernels.PACKAGE_FOLDER / "config.py"
 config.write_text(config.read_text() + "\\nMARK = 'changed'\\n")
 outputs += [run_in_kernel(is_loaded), run_in_kernel("from mlkit.config import MARK; print(MARK)")]
 print(outputs, len(kernels.running_servers()))
@@ -186,7 +186,7 @@ print(outputs, len(kernels.running_servers()))
 
 
 def test_the_kit_is_imported_already_unless_it_has_changed(kit_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(kernels.KIT.parent / "jupyter", kit_copy.parent / "jupyter")
+    shutil.copytree(kernels.PACKAGE_FOLDER.parent / "jupyter", kit_copy.parent / "jupyter")
     monkeypatch.setenv("PYTHONPATH", str(kit_copy.parent))
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "mlkit.runs")
     result = subprocess.run([sys.executable, "-c", KIT_KERNEL], cwd="/", capture_output=True, text=True, timeout=120)
@@ -194,16 +194,16 @@ def test_the_kit_is_imported_already_unless_it_has_changed(kit_copy: Path, monke
 
 
 def test_newly_installed_packages_mean_a_new_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = WarmServer.fitting(os.environ).key
+    before = ForkServerClient.fitting(os.environ).key
     site_packages = Path(nbformat.__file__).parent.parent
     marker = Path(tempfile.mkdtemp(dir=site_packages))
     marker.rmdir()
-    assert WarmServer.fitting(os.environ).key != before
+    assert ForkServerClient.fitting(os.environ).key != before
 
 
 def test_many_clients_start_the_same_server_once() -> None:
     with ThreadPoolExecutor(8) as pool:
-        holds = list(pool.map(lambda _: WarmServer.fitting(os.environ).hold(), range(8)))
+        holds = list(pool.map(lambda _: ForkServerClient.fitting(os.environ).hold(), range(8)))
     (server,) = running_servers()
     assert server["holds"] == 8
     for hold in holds:
@@ -307,14 +307,14 @@ def test_without_fork_an_ordinary_kernel_starts_with_a_warning(
 def test_a_folder_that_others_can_enter_is_rejected(private: Path) -> None:
     servers_folder().chmod(0o777)
     with pytest.raises(MlkitError, match="should belong to you alone"):
-        WarmServer.fitting(os.environ).hold()
+        ForkServerClient.fitting(os.environ).hold()
     (private / f"mlkit-{os.getuid()}").chmod(0o700)
 
 
 def test_a_server_that_cannot_start_reports_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SERVER_CODE", "raise SystemExit('no luck')")
     with pytest.raises(MlkitError, match="no luck"):
-        WarmServer.fitting(os.environ).hold()
+        ForkServerClient.fitting(os.environ).hold()
 
 
 @pytest.fixture
@@ -404,8 +404,8 @@ def test_a_pool_that_was_killed_is_started_again(project: Path, job: str) -> Non
 def test_stopping_a_pool_leaves_its_kernels_running(start: Callable) -> None:
     _, client = start()
     (server,) = running_servers()
-    WarmServer(server["key"]).ask("stop")
-    assert not WarmServer(server["key"]).is_running()
+    ForkServerClient(server["key"]).ask("stop")
+    assert not ForkServerClient(server["key"]).is_running()
     assert execute(client, "print('running')") == "running"
     start()
     assert [other["pid"] for other in running_servers()] != [server["pid"]]

@@ -52,7 +52,7 @@ def variables() -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        server = kernels.WarmServer.fitting(os.environ).hold() if kernels.CAN_FORK else None
+        server = kernels.ForkServerClient.fitting(os.environ).hold() if kernels.CAN_FORK else None
         yield variables
         if server:
             server.close()

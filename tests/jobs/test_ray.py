@@ -26,7 +26,7 @@ from mlkit.errors import MissingDependencyError, MlkitError, SettingsError, Stor
 from mlkit.export import export_saved_model, load_saved_model
 from mlkit.jobs import run_sweep
 from mlkit.jobs.kernels import running_servers
-from mlkit.jobs.ray import SHUTDOWN_TIMEOUT, TaskSpec, run_task, task_spec_for, travelling_environment
+from mlkit.jobs.ray import SHUTDOWN_TIMEOUT, TaskSpec, propagated_environment, run_task, task_spec_for
 from mlkit.models import build_model
 from mlkit.runs import Run
 from mlkit.runs.remote import download_run, open_remote_store
@@ -469,7 +469,7 @@ def test_distributed_training_on_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -
     test_distributed.assert_same(record, json.loads(single.stdout), 1e-4)
 
 
-PREDICT = "import mlkit.serving.batch_predict as p, sys; p._PART_ROWS = 10; from mlkit.cli.main import main; main()"
+PREDICT = "import mlkit.serving.batch_predict as p, sys; p._CHUNK_ROWS = 10; from mlkit.cli.main import main; main()"
 
 
 def test_batch_prediction_on_a_cluster(two_nodes: Cluster, tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ def test_batch_prediction_on_a_cluster(two_nodes: Cluster, tmp_path: Path) -> No
 
     def is_predicting() -> bool:
         titles = (" ".join(process.cmdline()) for process in two_nodes.processes(doomed))
-        return any(title.startswith("ray::answer_part") for title in titles)
+        return any(title.startswith("ray::predict_chunk") for title in titles)
 
     try:
         wait_until(lambda: is_predicting() or driver.poll() is not None, 120)
@@ -534,7 +534,7 @@ def test_the_module_does_not_import_ray() -> None:
 
 
 def test_settings_travel_as_variables_and_the_rest_of_the_environment_does_not() -> None:
-    variables = travelling_environment()
+    variables = propagated_environment()
     assert variables["MLKIT_RUNS_ROOT"] == str(load_settings().runs.root)
     assert not [name for name in variables if name in ("PATH", "HOME", "LD_LIBRARY_PATH")]
 

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from mlkit.data import describe, load_dataset, reload_dataset
-from mlkit.data.feature_specs import as_declared, as_feature, plan_features, read_features
+from mlkit.data.feature_specs import cast_columns, plan_features, read_features, to_feature_values
 from mlkit.errors import DatasetError, ModelError
 
 ROWS = 3000
@@ -187,11 +187,11 @@ def test_preprocessing_gives_the_same_bits_with_and_without_a_graph(shop):
     import keras
     import tensorflow as tf
 
-    from mlkit.models.preprocessing import SeededLayers, encode_table, side_by_side
+    from mlkit.models.preprocessing import SeededLayers, concatenate_features, encode_table
 
     make = SeededLayers(1)
     table = encode_table(shop.features, make)
-    front = keras.Model(table.inputs, side_by_side(table, make))
+    front = keras.Model(table.inputs, concatenate_features(table, make))
     tensors = {name: tf.constant(values) for name, values in odd_rows(shop).items()}
     assert same_bits(front(tensors).numpy(), front.predict(tensors, batch_size=ROWS, verbose=0))
 
@@ -223,11 +223,11 @@ def test_the_training_pipeline_gives_what_direct_calls_give(trained, shop):
     model, _ = trained
     rows = shop.splits["validation"]
     batches = [model(features, training=False).numpy() for features, _ in shop.to_tf("validation", batch_size=100)]
-    ready = as_declared(shop.table.select(set(shop.features)), {k: v for k, v in shop.arguments["features"].items()
+    ready = cast_columns(shop.table.select(set(shop.features)), {k: v for k, v in shop.arguments["features"].items()
                                                                 if k in shop.features})  # fmt: skip
     for number, start in enumerate(range(0, len(rows), 100)):
         chosen = ready[rows[start : start + 100]]
-        raw = {column.name: tf.constant(as_feature(column).to_numpy()) for column in chosen}
+        raw = {column.name: tf.constant(to_feature_values(column).to_numpy()) for column in chosen}
         assert same_bits(model(raw, training=False).numpy(), batches[number])
 
 
@@ -246,7 +246,7 @@ def test_half_precision_does_not_reach_raw_values(tmp_path):
     import keras
     import tensorflow as tf
 
-    from mlkit.models.preprocessing import SeededLayers, encode_table, side_by_side
+    from mlkit.models.preprocessing import SeededLayers, concatenate_features, encode_table
 
     table = pl.DataFrame(
         {"id": [70001.0, 70002.0, 70003.0], "at": ["2026-01-31T10:15:01", "2026-01-31T10:15:02", None]}
@@ -254,15 +254,15 @@ def test_half_precision_does_not_reach_raw_values(tmp_path):
     overrides = read_features(
         {"id": {"kind": "bucket", "boundaries": [70001.5, 70002.5], "one_hot": True}, "at": "datetime"}
     )
-    ready = as_declared(table, overrides)
+    ready = cast_columns(table, overrides)
     specs = plan_features(describe(ready), overrides)
-    raw = {column.name: tf.constant(as_feature(column).to_numpy()) for column in ready}
+    raw = {column.name: tf.constant(to_feature_values(column).to_numpy()) for column in ready}
     results = []
     for policy in ("float32", "mixed_float16"):
         keras.mixed_precision.set_global_policy(policy)
         try:
             front = encode_table(specs, SeededLayers(1))
-            results.append(keras.Model(front.inputs, side_by_side(front, SeededLayers(1)))(raw).numpy())
+            results.append(keras.Model(front.inputs, concatenate_features(front, SeededLayers(1)))(raw).numpy())
         finally:
             keras.mixed_precision.set_global_policy("float32")
     assert same_bits(*results)
@@ -300,7 +300,7 @@ def test_polars_and_the_graph_read_the_same_moments():
             place = rng.integers(len(text))
             text = text[:place] + rng.choice(list("0x- ")) + text[place + 1 :]
         texts.append(text)
-    moments = as_declared(pl.DataFrame({"at": texts}), {"at": {"kind": "datetime"}})["at"]
+    moments = cast_columns(pl.DataFrame({"at": texts}), {"at": {"kind": "datetime"}})["at"]
     fields = DatetimeParser()([tf.constant(texts)]).numpy()[:, 0]
     assert (fields[:, 0] == 1).tolist() == moments.is_not_null().to_list()
     known = moments.is_not_null().to_numpy()
@@ -312,7 +312,7 @@ def test_polars_and_the_graph_read_the_same_moments():
     assert np.array_equal(fields[known, 1], there.dt.date().to_physical().to_numpy())
     days = there.to_physical().to_numpy() / 86_400e6
     assert np.abs(fields[known, 1].astype("float64") + fields[known, 2] - days).max() < 1e-6
-    canonical = as_feature(moments).to_list()
+    canonical = to_feature_values(moments).to_list()
     again = DatetimeParser()([tf.constant(canonical)]).numpy()[:, 0]
     assert np.array_equal(again, fields)
 

@@ -145,7 +145,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 def start(model: Path, source: Path, output: Path, *options: str) -> subprocess.Popen:
     """`mlkit predict` in parts of 20 rows, in a process of its own."""
-    code = "import mlkit.serving.batch_predict as p, sys; p._PART_ROWS = 20; from mlkit.cli.main import main; main()"
+    code = "import mlkit.serving.batch_predict as p, sys; p._CHUNK_ROWS = 20; from mlkit.cli.main import main; main()"
     command = [sys.executable, "-c", code, "predict", model, "--input", source, "--output", output, *options]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
