@@ -9,7 +9,7 @@ export UV_SYSTEM_CERTS := $(if $(wildcard /etc/ssl/certs/*),true,false)
 ALLOW_ROOT := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install run test lab export lint docs lock clean
+.PHONY: help install run test check lab export lint docs lock clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -52,10 +52,14 @@ browser:
 	  || npm install --silent --no-save --no-package-lock --no-audit --no-fund @litertjs/core@2.5.3
 
 test: install lint services browser  ## everything CI checks
-	@# each notebook in a process of its own: some settle what TensorFlow can settle only once
-	find nbs -name '*.ipynb' -not -path '*/.*' | sort | MLKIT_RUNS_ROOT=$$(mktemp -d) xargs -P 2 -n 1 $(BIN)/nbdev-test
+	@# each notebook in a forked process of its own: some settle what TensorFlow can settle only once
+	MLKIT_RUNS_ROOT=$$(mktemp -d) $(BIN)/mlkit test --timeout 1800
 	@# two at a time: most tests wait for processes of their own; those of a file share what it has set up
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+
+check: lint  ## lint, layers, exports, and the tests of what has changed since the last commit
+	MLKIT_RUNS_ROOT=$$(mktemp -d) $(BIN)/mlkit test --changed
+	$(BIN)/python -m tests.affected | xargs $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lab: install  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab $(ALLOW_ROOT) --LabApp.default_url=/lab/tree/nbs/index.ipynb
