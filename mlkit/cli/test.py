@@ -96,7 +96,7 @@ def run_tests(
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds per notebook; 0 for no limit.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run notebooks as tests in forked processes; exit code 1 if one fails."""
+    """Run notebooks as tests; exit code 1 if any fails."""
     from mlkit.jobs.import_graph import affected, changed_files, reach
     from mlkit.jobs.notebook_test import Project, find_notebooks, run_notebooks
 

@@ -562,15 +562,15 @@ class Audit:
         if self._denials > _MAX_DENIALS:
             self._omitted += 1
             return
-        omitted, self._omitted = ({"left_out": self._omitted} if self._omitted else {}), 0
+        omitted, self._omitted = ({"omitted": self._omitted} if self._omitted else {}), 0
         try:
-            await self.record_async(principal, action, "refused", code=error.code, reason=error.message, **omitted)
+            await self.record_async(principal, action, "denied", code=error.code, reason=error.message, **omitted)
         except MlkitError as problem:
             _log.error("A denial cannot be recorded: %s", problem)
 
     def actions(self) -> list[dict[str, Any]]:
         """All recorded actions in order; raises StorageError where the file was tampered with."""
         return [
-            {"time": event.time, "server": event.who, "what": event.what} | dict(event.facts)
+            {"time": event.time, "server": event.user, "action": event.kind, "reason": event.reason, **event.payload}
             for event in self._log.events()
         ]

@@ -109,7 +109,7 @@ class RegistrySource:
 
     def look(self) -> ServingPlan:
         """Poll the present plan; the audit log is read again only when it has changed."""
-        token = self.registry.token()
+        token = self.registry.revision()
         if self._plan is None or token != self._token:
             self._token, self._plan = token, self._read()
         return self._plan

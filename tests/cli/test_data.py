@@ -253,7 +253,7 @@ def test_sources_of_all_sorts(data: Command, shop: Path) -> None:
     images = data("describe", "digits")
     assert (images.returncode, "holds images" in images.stderr) == (2, True)
     kinds = data("describe", "monday.csv", "--types", "age")
-    assert (kinds.returncode, "--types takes COLUMN=KIND" in kinds.stderr) == (2, True)
+    assert (kinds.returncode, "--types takes COLUMN=TYPE" in kinds.stderr) == (2, True)
 
 
 def test_a_database_is_asked_by_query_and_its_password_is_not_printed(data: Command, shop: Path) -> None:

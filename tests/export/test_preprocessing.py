@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from mlkit.export.numpy_preprocessing import cross_rows, fingerprint64, moment_fields, siphash, split_words
-from mlkit.models.preprocessing import Moments, Words
+from mlkit.models.preprocessing import DatetimeParser, WordSplitter
 from tests.conftest import REPOSITORY
 
 SIZES = (*range(70), 127, 128, 129, 200, 1000)  # all code paths of the hashes
@@ -53,11 +53,11 @@ def table() -> dict[str, Any]:
 
 
 def word_table() -> np.ndarray:
-    return Words(LENGTH)(tf.constant(TEXTS)).numpy()
+    return WordSplitter(LENGTH)(tf.constant(TEXTS)).numpy()
 
 
 def moment_table() -> list[list[float]]:
-    return Moments()([tf.constant(MOMENTS)]).numpy()[:, 0].tolist()
+    return DatetimeParser()([tf.constant(MOMENTS)]).numpy()[:, 0].tolist()
 
 
 def assert_equal_to(table: dict[str, Any], results: dict[str, Any]) -> None:

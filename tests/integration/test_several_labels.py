@@ -260,7 +260,7 @@ def test_a_builder_of_ones_own_answers_by_label(both):
         return keras.Model(encoded.inputs, {name: keras.layers.Dense(1, last[name])(x) for name in named})
 
     assert set(build_model(build, both).output) == set(LABELS)
-    with pytest.raises(ModelError, match="needs a dictionary of answers to returned, amount"):
+    with pytest.raises(ModelError, match="needs a dictionary of predictions for returned, amount"):
         build_model(build, both, named=("amount",))
 
 

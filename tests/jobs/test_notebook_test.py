@@ -539,11 +539,11 @@ def test_a_terminal_shows_what_is_at_work(project: Path, monkeypatch: pytest.Mon
     )
     monkeypatch.setattr(test_command, "REFRESH_SECONDS", 0)
     results = [Result(project / "nbs" / f"{name}.ipynb") for name in ("good", "slow")]
-    with test_command.Watch(silent=False) as watch:
-        watch(results)
+    with test_command.TestProgress(silent=False) as progress:
+        progress(results)
         results[0].outcome, results[0].seconds = "passed", 1.5
         results[1].outcome, results[1].cell, results[1].line = "running", 7, "train()"
-        watch(results)
+        progress(results)
     text = screen.getvalue()
     assert text.count("passed  nbs/good.ipynb  1.5 s") == 1
     assert "1 of 2 notebooks" in text

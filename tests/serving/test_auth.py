@@ -268,14 +268,14 @@ def test_administrative_actions_are_recorded(guarded: tuple) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         assert call(channel, "ModelService", "HandleReloadConfigRequest", **bearer(texts["boss"]))[0] == "OK"
     actions = Audit(path).actions()
-    summaries = [(action["what"], action["caller"], action["result"]) for action in actions[before:]]
+    summaries = [(action["action"], action["caller"], action["result"]) for action in actions[before:]]
     done = [("reload", "boss", "begun"), ("reload", "boss", "done")]
-    assert summaries == [*done, ("reload", "shop", "refused"), *done]
+    assert summaries == [*done, ("reload", "shop", "denied"), *done]
     assert actions[-1]["versions"] == {"wine": 1}
-    assert actions[0]["what"] == "start"
+    assert actions[0]["action"] == "start"
     intact = path.read_text()
     path.write_text(intact.replace('"boss"', '"shop"', 1))
-    with pytest.raises(StorageError, match="changed by other hands"):
+    with pytest.raises(StorageError, match="tampered with"):
         Audit(path).actions()
     refused = httpx.post(f"{server.url}/reload", headers=bearer(texts["boss"]))
     assert refused.status_code == 503  # what cannot be recorded is not done
@@ -294,13 +294,13 @@ def test_denied_actions_are_recorded_too(guarded: tuple, row: dict) -> None:  # 
             call(channel, "ModelService", "HandleReloadConfigRequest", **headers)
         assert call(channel, "PredictionService", "Predict")[0] == "UNAUTHENTICATED"
     actions = Audit(path).actions()[before:]
-    assert [(action["what"], action["caller"].partition(":")[0], action["code"]) for action in actions] == [
+    assert [(action["action"], action["caller"].partition(":")[0], action["code"]) for action in actions] == [
         ("reload", "127.0.0.1", "UNAUTHENTICATED"),
         ("DELETE /models", "shop", "PERMISSION_DENIED"),
         ("reload", "ipv4", "UNAUTHENTICATED"),
         ("reload", "shop", "PERMISSION_DENIED"),
     ]
-    assert {action["result"] for action in actions} == {"refused"}
+    assert {action["result"] for action in actions} == {"denied"}
     assert actions[1]["reason"] == "shop may predict here, and this needs the scope 'admin'."
 
 
@@ -318,11 +318,11 @@ def test_a_revoked_key_is_no_longer_valid(guarded: tuple, keys: Path, row: dict)
 
 def test_the_command_hands_out_lists_and_takes_back(project: Path) -> None:
     def access(*arguments: str) -> Any:
-        result = run_cli("--set", "access.keys=api.keys", "access", *arguments, "--json", folder=project)
+        result = run_cli("--set", "access.keys=api.keys", "api-keys", *arguments, "--json", folder=project)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
-    made = access("new", "shop", "--days", "30")
+    made = access("create", "shop", "--days", "30")
     options = AuthOptions(str(project / "api.keys")).open()
     principal = asyncio.run(options.authorize({b"x-api-key": made["key"].encode()}, "predict"))
     assert (principal.name, principal.credential) == ("shop", "key")
@@ -404,7 +404,7 @@ def test_only_clients_of_our_authority_get_in(shelf: Path, tmp_path: Path, row: 
             assert call(asking, "PredictionService", "Predict")[0] == "INVALID_ARGUMENT"
             assert call(asking, "ModelService", "HandleReloadConfigRequest")[0] == "OK"
         actions = Audit(tmp_path / "logs" / "audit.jsonl").actions()
-        assert [(action["what"], action["caller"], action["result"]) for action in actions[1:]] == [
+        assert [(action["action"], action["caller"], action["result"]) for action in actions[1:]] == [
             ("reload", "friend", "begun"),
             ("reload", "friend", "done"),
         ] * 2

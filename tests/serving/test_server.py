@@ -40,7 +40,7 @@ from mlkit.serving.sources import FolderSource
 from mlkit.training import fit
 from tests.conftest import Crowd, free_port, run_cli, wait_until
 from tests.registry.test_store import make_run, place, signing  # noqa: F401  fixtures
-from tests.runs.test_faults import fill_up
+from tests.runs.test_store_failures import fill_up
 
 WINE = "/v1/models/wine"
 
