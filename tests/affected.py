@@ -7,9 +7,9 @@ from mlkit.jobs.import_graph import changed_files
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def test_files(
+def files_of_tests(
     changed: set[Path],  # absolute
-    root: Path = REPOSITORY,
+    root: Path,
 ) -> list[Path]:  # sorted; the architecture test is always among them
     """The changed test files, and of each changed module the test file of its name."""
     tests = {root / "tests" / "test_architecture.py"}
@@ -23,4 +23,4 @@ def test_files(
 
 
 if __name__ == "__main__":
-    print(*test_files(changed_files(REPOSITORY)), sep="\n")
+    print(*files_of_tests(changed_files(REPOSITORY), REPOSITORY), sep="\n")

@@ -215,7 +215,8 @@ def _check_columns(columns: Sequence[str], needed: Sequence[str], source: str | 
     if missing := [name for name in needed if name not in columns]:
         hint = did_you_mean(missing[0], columns)
         raise DatasetError(
-            f"{redact_source(source)} has no column '{missing[0]}', which is needed.{hint} It has {join_names(columns)}."
+            f"{redact_source(source)} has no column '{missing[0]}', which is needed.{hint} "
+            f"It has {join_names(columns)}."
         )
 
 
