@@ -381,7 +381,7 @@ def test_other_kinds_of_keys_are_refused(place: Path, run: Run, mlkit: Callable)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from mlkit import signing
+from mlkit.registry import signing
 moment, folder, key = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -543,7 +543,7 @@ def test_sigstore_without_a_network_says_so(place: Path, run: Run, signed: Run) 
     offline = {"HTTPS_PROXY": proxy, "HTTP_PROXY": proxy, "HOME": str(place), "XDG_DATA_HOME": str(place / "share")}
     other = make_run(place / "runs")
     result = run_cli("sign", str(other.folder), "--sigstore", folder=place, **offline)
-    assert (result.returncode, "It needs the network" in " ".join(result.stderr.split())) == (2, True), result.stderr
+    assert (result.returncode, "It needs network access" in " ".join(result.stderr.split())) == (2, True), result.stderr
     assert not (other.folder / "signed.json").exists()
     command = ["verify", str(signed.folder), "--identity", "alice@example.com", "--issuer", "https://example.com"]
     result = run_cli(*command, folder=place, **offline)
@@ -601,7 +601,7 @@ def test_a_failed_encryption_leaves_no_file(
     place: Path, signed: Run, sealed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlkit.errors import MlkitError
-    from mlkit.registry import signing
+    from mlkit.registry import encryption
 
     receiver = new_encryption_key(place / "eve.txt")
     for target, receivers in (
@@ -615,7 +615,7 @@ def test_a_failed_encryption_leaves_no_file(
     def vanish(*_: object) -> None:
         raise OSError("the disk has gone")
 
-    monkeypatch.setattr(signing, "_write_tar", vanish)
+    monkeypatch.setattr(encryption, "_write_tar", vanish)
     with pytest.raises(MlkitError, match="the disk has gone"):
         encrypt_folder(signed.folder, place / "c.age", [receiver])
     assert sorted(path.name for path in place.rglob("*.age*")) == ["model.age"]
@@ -624,7 +624,9 @@ def test_a_failed_encryption_leaves_no_file(
 def test_what_is_signed_is_not_added_to(run: Run, place: Path) -> None:
     check_unsigned(run.folder)
     sign_folder(run.folder, KeySigner(place / "secret" / "alice.pem"))
-    with pytest.raises(InputError, match=r"is signed: .* Remove model\.sig and signed\.json, and sign it anew"):
+    with pytest.raises(
+        InputError, match=r"is signed: .* Remove model\.sig and signed\.json, and sign it again afterwards"
+    ):
         check_unsigned(run.folder)
     for name in ("model.sig", "signed.json"):
         (run.folder / name).unlink()
