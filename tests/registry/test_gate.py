@@ -54,7 +54,7 @@ def test_a_worse_model_is_refused_with_exit_code_1(gated: tuple[Path, str, str])
     result = run_cli("gate", champion, "--against", challenger, "--json", folder=folder)
     told = json.loads(result.stdout)
     assert (result.returncode, told["passed"]) == (1, False)
-    assert told["reason"].startswith("Refused: ")
+    assert told["reason"].startswith("Gate failed: ")
 
 
 @pytest.mark.parametrize(
@@ -149,5 +149,5 @@ def test_a_copy_of_a_model_is_measured_on_rows_that_stay_in_their_files(gated: t
     assert result.returncode == 1, result.stderr
     told = json.loads(result.stdout)
     assert (told["run"], told["labels"]["purchased"]["rows"], told["gate"]["passed"]) == (str(copy), 70_000, False)
-    assert told["gate"]["reason"].startswith("Refused: auc at least 0.99 was asked")
+    assert told["gate"]["reason"].startswith("Gate failed: required auc at least 0.99")
     assert not (copy / "gate.json").exists(), "what is not in an open run is left as it is"
