@@ -616,7 +616,8 @@ class ForkServerClient:
             if self.is_running():
                 return
             _remove_stale_files()
-            code = SERVER_CODE.format(package=str(PACKAGE_FOLDER.parent), socket=str(self.socket_path), preload=self.preload)
+            package = str(PACKAGE_FOLDER.parent)
+            code = SERVER_CODE.format(package=package, socket=str(self.socket_path), preload=self.preload)
             with self.log_path.open("wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-c", code],

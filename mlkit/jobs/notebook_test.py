@@ -1,7 +1,7 @@
 """Notebooks as tests: a forked process for each, by nbdev's rules of what is executed."""
 
-# TensorFlow and other large libraries are imported once, by the warm server of mlkit.jobs.kernels, and are shared by all
-# processes that are forked from it. The shell is IPython's own, which ipykernel brings: nbdev is not needed to test what
+# TensorFlow and other large libraries are imported once, by the server of mlkit.jobs.kernels, and shared by all
+# processes forked from it. The shell is IPython's own, which ipykernel brings: nbdev is not needed to test what
 # it exports.
 
 import asyncio
