@@ -233,7 +233,7 @@ class SweepProgress:
     def table(self, ranked: bool = False) -> Table:
         """A row for each point; ranked: the best first."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for title in ("run", "status", "time", "at", "best", *self._varying_parameters()):
+        for title in ("run", "status", "time", "at", "result", *self._varying_parameters()):
             table.add_column(title, no_wrap=title != "at", justify="right" if title == "time" else "left")
         for state in sorted(self.states, key=_rank) if ranked else self.states:
             table.add_row(*self._row(state))
@@ -270,13 +270,15 @@ def readable_record(run: Run | None) -> Record | None:
 def headline(
     record: Record,
 ) -> tuple[str, float] | None:  # None when the run has no metrics
-    """The most important metric of a run with its best value so far."""
+    """The most important metric of a run: its reported value, or the best so far while the run has not completed."""
     from mlkit.metrics import lower_is_better
 
     summary = RunSummary(record.id, record.job, record.status, "", None, record.metrics, {}, {})
     names = RunTable([summary], 1, Path()).metric_names(most=1)
     if not names:
         return None
+    if record.status == "completed":
+        return names[0], record.metrics[names[0]]
     values = [value for _, value in record.history.get(names[0], [])] or [record.metrics[names[0]]]
     return names[0], (min if lower_is_better(names[0]) else max)(values)
 

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mlkit.cli import console as shared
-from mlkit.cli.console import epoch_lines, print_rows, progress_line, showing_progress, text_grid
+from mlkit.cli.console import SweepProgress, epoch_lines, print_rows, progress_line, showing_progress, text_grid
 from mlkit.errors import JobFailedError
-from mlkit.runs import RunStore
+from mlkit.jobs.points import TrialState
+from mlkit.runs import RunStore, compare_runs
 from mlkit.runs.record import Failure, Record
 
 RUNNING = Record(
@@ -78,3 +79,20 @@ def test_a_failed_job_is_explained_on_standard_error(
     assert "Failed in Data (cell 4 of the executed notebook)" in captured.err
     assert f"mlkit runs open {run.id}" in captured.err
     assert ("run " in captured.out) is not as_json
+
+
+def test_a_sweep_and_a_comparison_show_the_restored_epoch(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    states = []
+    for number, values in enumerate(([0.9, 0.8, 0.6], [0.7, 0.6, 0.5]), 1):
+        with store.create("train", parameters={"learning_rate": number}) as run:
+            for step, value in enumerate(values, 1):
+                run.log_metrics({"val_accuracy": value}, step=step)
+            run.log_metrics({"val_accuracy": values[1]})  # training restored the second epoch
+        states.append(TrialState(number, {"learning_rate": number}, "completed", run))
+    progress = SweepProgress()
+    progress.update(states)
+    assert [line.split()[-2] for line in printed(progress.table(ranked=True), 100)[1:]] == ["0.8", "0.6"]
+    sections = dict(compare_runs([state.run for state in states]).sections())
+    assert [row[-1] for row in sections["val_accuracy"]] == ["0.8", "0.6"]
+    assert [row[-1] for row in sections["runs"][1:]] == ["0.8", "0.6"]
