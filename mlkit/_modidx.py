@@ -3548,6 +3548,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mlkit.runs.run.Run.log_parents': ('library/runs/run.html#run.log_parents', 'mlkit/runs/run.py'),
                                 'mlkit.runs.run.Run.log_progress': ('library/runs/run.html#run.log_progress', 'mlkit/runs/run.py'),
                                 'mlkit.runs.run.Run.log_seed': ('library/runs/run.html#run.log_seed', 'mlkit/runs/run.py'),
+                                'mlkit.runs.run.Run.log_summary': ('library/runs/run.html#run.log_summary', 'mlkit/runs/run.py'),
                                 'mlkit.runs.run.Run.parents': ('library/runs/run.html#run.parents', 'mlkit/runs/run.py'),
                                 'mlkit.runs.run.Run.record': ('library/runs/run.html#run.record', 'mlkit/runs/run.py'),
                                 'mlkit.runs.run.Run.restart': ('library/runs/run.html#run.restart', 'mlkit/runs/run.py'),

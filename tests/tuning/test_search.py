@@ -289,6 +289,7 @@ def test_the_final_training_is_tested_on_the_same_rows(tuned: RunStore) -> None:
     assert training_rows == train_data.splits["train"].tolist()
     assert (trained.folder / "saved_model" / "1").is_dir()
     assert any(name.startswith("test") for name in trained.record.metrics)
+    assert "log loss" in trained.record.summary  # the comparison with the baselines
 
 
 def test_warm_start_of_trials(tuned: RunStore, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
