@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlkit._display import format_number, format_seconds
+from mlkit._display import format_number, format_seconds, format_value
 from mlkit.errors import JobFailedError, MlkitError
 from mlkit.runs.query import RunSummary
 from mlkit.runs.record import Record
@@ -30,6 +30,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing
 RunArgument = Annotated[str, typer.Argument(help="Id, unique beginning or end of one, or 'latest'.")]
 DONE = "[green]●[/]"  # in front of a sentence that reports success
 FAILED = "[red]●[/]"
+SEARCH_JOURNAL = "search.jsonl"  # tuning.oracle.JOURNAL, whose module imports Keras
 
 
 def print_json(
@@ -147,14 +148,15 @@ class JobProgress:
     def __init__(self) -> None:
         self.run: Run | None = None
         self.cell: Any = None  # jobs.executor.CellProgress
-        self.printed_epochs = 0
+        self.printed = {"epochs": 0, "trials": 0}  # number of lines
+        self.printing = threading.Lock()
         self.stopped = threading.Event()
 
     def __call__(self, run: Run, cell: Any) -> None:
         """Callback of the job: once with the run, then with each cell."""
         self.run, self.cell = run, cell
         if not sys.stdout.isatty():
-            self._print_epochs()
+            self._print_finished()
             console.print(f"cell {cell.number} of {cell.total}  {escape(cell.heading)}" if cell else f"run {run.id}")
 
     def __enter__(self) -> "JobProgress":
@@ -172,6 +174,7 @@ class JobProgress:
             self.live.stop()
         else:
             self.thread.join()
+            self._print_finished()
 
     def render(self) -> Group:
         """The live block."""
@@ -185,13 +188,18 @@ class JobProgress:
 
     def _print_until_stopped(self) -> None:
         while not self.stopped.wait(0.25):
-            self._print_epochs()
+            self._print_finished()
 
-    def _print_epochs(self) -> None:
-        record = readable_record(self.run)
-        for line in epoch_lines(record)[self.printed_epochs :] if record else []:
-            console.print(f"  {escape(line)}")
-            self.printed_epochs += 1
+    def _print_finished(self) -> None:
+        """Print the epochs and trials that have finished since the last call."""
+        with self.printing:
+            record = readable_record(self.run)
+            if record is None:
+                return
+            for kind, lines in {"epochs": epoch_lines(record), "trials": trial_lines(self.run)}.items():
+                for line in lines[self.printed[kind] :]:
+                    print_line(f"  {escape(line)}")
+                    self.printed[kind] += 1
 
 
 class SweepProgress:
@@ -233,7 +241,7 @@ class SweepProgress:
     def table(self, ranked: bool = False) -> Table:
         """A row for each point; ranked: the best first."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for title in ("run", "status", "time", "at", "best", *self._varying_parameters()):
+        for title in ("run", "status", "time", "at", "result", *self._varying_parameters()):
             table.add_column(title, no_wrap=title != "at", justify="right" if title == "time" else "left")
         for state in sorted(self.states, key=_rank) if ranked else self.states:
             table.add_row(*self._row(state))
@@ -270,13 +278,15 @@ def readable_record(run: Run | None) -> Record | None:
 def headline(
     record: Record,
 ) -> tuple[str, float] | None:  # None when the run has no metrics
-    """The most important metric of a run with its best value so far."""
+    """The most important metric of a run: its reported value, or the best so far while the run has not completed."""
     from mlkit.metrics import lower_is_better
 
     summary = RunSummary(record.id, record.job, record.status, "", None, record.metrics, {}, {})
     names = RunTable([summary], 1, Path()).metric_names(most=1)
     if not names:
         return None
+    if record.status == "completed":
+        return names[0], record.metrics[names[0]]
     values = [value for _, value in record.history.get(names[0], [])] or [record.metrics[names[0]]]
     return names[0], (min if lower_is_better(names[0]) else max)(values)
 
@@ -321,6 +331,25 @@ def epoch_lines(
         for step, value in points:
             steps.setdefault(step, {})[name] = value
     return [f"epoch {step}  {named_values(values)}" for step, values in sorted(steps.items())]
+
+
+def trial_lines(
+    run: Run,  # a search, or any other run
+) -> list[str]:  # "trial 3 of 20  learning_rate=0.01  val_loss 0.1235", one for each finished trial
+    """The finished trials of a search, in the order in which they finished."""
+    try:
+        lines = (run.folder / SEARCH_JOURNAL).read_bytes().split(b"\n")[:-1]  # without an unfinished line
+        header, *events = map(json.loads, lines)
+    except (OSError, ValueError):  # no search, or a search that has not started
+        return []
+    plan, trials = header["search"], {event["ask"]: event["values"] for event in events if event.get("ask")}
+    finished = []
+    for event in (event for event in events if "end" in event):
+        values = {name.replace("/", "."): value for name, value in trials[event["end"]].items() if "tuner/" not in name}
+        chosen = " ".join(f"{name}={format_value(value, 40)}" for name, value in values.items())
+        score = "failed" if event["score"] is None else f"{plan['objective']} {format_number(event['score'])}"
+        finished.append(f"trial {event['end']} of {plan['trials']}  {chosen}  {score}")
+    return finished
 
 
 def explain_failure(

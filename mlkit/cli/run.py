@@ -16,6 +16,7 @@ from mlkit.cli.console import (
     colored_status,
     console,
     print_json,
+    print_line,
     print_next,
     print_rows,
     print_section,
@@ -240,7 +241,7 @@ def _print_sweep_result(sweep: Run, progress: SweepProgress, as_json: bool) -> N
 
 
 def _print_result(run: Run) -> None:
-    """The closing table of a completed job."""
+    """The result of a completed job: its summary, such as the comparison with the baselines, and its metrics."""
     record = run.record
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in record.metrics.items():
@@ -248,6 +249,8 @@ def _print_result(run: Run) -> None:
     table.add_row("time", format_seconds(record.seconds))
     table.add_row("archived in", str(relative_path(run.folder)))
     console.print(f"{colored_status('completed')} {run.id}")
+    for sentence in record.summary.splitlines():
+        print_line(f"[bold]{escape(sentence)}[/]")
     console.print(table)
     print_next(*_next_commands(run))
 

@@ -444,7 +444,7 @@ def _comparison_sections(comparison: RunComparison) -> list[tuple[str, list[tupl
 
 
 def _text_curves(comparison: RunComparison, limit: int = 12) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Sparklines of each metric on a common scale, best run first, of at most `limit` runs."""
+    """Sparklines of each metric with its reported value, best run first, of at most `limit` runs."""
     sections, labels = [], comparison.labels
     ranking = _ranking(comparison)[:limit]
     for name in dict.fromkeys(name for names in _panels(comparison).values() for name in names):
@@ -452,7 +452,11 @@ def _text_curves(comparison: RunComparison, limit: int = 12) -> list[tuple[str, 
         curves = {n: [value for _, value in history] for n, history in histories.items() if history}
         finite = [value for curve in curves.values() for value in curve if math.isfinite(value)] or [0.0]
         rows = [
-            (labels[n], text_sparkline(curve, min(finite), max(finite)), format_number(curve[-1]))
+            (
+                labels[n],
+                text_sparkline(curve, min(finite), max(finite)),
+                format_number(comparison.runs[n].metrics.get(name, curve[-1])),
+            )
             for n, curve in curves.items()
         ]
         sections.append((name, rows))

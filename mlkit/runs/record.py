@@ -113,6 +113,7 @@ class Record(RecordModel):
     defaults: dict[str, Any] = {}  # default values of the notebook's parameters
     parents: list[str] = []  # runs and model versions that this run depends on
     points: list[SweepPoint] = []  # points of a sweep
+    summary: str = ""  # result in sentences, one per line, for example the comparison with the baselines
     metrics: dict[str, float] = {}
     history: dict[str, list[tuple[int, float]]] = {}  # metric -> [(step, value), ...]
     progress: dict[str, Any] = {}  # current progress of the job, for example epoch and loss

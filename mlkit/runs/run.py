@@ -173,6 +173,14 @@ class Run:
                 for name, value in values.items():
                     record.history.setdefault(name, []).append((step, value))
 
+    def log_summary(
+        self,
+        result: object,  # its text is recorded: sentences, one per line
+    ) -> None:
+        """Record the result in sentences, which reports show first; they replace earlier ones."""
+        with self.edit() as record:
+            record.summary = str(result)
+
     def log_progress(
         self,
         **progress: Any,  # for example epoch=3, epochs=20, loss=0.1; nothing: no progress any more

@@ -9,9 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 from mlkit.cli import console as shared
-from mlkit.cli.console import epoch_lines, print_rows, progress_line, showing_progress, text_grid
+from mlkit.cli.console import (
+    SweepProgress,
+    epoch_lines,
+    print_rows,
+    progress_line,
+    showing_progress,
+    text_grid,
+    trial_lines,
+)
 from mlkit.errors import JobFailedError
-from mlkit.runs import RunStore
+from mlkit.jobs.points import TrialState
+from mlkit.runs import RunStore, compare_runs
 from mlkit.runs.record import Failure, Record
 
 RUNNING = Record(
@@ -78,3 +87,50 @@ def test_a_failed_job_is_explained_on_standard_error(
     assert "Failed in Data (cell 4 of the executed notebook)" in captured.err
     assert f"mlkit runs open {run.id}" in captured.err
     assert ("run " in captured.out) is not as_json
+
+
+def test_a_sweep_and_a_comparison_show_the_restored_epoch(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    states = []
+    for number, values in enumerate(([0.9, 0.8, 0.6], [0.7, 0.6, 0.5]), 1):
+        with store.create("train", parameters={"learning_rate": number}) as run:
+            for step, value in enumerate(values, 1):
+                run.log_metrics({"val_accuracy": value}, step=step)
+            run.log_metrics({"val_accuracy": values[1]})  # training restored the second epoch
+        states.append(TrialState(number, {"learning_rate": number}, "completed", run))
+    progress = SweepProgress()
+    progress.update(states)
+    assert [line.split()[-2] for line in printed(progress.table(ranked=True), 100)[1:]] == ["0.8", "0.6"]
+    sections = dict(compare_runs([state.run for state in states]).sections())
+    assert [row[-1] for row in sections["val_accuracy"]] == ["0.8", "0.6"]
+    assert [row[-1] for row in sections["runs"][1:]] == ["0.8", "0.6"]
+
+
+def test_a_line_for_each_finished_trial(tmp_path: Path) -> None:
+    run = RunStore(tmp_path).create("tune")
+    assert trial_lines(run) == []
+    events = [
+        {"search": {"objective": "val_loss", "trials": 20}},
+        {"ask": 1, "values": {"model_options/units": 64, "learning_rate": 0.00123456, "tuner/epochs": 2}},
+        {"ask": 2, "values": {"model_options/units": 32, "learning_rate": 0.1}},
+        {"end": 2, "score": None, "step": 0},
+        {"end": 1, "score": 0.123456, "step": 2},
+    ]
+    (run.folder / "search.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"end": 3')
+    assert trial_lines(run) == [
+        "trial 2 of 20  model_options.units=32 learning_rate=0.1  failed",
+        "trial 1 of 20  model_options.units=64 learning_rate=0.001235  val_loss 0.1235",
+    ]
+
+
+def test_a_search_without_a_terminal_prints_its_trials_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = RunStore(tmp_path).create("tune").start()
+    events = [
+        {"search": {"objective": "val_loss", "trials": 2}},
+        {"ask": 1, "values": {"learning_rate": 0.1}},
+        {"end": 1, "score": 0.5, "step": 1},
+    ]
+    with showing_progress() as progress:
+        progress(run, None)
+        (run.folder / "search.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert capsys.readouterr().out.count("trial 1 of 2  learning_rate=0.1  val_loss 0.5") == 1

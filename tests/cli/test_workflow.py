@@ -63,6 +63,22 @@ def test_runs_from_python_are_listed_shown_and_deleted(typed: Callable, shop: Pa
     assert len(store.list()) == 2
 
 
+def test_a_run_closes_with_its_summary_above_its_metrics(typed: Callable, shop: Path) -> None:
+    source = """
+from mlkit.runs import Run
+run = Run.current()
+run.log_metrics({"test_loss": 0.25})
+run.log_summary("The model [mlp] is worse than the best baseline.")
+"""
+    nbformat.write(new_notebook(cells=[new_code_cell(source)]), shop / "jobs" / "result.ipynb")
+    finished = typed("run result")
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    position = lines.index("The model [mlp] is worse than the best baseline.")
+    assert lines[position - 1].startswith("completed ")
+    assert lines[position + 1].split() == ["test_loss", "0.25"]
+
+
 @pytest.mark.slow
 def test_a_sweep_its_comparison_and_a_repetition(typed: Callable, shop: Path) -> None:
     cells = [new_code_cell("rate: float = 0.1  # step size", metadata={"tags": ["parameters"]}), new_code_cell(DESCEND)]

@@ -289,6 +289,15 @@ def test_the_final_training_is_tested_on_the_same_rows(tuned: RunStore) -> None:
     assert training_rows == train_data.splits["train"].tolist()
     assert (trained.folder / "saved_model" / "1").is_dir()
     assert any(name.startswith("test") for name in trained.record.metrics)
+    assert "log loss" in trained.record.summary  # the comparison with the baselines
+    searched = result.run.record
+    tested = {name: value for name, value in trained.record.metrics.items() if name.startswith("test_")}
+    assert {name: value for name, value in searched.metrics.items() if name.startswith("test_")} == tested
+    first, second, *others = searched.summary.splitlines()
+    assert first.startswith(f"Trial {result.best.number} of 4 is the best: val_loss")
+    assert trained.id in second
+    assert "test_accuracy" in second
+    assert others == trained.record.summary.splitlines()
 
 
 def test_warm_start_of_trials(tuned: RunStore, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
