@@ -75,7 +75,7 @@ def evaluate(
         parameters["gate"] = str(rules)
     parameters = {name: value for name, value in parameters.items() if value is not None}
     with showing_progress(as_json) as progress:
-        run = run_job("evaluate", parameters, watch=progress)
+        run = run_job("evaluate", parameters, on_progress=progress)
     report = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
     result = json.loads((run.folder / "gate.json").read_text(encoding="utf-8")) if rules else None
     if as_json:
@@ -152,10 +152,10 @@ def gate(
 
     store = RunStore()
     run = store.get(reference, having="saved_model")
-    champion = resolve_model(against, archive=store) if against else None
+    champion = resolve_model(against, store=store) if against else None
     gate_rules = read_rules(rules or load_settings().gate.rules)
     with showing_progress(as_json) as progress:
-        passed = run_gate(run, gate_rules, champion, store, watch=progress).passed
+        passed = run_gate(run, gate_rules, champion, store, on_progress=progress).passed
     result = read_verdict(run)
     if as_json:
         print_json(result)

@@ -46,7 +46,7 @@ def export(
 
     targets, run = parse_formats(to), RunStore().get(reference, having="saved_model")
     with errors.status("...") as status:
-        exports = export_run(run, targets, replace, watch=lambda name: status.update(f"exporting {name}"))
+        exports = export_run(run, targets, replace, on_progress=lambda name: status.update(f"exporting {name}"))
     card = run.folder / "model_card.md"
     if as_json:
         print_json({"run": run.id, "card": str(card), "targets": [result.record() for result in exports]})
@@ -142,7 +142,7 @@ def compress(
     options = {"sparsity": sparsity, "epochs": epochs, "keep": keep}
     options = {name: value for name, value in options.items() if value is not None}
     with showing_progress(as_json) as progress:
-        compressed = run_job("compress", {"run": run.id, "methods": chosen, **options}, watch=progress)
+        compressed = run_job("compress", {"run": run.id, "methods": chosen, **options}, on_progress=progress)
     variants = read_variants(compressed)
     if as_json:
         print_json({"run": compressed.id, **variants.record()})

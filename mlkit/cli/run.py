@@ -87,20 +87,20 @@ def run(
     if sweep or points:
         from mlkit.jobs.sweep import run_sweep
 
-        options = {"jobs": max_parallel, "timeout": timeout, "retries": retries or 0, "engine": engine}
+        options = {"max_parallel": max_parallel, "timeout": timeout, "retries": retries or 0, "engine": engine}
         chosen = _sweep_points(sweep, points, random)
-        execute_sweep(lambda progress: run_sweep(job, chosen, given, watch=progress, **options), as_json)
+        execute_sweep(lambda progress: run_sweep(job, chosen, given, on_progress=progress, **options), as_json)
     elif workers:
         from mlkit.jobs.distributed import RETRIES, run_distributed
 
         options = {"workers": workers, "servers": servers, "timeout": timeout, "engine": engine}
         options["retries"] = RETRIES if retries is None else retries
-        execute_run(lambda progress: run_distributed(job, given, watch=progress, **options), as_json)
+        execute_run(lambda progress: run_distributed(job, given, on_progress=progress, **options), as_json)
     else:
         from mlkit.jobs.executor import run_job
 
         given |= _engine_parameter(job, engine) | _parallel_parameter(job, max_parallel, given)
-        execute_run(lambda progress: run_job(job, given, watch=progress, timeout=timeout), as_json)
+        execute_run(lambda progress: run_job(job, given, on_progress=progress, timeout=timeout), as_json)
 
 
 def _sweep_points(axes: list[str], file: Path | None, count: int | None) -> list[dict[str, Any]]:
@@ -124,16 +124,16 @@ def _parallel_parameter(job: str, max_parallel: int | None, given: Mapping[str, 
     """`--max-parallel` as a parameter of a job that has one, such as tune; raises InputError for another job."""
     if max_parallel is None:
         return {}
-    if "jobs" not in _parameter_names(job):
+    if "max_parallel" not in _parameter_names(job):
         raise InputError(
-            f"--max-parallel {max_parallel} is for sweeps, and for jobs with a parameter 'jobs', such as tune. "
+            f"--max-parallel {max_parallel} is for sweeps, and for jobs with a parameter 'max_parallel', such as tune. "
             "Add --sweep NAME=VALUE,... or --points FILE, or leave it out."
         )
-    if "jobs" in given:
+    if "max_parallel" in given:
         raise InputError(
-            f"Runs in parallel are given twice: --max-parallel {max_parallel} and -p jobs={given['jobs']}. Give one."
+            f"Runs in parallel are given twice: --max-parallel {max_parallel} and -p max_parallel={given['max_parallel']}. Give one."
         )
-    return {"jobs": max_parallel}
+    return {"max_parallel": max_parallel}
 
 
 def _engine_parameter(job: str, engine: str) -> dict[str, str]:
@@ -280,15 +280,15 @@ def resume(
 
     run = RunStore().get(reference)
     if run.record.points and not (run.folder / "notebook.ipynb").exists():  # a search has a notebook, a sweep has none
-        options = {"jobs": max_parallel, "timeout": timeout, "retries": retries or 0, "engine": engine}
-        execute_sweep(lambda progress: resume_sweep(run, watch=progress, **options), as_json)
+        options = {"max_parallel": max_parallel, "timeout": timeout, "retries": retries or 0, "engine": engine}
+        execute_sweep(lambda progress: resume_sweep(run, on_progress=progress, **options), as_json)
     elif (run.record.model_extra or {}).get("crew"):
         from mlkit.jobs.distributed import RETRIES, resume_distributed
 
         options = {"retries": RETRIES if retries is None else retries, "timeout": timeout, "engine": engine}
-        execute_run(lambda progress: resume_distributed(run, watch=progress, **options), as_json)
+        execute_run(lambda progress: resume_distributed(run, on_progress=progress, **options), as_json)
     else:
-        execute_run(lambda progress: resume_run(run, watch=progress, timeout=timeout), as_json)
+        execute_run(lambda progress: resume_run(run, on_progress=progress, timeout=timeout), as_json)
 
 
 def reproduce(
@@ -301,7 +301,7 @@ def reproduce(
 
     run = RunStore().get(reference)
     with showing_progress(as_json) as progress:
-        repeated, report = reproduce_run(run, tolerance, watch=progress)
+        repeated, report = reproduce_run(run, tolerance, on_progress=progress)
     if as_json:
         print_json(report.record())
     else:

@@ -108,12 +108,12 @@ def run_tests(
         if not notebooks and not as_json:
             console.print(f"Nothing to test: no notebook is affected by what has changed since {escape(base)}.")
             return
-    options = {"jobs": jobs or cpu_count(), "timeout": limits.timeout if timeout is None else timeout}
+    options = {"max_parallel": jobs or cpu_count(), "timeout": limits.timeout if timeout is None else timeout}
     preload = [name.strip() for name in limits.preload.split(",")]
     options["light"] = not reach(notebooks, ("tensorflow", "keras"), Project.of(Path.cwd()).root)
     with TestProgress(as_json) as progress:
         try:
-            results = run_notebooks(notebooks, preload=preload, watch=progress, **options)
+            results = run_notebooks(notebooks, preload=preload, on_progress=progress, **options)
         except KeyboardInterrupt as error:
             raise JobInterruptedError(
                 f"The tests were interrupted ({str(error) or 'Ctrl-C'}); no process is left."

@@ -155,7 +155,7 @@ def export_run(
     targets: str | Sequence[str] = ("savedmodel", "litert", "litert-int8"),  # from mlkit.export.formats.FORMATS
     replace: bool = False,  # replace existing formats
     installed: Path | None = None,  # folder of `npm install`, or below; by default the working directory
-    watch: Callable[[str], None] = lambda name: None,  # callback receives the name of the format being exported
+    on_progress: Callable[[str], None] = lambda name: None,  # callback receives the name of the format being exported
 ) -> list[ExportResult]:
     """Export a run's model to formats and update its card; raises InputError for a signed or unfinished run."""
     names = parse_formats(targets)
@@ -164,7 +164,7 @@ def export_run(
     if "litertjs" in to_export and "litert" not in names:  # the demo page contains it
         names = ["litert", *names]
         to_export = to_export if find_format(run.folder, "litert") else ["litert", *to_export]
-    exporter = _Exporter(run, replace, installed, watch)
+    exporter = _Exporter(run, replace, installed, on_progress)
     if set(to_export) - {"litertjs"}:
         exporter.model()
     failed = exporter.export(to_export)

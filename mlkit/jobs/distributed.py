@@ -671,8 +671,8 @@ def run_distributed(
     servers: int = 0,  # parameter servers
     engine: str = "local",  # "local", or "ray" for the nodes of the running Ray cluster
     retries: int = RETRIES,  # further attempts after a process has died
-    archive: RunStore | None = None,  # run store; by default the one in settings
-    watch: ProgressCallback | None = None,  # callback; receives the run, then each cell of worker 0 as it begins
+    store: RunStore | None = None,  # run store; by default the one in settings
+    on_progress: ProgressCallback | None = None,  # callback; receives the run, then each cell of worker 0 as it begins
     timeout: float | None = None,  # seconds after which an attempt fails
 ) -> Run:  # the completed run
     """Execute a job in several processes into one run; raises JobFailedError or JobInterruptedError with the run.
@@ -686,12 +686,12 @@ def run_distributed(
     schema.secrets(values)  # an unreadable secret is rejected before the run is created
     check_kernel(settings.jobs.kernel)
     with _checked_engine(engine, group):
-        run = (archive or RunStore(settings.runs.root)).create(
+        run = (store or RunStore(settings.runs.root)).create(
             path.stem, parameters=values, defaults=schema.defaults, notebook=str(path.absolute())
         )
         with run.edit() as record:
             record.crew = vars(group)
-        return _execute_group(run, group, _group_task(path, watch, timeout), engine, retries)
+        return _execute_group(run, group, _group_task(path, on_progress, timeout), engine, retries)
 
 
 def resume_distributed(
@@ -699,7 +699,7 @@ def resume_distributed(
     *,
     engine: str = "local",  # "local" or "ray"; it may differ from the first attempt's
     retries: int = RETRIES,  # further attempts after a process has died
-    watch: ProgressCallback | None = None,  # callback; receives the run, then each cell of worker 0 as it begins
+    on_progress: ProgressCallback | None = None,  # callback; receives the run, then each cell of worker 0 as it begins
     timeout: float | None = None,  # seconds after which an attempt fails
 ) -> Run:  # the completed run
     """Resume a run with the same worker group; raises InputError when it is completed or had one process."""
@@ -709,8 +709,8 @@ def resume_distributed(
     check_kernel(load_settings().jobs.kernel)
     with _checked_engine(engine, group):
         restart_run(run)
-        return _execute_group(run, group, _group_task(path, watch, timeout), engine, retries)
+        return _execute_group(run, group, _group_task(path, on_progress, timeout), engine, retries)
 
 
-def _group_task(path: Path, watch: ProgressCallback | None, timeout: float | None) -> _GroupTask:
-    return _GroupTask(path.absolute(), watch or (lambda run, cell: None), timeout)
+def _group_task(path: Path, on_progress: ProgressCallback | None, timeout: float | None) -> _GroupTask:
+    return _GroupTask(path.absolute(), on_progress or (lambda run, cell: None), timeout)

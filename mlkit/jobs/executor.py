@@ -516,10 +516,10 @@ def run_job(
     job: str,  # name, or path of a notebook
     parameters: Mapping[str, Any] | None = None,  # name -> value; text is converted to the declared types
     *,
-    archive: RunStore | None = None,  # run store; by default the one in settings
+    store: RunStore | None = None,  # run store; by default the one in settings
     parents: Iterable[str] = (),  # ids of the runs that this one uses
     variables: Mapping[str, str] | None = None,  # environment variables of the kernel, added to those of this process
-    watch: ProgressCallback | None = None,  # callback; receives the run, then each cell as it begins
+    on_progress: ProgressCallback | None = None,  # callback; receives the run, then each cell as it begins
     timeout: float | None = None,  # seconds after which the run fails
     cancellation: CancellationToken | None = None,  # ends the run from another thread
     warm: bool | None = None,  # fork the kernel from a warm server; None: where one is running
@@ -534,7 +534,7 @@ def run_job(
     values = schema.check(parameters or {})
     secrets = schema.secrets(values)
     check_kernel(settings.jobs.kernel)
-    run = (archive or RunStore(settings.runs.root)).create(
+    run = (store or RunStore(settings.runs.root)).create(
         path.stem,
         notebook=_project_path(path, settings),
         parameters=values,
@@ -543,7 +543,7 @@ def run_job(
         variables=variables,
     )
     return execute_run(
-        run, path, secrets=secrets, on_progress=watch, timeout=timeout, cancellation=cancellation, warm=warm
+        run, path, secrets=secrets, on_progress=on_progress, timeout=timeout, cancellation=cancellation, warm=warm
     )
 
 
@@ -624,7 +624,7 @@ def restart_run(
 def resume_run(
     run: Run,  # interrupted or failed
     *,
-    watch: ProgressCallback | None = None,  # callback; receives the run, then each cell as it begins
+    on_progress: ProgressCallback | None = None,  # callback; receives the run, then each cell as it begins
     timeout: float | None = None,  # seconds after which the run fails
     cancellation: CancellationToken | None = None,  # ends the run from another thread
     warm: bool | None = None,  # fork the kernel from a warm server; None: where one is running
@@ -635,7 +635,7 @@ def resume_run(
     check_kernel(load_settings().jobs.kernel)
     restart_run(run)
     return execute_run(
-        run, path, secrets=secrets, on_progress=watch, timeout=timeout, cancellation=cancellation, warm=warm
+        run, path, secrets=secrets, on_progress=on_progress, timeout=timeout, cancellation=cancellation, warm=warm
     )
 
 

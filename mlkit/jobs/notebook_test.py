@@ -489,11 +489,11 @@ def _light_server(wanted: bool) -> Iterator[None]:
 def run_notebooks(
     paths: Iterable[Path],  # of notebooks, absolute
     *,
-    jobs: int,  # notebooks at a time
+    max_parallel: int,  # notebooks at a time
     timeout: float = 0,  # seconds for each; 0: as long as it takes
     preload: Iterable[str] = (),  # modules to import once, beside those of the setting kernels.preload
     light: bool = False,  # the notebooks need no TensorFlow: it is not imported, unless a server has done so
-    watch: Callable[[list[Result]], None] = lambda results: None,  # called again and again
+    on_progress: Callable[[list[Result]], None] = lambda results: None,  # called again and again
 ) -> list[Result]:  # in the order of the paths
     """Execute notebooks as tests; ends every process it has started, even when interrupted. Raises InputError."""
     results = [Result(path) for path in paths]
@@ -505,7 +505,7 @@ def run_notebooks(
     waiting = [result for result in results if result.outcome == "waiting"]
     waiting.sort(key=lambda result: durations[result.path] or float("inf"))  # the longest is taken first
     running: list[_Process] = []
-    watch(results)
+    on_progress(results)
     environment = os.environ | {"IN_TEST": "1"}
     with (
         tempfile.TemporaryDirectory(prefix="mlkit-", ignore_cleanup_errors=True) as scratch,
@@ -514,11 +514,11 @@ def run_notebooks(
     ):
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
+                while waiting and len(running) < max_parallel:
                     running.append(_start(waiting.pop(), environment, Path(scratch), timeout, list(preload)))
                 select.select([process.reports for process in running], [], [], 0.02)
                 running = [process for process in running if not process.has_ended()]
-                watch(results)
+                on_progress(results)
         finally:
             for process in running:
                 process.end()

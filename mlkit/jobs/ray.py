@@ -307,15 +307,15 @@ def execute_point(
     try:
         if spec.run and (root / spec.run / RUN_FILE).exists():
             run = localize_run(Run(root / spec.run), spec.variables)
-            resume_run(run, watch=note_run, timeout=spec.timeout, cancellation=cancellation, warm=True)
+            resume_run(run, on_progress=note_run, timeout=spec.timeout, cancellation=cancellation, warm=True)
             return
         run_job(
             str(notebook),
             spec.parameters,
-            archive=RunStore(root),
+            store=RunStore(root),
             parents=[spec.parent_folder.name],
             variables=spec.variables,
-            watch=note_run,
+            on_progress=note_run,
             timeout=spec.timeout,
             cancellation=cancellation,
             warm=True,

@@ -208,7 +208,7 @@ def reproduce(
     run: Run,  # completed
     tolerance: float = 0.01,  # relative difference of metrics up to which the result is within tolerance
     *,
-    watch: ProgressCallback | None = None,  # callback; receives the repetition, then each cell as it begins
+    on_progress: ProgressCallback | None = None,  # callback; receives the repetition, then each cell as it begins
     timeout: float | None = None,  # seconds after which the repetition fails
     cancellation: CancellationToken | None = None,  # ends the repetition from another thread
     warm: bool | None = None,  # fork the kernel from a warm server; None: where one is running
@@ -232,7 +232,13 @@ def reproduce(
         variables=record.variables,
     )
     execute_run(
-        repetition, path, secrets=secrets, on_progress=watch, timeout=timeout, cancellation=cancellation, warm=warm
+        repetition,
+        path,
+        secrets=secrets,
+        on_progress=on_progress,
+        timeout=timeout,
+        cancellation=cancellation,
+        warm=warm,
     )
     report = compare_repetition(run, repetition, tolerance)
     write_atomic(repetition.folder / "receipt.json", json.dumps(report.record(), indent=1))

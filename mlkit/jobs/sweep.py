@@ -34,12 +34,13 @@ def run_sweep(
     points: Sequence[Mapping[str, Any]],  # sets of parameters; text is converted to the declared types
     parameters: Mapping[str, Any] | None = None,  # parameters that all points have in common
     *,
-    archive: RunStore | None = None,  # run store; by default the one in settings
+    store: RunStore | None = None,  # run store; by default the one in settings
     engine: str = "local",  # "local", or "ray" for the nodes of the running Ray cluster
-    jobs: int | None = None,  # runs in parallel; by default as many as the machine or the cluster has room for
+    max_parallel: int | None = None,  # runs in parallel; by default as many as the machine or the cluster has room for
     timeout: float | None = None,  # seconds after which a run fails
     retries: int = 0,  # further attempts after a failure
-    watch: SweepProgressCallback | None = None,  # callback; receives the states of all trials whenever one has changed
+    on_progress: SweepProgressCallback
+    | None = None,  # callback; receives the states of all trials whenever one has changed
 ) -> Run:  # the completed sweep
     """Run a job at each point; raises JobFailedError when a run failed, or JobInterruptedError.
 
@@ -52,7 +53,7 @@ def run_sweep(
         raise ParameterError("A sweep needs at least one set of parameters.")
     common = schema.check(parameters or {})
     validated = [schema.check(common | dict(point)) for point in points]
-    store = archive or RunStore(settings.runs.root)
+    store = store or RunStore(settings.runs.root)
     with connected_engine(engine):
         sweep = store.create(
             f"{path.stem}-sweep", notebook=str(path.absolute()), parameters=common, defaults=schema.defaults
@@ -61,7 +62,7 @@ def run_sweep(
             record.points = [SweepPoint(parameters=point) for point in validated]
         sweep.start()
         return execute_sweep(
-            sweep, engine=engine, max_parallel=jobs, timeout=timeout, retries=retries, on_progress=watch
+            sweep, engine=engine, max_parallel=max_parallel, timeout=timeout, retries=retries, on_progress=on_progress
         )
 
 
@@ -69,16 +70,17 @@ def resume_sweep(
     sweep: Run,  # interrupted or failed
     *,
     engine: str = "local",  # "local" or "ray"; it may differ from the first attempt's
-    jobs: int | None = None,  # runs in parallel; by default as many as the machine or the cluster has room for
+    max_parallel: int | None = None,  # runs in parallel; by default as many as the machine or the cluster has room for
     timeout: float | None = None,  # seconds after which a run fails
     retries: int = 0,  # further attempts after a failure
-    watch: SweepProgressCallback | None = None,  # callback; receives the states of all trials whenever one has changed
+    on_progress: SweepProgressCallback
+    | None = None,  # callback; receives the states of all trials whenever one has changed
 ) -> Run:  # the completed sweep
     """Run the points of a sweep that have no completed run; raises InputError when there are none, or as run_sweep."""
     with connected_engine(engine):
         sweep.restart()
         return execute_sweep(
-            sweep, engine=engine, max_parallel=jobs, timeout=timeout, retries=retries, on_progress=watch
+            sweep, engine=engine, max_parallel=max_parallel, timeout=timeout, retries=retries, on_progress=on_progress
         )
 
 # %% ../../nbs/library/jobs/06_sweep.ipynb #15d5560a
@@ -242,14 +244,14 @@ class LocalBackend:
         if state.run is not None:
             with state.run.edit() as record:
                 record.variables |= {name: value for name, value in variables.items() if name.startswith("CUDA")}
-            return resume_run(state.run, watch=on_progress, timeout=self.timeout, cancellation=token, warm=True)
+            return resume_run(state.run, on_progress=on_progress, timeout=self.timeout, cancellation=token, warm=True)
         return run_job(
             self.notebook,
             state.parameters,
-            archive=self.tracker.store,
+            store=self.tracker.store,
             parents=[self.sweep.id],
             variables=variables,
-            watch=on_progress,
+            on_progress=on_progress,
             timeout=self.timeout,
             cancellation=token,
             warm=True,

@@ -343,10 +343,10 @@ class EvaluatedModel:
         return self.answers[name]
 
 # %% ../../nbs/library/registry/07_gate.ipynb #924f4519
-def _list_evaluations(archive: RunStore, rows_of: Run) -> Iterator[Run]:
+def _list_evaluations(store: RunStore, rows_of: Run) -> Iterator[Run]:
     """Evaluations on the test rows of a run, newest first."""
-    for summary in archive.list(job="evaluate", status="completed"):
-        run = archive.get(summary.id)
+    for summary in store.list(job="evaluate", status="completed"):
+        run = store.get(summary.id)
         parameters = run.record.parameters
         rows_run_id = parameters.get("rows_of") or next(iter(run.parents), None)
         if rows_run_id == rows_of.id and not parameters.get("dataset"):
@@ -354,13 +354,13 @@ def _list_evaluations(archive: RunStore, rows_of: Run) -> Iterator[Run]:
 
 
 def find_measured(
-    archive: RunStore,
+    store: RunStore,
     candidate: ModelRef,
     rows_of: Run,  # run whose test rows are used
     rules: GateRules,
 ) -> EvaluatedModel | None:  # None without such an evaluation
     """Find the newest evaluation whose predictions are sufficient for the rules."""
-    for run in _list_evaluations(archive, rows_of):
+    for run in _list_evaluations(store, rows_of):
         files = [
             file
             for file in sorted(run.folder.glob("answers*.parquet"))
@@ -373,20 +373,20 @@ def find_measured(
 
 # %% ../../nbs/library/registry/07_gate.ipynb #41559fe1
 def obtain_measured(
-    archive: RunStore,
+    store: RunStore,
     candidate: ModelRef,
     rows_of: Run,
     rules: GateRules,
     *,
-    watch: ProgressCallback | None = None,  # callback; receives the run, then each cell as it begins
+    on_progress: ProgressCallback | None = None,  # callback; receives the run, then each cell as it begins
     timeout: float | None = None,  # seconds after which the evaluation fails
 ) -> EvaluatedModel:
     """Find an evaluation, or run the job `evaluate`; raises JobFailedError, NotFoundError."""
-    if evaluated := find_measured(archive, candidate, rows_of, rules):
+    if evaluated := find_measured(store, candidate, rows_of, rules):
         return evaluated
     parameters = {"run": candidate.reference, "rows_of": rows_of.id, "slices": rules.columns, "kind": candidate.kind}
-    run_job("evaluate", parameters, archive=archive, watch=watch, timeout=timeout)
-    if evaluated := find_measured(archive, candidate, rows_of, rules):
+    run_job("evaluate", parameters, store=store, on_progress=on_progress, timeout=timeout)
+    if evaluated := find_measured(store, candidate, rows_of, rules):
         return evaluated
     raise NotFoundError(
         f"The job evaluate has stored no predictions of {candidate.name} "
@@ -460,25 +460,27 @@ def run_gate(
     run: Run,  # completed run with a SavedModel
     rules: GateRules,
     against: ModelRef | None = None,  # champion; evaluated on the same rows
-    archive: RunStore | None = None,  # run store; by default the one of the run
+    store: RunStore | None = None,  # run store; by default the one of the run
     *,
-    watch: ProgressCallback | None = None,  # callback; receives the run, then each cell as it begins
+    on_progress: ProgressCallback | None = None,  # callback; receives the run, then each cell as it begins
     timeout: float | None = None,  # seconds after which an evaluation fails
 ) -> GateResult:
     """Check a run's model and store the result in the run.
 
     Raises InputError, DatasetError or ParameterError for unsuitable rules, JobFailedError for a failed evaluation.
     """
-    archive = archive or RunStore(run.folder.parent)
+    store = store or RunStore(run.folder.parent)
     if run.record.status not in ("completed", "interactive"):
         raise InputError(f"{run.id} is {run.record.status}; only a completed run can be checked.")
-    candidate = resolve_model(run.folder, archive=archive)
+    candidate = resolve_model(run.folder, store=store)
     check_open(candidate)
     if against:
         check_champion(candidate, against, rules.label)
-    evaluated = obtain_measured(archive, candidate, run, rules, watch=watch, timeout=timeout)
+    evaluated = obtain_measured(store, candidate, run, rules, on_progress=on_progress, timeout=timeout)
     evaluated.of(rules.label)  # reports an unknown label before the champion is evaluated
-    champion = obtain_measured(archive, against, run, rules, watch=watch, timeout=timeout) if against else None
+    champion = (
+        obtain_measured(store, against, run, rules, on_progress=on_progress, timeout=timeout) if against else None
+    )
     return apply_gate(evaluated, rules, champion)
 
 

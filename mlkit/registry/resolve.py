@@ -30,12 +30,12 @@ from ..runs.store import RunStore
 SAVED_MODEL = "savedmodel"  # kind of an exported model that is not converted
 
 
-def _resolve_folder(reference: str, kind: str, archive: RunStore) -> Path:
+def _resolve_folder(reference: str, kind: str, store: RunStore) -> Path:
     """Folder of a reference; raises NotFoundError."""
     if Path(reference).is_dir():
         return Path(reference).absolute()
     if "@" not in reference and "/" not in reference:
-        return archive.get(reference, having="saved_model" if kind == SAVED_MODEL else f"litert/{kind}").folder
+        return store.get(reference, having="saved_model" if kind == SAVED_MODEL else f"litert/{kind}").folder
     try:
         return Registry().find(reference).path
     except NotFoundError as error:
@@ -143,11 +143,11 @@ def _is_model(file: Path, folder: Path) -> bool:
 def resolve_model(
     reference: str | Path,  # run, NAME@alias, NAME/3, or folder
     kind: str = SAVED_MODEL,  # kind of the model: savedmodel, or a conversion (float32, float16, int8, ...)
-    archive: RunStore | None = None,  # run store; by default the one in settings
+    store: RunStore | None = None,  # run store; by default the one in settings
 ) -> ModelRef:
     """Resolve a reference to a model; raises NotFoundError, ModelError for a model of another tool."""
-    archive = archive or RunStore()
-    folder = _resolve_folder(str(reference), kind, archive)
+    store = store or RunStore()
+    folder = _resolve_folder(str(reference), kind, store)
     if kind == SAVED_MODEL and not (folder / "host.json").is_file():
         path = find_model_version(folder)
         if path is None:
@@ -161,7 +161,7 @@ def resolve_model(
         about = read_record(path)
         kind = about["model"]["kind"]
     known_in = _metadata_folder(path)
-    run = Run(known_in) if known_in.parent == archive.root.absolute() else None
+    run = Run(known_in) if known_in.parent == store.root.absolute() else None
     return ModelRef(path, kind, about, known_in, run)
 
 # %% ../../nbs/library/registry/06_resolve.ipynb #656a6942

@@ -246,7 +246,7 @@ class TrialCheckpoint(keras.callbacks.Callback):
         """Copy the weights: at the end of training those of the best epoch replace them."""
         self._last_values = [variable.numpy() for variable in self.model.variables]
 
-    def hand_on(self) -> None:
+    def save_trial_state(self) -> None:
         """Store the training state after the last epoch."""
         values = read_checkpoint(self.folder)
         for number, value in enumerate(self._last_values or []):  # None: resumed after the end, only best weights exist
@@ -263,7 +263,7 @@ def _load_trial_state(run: Run) -> dict[str, np.ndarray]:
     """Load the stored state of a trial; raises NotFoundError when there is none."""
     if not (run.folder / TRIAL_STATE_FILE).is_file():
         raise NotFoundError(
-            f"{run.id} has no stored training state: {TRIAL_STATE_FILE} is missing. Run the trial with keep=True."
+            f"{run.id} has no stored training state: {TRIAL_STATE_FILE} is missing. Run the trial with save_state=True."
         )
     with np.load(run.folder / TRIAL_STATE_FILE) as arrays:
         return dict(arrays)

@@ -28,7 +28,7 @@ class History:
     epochs: list[dict[str, float]]  # metric -> value for each epoch
     monitor: str = "val_loss"  # metric that decides which epoch is the best; lower is better
     seconds: float = 0.0  # wall time
-    remarks: tuple[str, ...] = ()  # warnings and notes, one sentence each
+    warnings: tuple[str, ...] = ()  # warnings and notes, one sentence each
 
     @cached_property
     def best_epoch(self) -> int:
@@ -98,8 +98,8 @@ def _history_html(history: History, max_rows: int = 12) -> str:
     rows[history.best_epoch - 1] = [f"<b>{cell}</b>" for cell in rows[history.best_epoch - 1]]
     if len(rows) > max_rows:
         rows = [*rows[:half], ["..."] * len(rows[0]), *rows[-half:]]
-    remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in history.remarks)
-    return html_table(["epoch", *names], rows) + f"<p>{history}</p>" + remarks
+    warnings = "".join(f"<p>{html.escape(remark)}</p>" for remark in history.warnings)
+    return html_table(["epoch", *names], rows) + f"<p>{history}</p>" + warnings
 
 # %% ../../nbs/library/training/06_history.ipynb #e49a1d30
 class StatusLine:

@@ -96,7 +96,7 @@ class AutoMicroBatching:
         if self._fits:
             raise MlkitError(
                 "The device ran out of memory in the middle of training. Use more micro-batches, "
-                f"parts={2 * micro_batches}, or choose a smaller batch_size."
+                f"micro_batches={2 * micro_batches}, or choose a smaller batch_size."
             ) from error
         increased = increase_micro_batches(micro_batches, self.batch_size)
         print(f"A batch of {self.batch_size} rows does not fit into memory: using {increased} micro-batches.")
@@ -413,13 +413,15 @@ def fit(
     run: Run | None = None,  # run for metrics, checkpoints and TensorBoard; an interrupted training in it is resumed
     callbacks: Sequence[keras.callbacks.Callback] = (),  # user callbacks
     strategy: str | Distribution = "auto",  # one of STRATEGIES, or a result of make_strategy
-    parts: int = 1,  # micro-batches per batch; increased when a batch does not fit into memory
-    checkpoint_minutes: float | None = None,  # minutes between checkpoints; by default a twentieth of the time
+    micro_batches: int = 1,  # micro-batches per batch; increased when a batch does not fit into memory
+    checkpoint_every_minutes: float | None = None,  # minutes between checkpoints; by default a twentieth of the time
     profile: str | None = None,  # steps to profile for TensorBoard, counted from 1 over the whole training: "10,20"
 ) -> History:
     """Train, restore the best weights; raises ParameterError, DatasetError, ModelError, MlkitError for a NaN loss."""
-    numbers = {"learning_rate": learning_rate, "patience": patience, "parts": parts}
-    _check_arguments(dataset, epochs=epochs, batch_size=batch_size, checkpoint_minutes=checkpoint_minutes, **numbers)
+    numbers = {"learning_rate": learning_rate, "patience": patience, "micro_batches": micro_batches}
+    _check_arguments(
+        dataset, epochs=epochs, batch_size=batch_size, checkpoint_every_minutes=checkpoint_every_minutes, **numbers
+    )
     profiled_steps = parse_profile(profile)
     distribution = strategy if isinstance(strategy, Distribution) else make_strategy(strategy)
     set_seed(seed)
@@ -428,7 +430,10 @@ def fit(
     own_callbacks = [progress := Progress(run), best := BestWeights(model, monitor, patience)]
     checkpoint, tensorboard, state = None, None, TrainingState({})
     if run and distribution.is_chief:
-        interval, between_epochs = checkpoint_minutes and 60 * checkpoint_minutes, distribution.name != "none"
+        interval, between_epochs = (
+            checkpoint_every_minutes and 60 * checkpoint_every_minutes,
+            distribution.name != "none",
+        )
         folder = _checkpoint_folder(run)
         checkpoint = TrainingCheckpoint(folder, model, best.weights, interval, between_epochs=between_epochs)
     with translate_peer_loss(distribution):
@@ -455,7 +460,7 @@ def fit(
                     epochs=epochs,
                     batch_size=batch_size,
                     seed=seed,
-                    micro_batches=min(parts, batch_size),
+                    micro_batches=min(micro_batches, batch_size),
                     progress=progress,
                     callbacks=own_callbacks,
                     user_callbacks=callbacks,

@@ -304,15 +304,15 @@ def load_warm_start_data(
     source: str | Path | Sequence[str | Path],  # new rows, as for `load_dataset`
     label: str | Sequence[str] | None = None,  # label column or columns; by default those of the source model
     *,
-    earlier: Run | str | Path | None = None,  # source model, as for `load_source_model`; None: no warm start
+    source_model: Run | str | Path | None = None,  # source model, as for `load_source_model`; None: no warm start
     vocabulary: Literal["keep", "grow"] = "grow",  # whether vocabularies are extended with new values
     load: Callable[..., Dataset] = load_dataset,  # or `open_dataset`, for files larger than memory
     **options: Any,  # further arguments of `load`
 ) -> Dataset:
     """Load rows in a source model's encoding; raises ParameterError, DatasetError, NotFoundError or ModelError."""
-    if earlier is None:
+    if source_model is None:
         return load(source, label, **options)
-    model = load_source_model(earlier)
+    model = load_source_model(source_model)
     fixed = _fixed_options(model, options)
     _check_labels(label or model.label, model)
     return encode_as_source(load(source, label or model.label, **options | fixed), model, vocabulary)
@@ -472,7 +472,7 @@ def _check_encoding(dataset: Dataset, source_model: SourceModel) -> None:
     if differences:
         raise ModelError(
             f"{dataset.name} is not encoded as the data of {source_model.name} ({join_names(differences)}). "
-            "Load it by load_warm_start_data(..., earlier=...) and build the model on that."
+            "Load it by load_warm_start_data(..., source_model=...) and build the model on that."
         )
 
 # %% ../../nbs/library/training/09_transfer.ipynb #94c49744
@@ -514,14 +514,18 @@ class WarmStart:
     source: str = ""  # run id or folder of the source model; "" without one
     parents: tuple[str, ...] = ()  # run ids, for the record of the new run
     unchanged: tuple[str, ...] = ()  # paths of weights that were copied as they are
-    grown: dict[str, tuple[int, int]] = field(default_factory=dict)  # path of an extended table -> old and new rows
+    extended_tables: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # path of an extended table -> old and new rows
     optimizer: str = ""  # description of the optimizer state
 
     def __str__(self) -> str:
         if not self.source:
             return "Training from scratch: no source model."
-        count = len(self.unchanged) + len(self.grown)
-        extended = "".join(f"; {name} extended from {old:,} to {new:,} rows" for name, (old, new) in self.grown.items())
+        count = len(self.unchanged) + len(self.extended_tables)
+        extended = "".join(
+            f"; {name} extended from {old:,} to {new:,} rows" for name, (old, new) in self.extended_tables.items()
+        )
         return f"Warm start from {self.source} with {count} weights{extended}. Optimizer: {self.optimizer}."
 
     __repr__ = __str__
@@ -530,7 +534,8 @@ class WarmStart:
         if not self.source:
             return f"<p>{self}</p>"
         rows = [
-            (html.escape(name), f"{new:,} rows, {new - old:,} of them new") for name, (old, new) in self.grown.items()
+            (html.escape(name), f"{new:,} rows, {new - old:,} of them new")
+            for name, (old, new) in self.extended_tables.items()
         ]
         rows += [
             ("unchanged", html.escape(join_names(self.unchanged, 8))),

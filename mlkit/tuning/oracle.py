@@ -265,14 +265,14 @@ class Suggestion:
     values: dict[str, Any]  # values of the hyperparameters
     parameters: dict[str, Any]  # parameters of the job
     epochs: int | None = None  # last epoch of the training, in Hyperband
-    continues: int | None = None  # number of the trial that is promoted, in Hyperband
+    promoted_from: int | None = None  # number of the trial that is promoted, in Hyperband
 
 
 def _make_suggestion(number: int, hp: HyperParameters, parameters: dict[str, Any]) -> Suggestion:
     values = {name.replace("/", "."): value for name, value in hp.values.items() if not name.startswith("tuner/")}
     promoted = hp.values.get("tuner/trial_id")
-    continues = None if promoted is None else int(promoted) + 1
-    return Suggestion(number, values, parameters, hp.values.get("tuner/epochs"), continues)
+    promoted_from = None if promoted is None else int(promoted) + 1
+    return Suggestion(number, values, parameters, hp.values.get("tuner/epochs"), promoted_from)
 
 # %% ../../nbs/library/tuning/01_oracle.ipynb #93531464
 class OracleAdapter:

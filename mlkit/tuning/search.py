@@ -189,7 +189,7 @@ def tune(
     direction: str = "auto",  # min, max; auto: by the name of the objective
     trials: int | None = None,  # upper limit; by default 20, and what a grid and Hyperband need
     seed: int = 42,  # seed of the oracle
-    jobs: int | None = None,  # trials in parallel; by default as many as machine or cluster have room for
+    max_parallel: int | None = None,  # trials in parallel; by default as many as machine or cluster have room for
     engine: str = "local",  # local, or ray: over the nodes of the running Ray cluster
     timeout: float | None = None,  # seconds after which a trial fails
     dataset: "Dataset | None" = None,  # data set with which objective and sizes are checked before the first trial
@@ -197,7 +197,7 @@ def tune(
 ) -> "Search":
     """Search good parameters of a job; raises ParameterError before any trial, JobFailedError if too many fail."""
     if engine == "local":
-        threading.Thread(target=_start_kernel_server, args=(dict(os.environ), jobs), daemon=True).start()
+        threading.Thread(target=_start_kernel_server, args=(dict(os.environ), max_parallel), daemon=True).start()
     from mlkit.tuning.oracle import (
         JOURNAL,
         Journal,
@@ -232,7 +232,7 @@ def tune(
         queue = Trials(owner, oracle, lambda suggestion: trial_parameters(suggestion, schema, common, owner))
         backend = make_backend(owner, timeout, 0, lambda: None, str(notebook))
         with interrupt_on_sigterm():
-            backend.execute(queue, jobs or _max_parallel(engine))
+            backend.execute(queue, max_parallel or _max_parallel(engine))
         result = Search(owner)
         owner.log_metrics({f"best_{objective}": result.best.score, "trials": len(result.trials)})
         owner.log_summary(best_sentence(result))
@@ -249,13 +249,13 @@ def best_sentence(
     return f"Trial {best.number} of {len(search.trials)} is the best: {score} with {values}."
 
 
-def _start_kernel_server(environment: dict[str, str], jobs: int | None) -> None:
+def _start_kernel_server(environment: dict[str, str], max_parallel: int | None) -> None:
     """Start the kernel server of the trials while the search itself still imports."""
     from mlkit.jobs.kernels import KERNEL_NAME, hold_server
 
     with contextlib.suppress(MlkitError, OSError):  # the first trial reports the error
         if load_settings().jobs.kernel == KERNEL_NAME:
-            hold_server(environment | split_resources(jobs or default_max_parallel())[0])
+            hold_server(environment | split_resources(max_parallel or default_max_parallel())[0])
 
 
 def _max_parallel(engine: str) -> int | None:  # None: by the resources of this machine
@@ -324,9 +324,9 @@ def trial_parameters(
     """Parameters of a trial's run; raises ParameterError when the job does not accept them."""
     parameters = merge_parameters(common, suggestion.parameters)
     if suggestion.epochs is not None:  # Hyperband
-        parameters |= {"epochs": suggestion.epochs, "keep": True}
-    if suggestion.continues is not None:
-        parameters["continues"] = search.record.points[suggestion.continues - 1].run
+        parameters |= {"epochs": suggestion.epochs, "save_state": True}
+    if suggestion.promoted_from is not None:
+        parameters["promoted_from"] = search.record.points[suggestion.promoted_from - 1].run
     return schema.check(parameters)
 
 # %% ../../nbs/library/tuning/02_search.ipynb #669d9fd9
@@ -355,7 +355,7 @@ def _log_final_result(search: "Search", trained: Run) -> None:
 def train_best(
     search: "Search",  # search that has ended
     job: str = "train",
-    watch: ProgressCallback = lambda run, cell: None,  # callback that receives the run, and then each cell
+    on_progress: ProgressCallback = lambda run, cell: None,  # callback that receives the run, and then each cell
 ) -> Run:  # run of the final training; the existing one, if there is one
     """Train the best trial on train and validation; raises JobFailedError, NotFoundError if no trial has completed."""
     store, parents = RunStore(search.run.folder.parent), [search.run.id, search.best.run.id]
@@ -363,10 +363,10 @@ def train_best(
     for run in map(store.get, ids):
         if run.parents[: len(parents)] == parents:  # a source model may follow
             close_abandoned(search.run)
-            trained = run if run.status == "completed" else resume_run(run, warm=True, watch=watch)
+            trained = run if run.status == "completed" else resume_run(run, warm=True, on_progress=on_progress)
             break
     else:
-        schema, options = ParameterSchema.of(read_notebook(find_job(job))), {"archive": store, "parents": parents}
-        trained = run_job(job, final_parameters(search, schema), warm=True, watch=watch, **options)
+        schema, options = ParameterSchema.of(read_notebook(find_job(job))), {"store": store, "parents": parents}
+        trained = run_job(job, final_parameters(search, schema), warm=True, on_progress=on_progress, **options)
     _log_final_result(search, trained)
     return trained

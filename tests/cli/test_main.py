@@ -20,16 +20,16 @@ KERNELSPEC = {"name": "python3", "display_name": "python3", "language": "python"
 
 
 @pytest.fixture
-def archive(project: Path) -> RunStore:
+def store(project: Path) -> RunStore:
     """Five runs: three good ones, a failed one, a damaged one."""
-    archive = RunStore(project / "runs")
+    store = RunStore(project / "runs")
     for rate in (0.1, 0.01, 0.001):
-        with archive.create("train", parameters={"learning_rate": rate}, defaults={"epochs": 10}) as run:
+        with store.create("train", parameters={"learning_rate": rate}, defaults={"epochs": 10}) as run:
             run.log_metrics({"val_accuracy": 0.99 - rate, "val_loss": rate})
-    with pytest.raises(RuntimeError), archive.create("tune"):
+    with pytest.raises(RuntimeError), store.create("tune"):
         raise RuntimeError("no luck")
-    (archive.create("train").folder / "run.json").write_text("{")
-    return archive
+    (store.create("train").folder / "run.json").write_text("{")
+    return store
 
 
 def write_notebook(path: Path, *sources: str, parameters: str | None = "count: int = 3  # how many") -> Path:
@@ -40,7 +40,7 @@ def write_notebook(path: Path, *sources: str, parameters: str | None = "count: i
     return path
 
 
-def test_runs_filters_sorts_and_limits(cli: Callable, archive: RunStore) -> None:
+def test_runs_filters_sorts_and_limits(cli: Callable, store: RunStore) -> None:
     def listed(*arguments: str) -> list[dict]:
         result = cli("runs", "list", "--json", *arguments)
         assert result.returncode == 0, result.stderr
@@ -60,7 +60,7 @@ def test_runs_filters_sorts_and_limits(cli: Callable, archive: RunStore) -> None
     assert all(Path(run["folder"]).is_dir() for run in listed())
 
 
-def test_runs_for_a_person(cli: Callable, archive: RunStore) -> None:
+def test_runs_for_a_person(cli: Callable, store: RunStore) -> None:
     text = cli("runs", "list", COLUMNS="160").stdout
     assert "damaged" in text
     assert "RuntimeError: no luck" in text
@@ -73,13 +73,13 @@ def test_an_empty_archive_says_what_to_do(cli: Callable) -> None:
     assert json.loads(cli("runs", "list", "--json").stdout) == []
 
 
-def test_show_by_prefix_suffix_and_latest(cli: Callable, archive: RunStore) -> None:
-    run = archive.list(where="learning_rate == 0.1").runs[0]
+def test_show_by_prefix_suffix_and_latest(cli: Callable, store: RunStore) -> None:
+    run = store.list(where="learning_rate == 0.1").runs[0]
     assert json.loads(cli("runs", "show", run.id[-4:], "--json").stdout)["parameters"] == {"learning_rate": 0.1}
     text = cli("runs", "show", run.id).stdout
     assert "learning_rate" in text
     assert "0.89" in text
-    failed = archive.list(status="failed").runs[0]
+    failed = store.list(status="failed").runs[0]
     assert "no luck" in cli("runs", "show", failed.id).stdout
 
 
@@ -106,13 +106,13 @@ def test_show_by_prefix_suffix_and_latest(cli: Callable, archive: RunStore) -> N
     ],
 )
 def test_what_cannot_be_done_is_refused_with_2_and_a_way_out(
-    arguments: list[str], message: str, cli: Callable, archive: RunStore
+    arguments: list[str], message: str, cli: Callable, store: RunStore
 ) -> None:
     result = cli(*arguments)
     assert result.returncode == 2
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
-    assert len(archive.list()) == 5
+    assert len(store.list()) == 5
 
 
 def test_jobs_are_listed_with_their_parameters(cli: Callable) -> None:
@@ -137,20 +137,20 @@ def test_settings_come_from_file_environment_and_command_line(cli: Callable, pro
     assert root("--set", "runs.root=from_command", MLKIT_RUNS_ROOT="from_environment") == "from_command"
 
 
-def test_rm_deletes_what_it_was_told_to(cli: Callable, archive: RunStore) -> None:
-    first, second = (run.id for run in archive.list(job="train", limit=2))
+def test_rm_deletes_what_it_was_told_to(cli: Callable, store: RunStore) -> None:
+    first, second = (run.id for run in store.list(job="train", limit=2))
     result = cli("runs", "delete", first, second, "--yes", "--json")
     assert json.loads(result.stdout) == {"deleted": [first, second]}
-    assert len(archive.list()) == 3
-    damaged = archive.list(status="damaged").runs[0]
-    headless = archive.create("train")
+    assert len(store.list()) == 3
+    damaged = store.list(status="damaged").runs[0]
+    headless = store.create("train")
     (headless.folder / "run.json").unlink()
     assert cli("runs", "delete", damaged.id, headless.id, "--yes").returncode == 0
-    assert not archive.list(status="damaged").runs
+    assert not store.list(status="damaged").runs
 
 
-def test_rm_refuses_a_running_run(cli: Callable, archive: RunStore) -> None:
-    run = archive.create("train").start()
+def test_rm_refuses_a_running_run(cli: Callable, store: RunStore) -> None:
+    run = store.create("train").start()
     result = cli("runs", "delete", run.id, "--yes")
     assert (result.returncode, "is running" in result.stderr) == (2, True)
 
@@ -256,17 +256,17 @@ def test_board_serves_the_chosen_runs(trained: tuple[Path, dict]) -> None:
     assert f"{record['id']}/train" in runs
 
 
-def test_json_goes_alone_to_standard_output(cli: Callable, archive: RunStore) -> None:
+def test_json_goes_alone_to_standard_output(cli: Callable, store: RunStore) -> None:
     for arguments in (
         ["runs", "list"],
-        ["runs", "show", archive.list(status="failed").runs[0].id],
+        ["runs", "show", store.list(status="failed").runs[0].id],
         ["settings"],
         ["new", "a"],
     ):
         json.loads(cli(*arguments, "--json").stdout)
 
 
-def test_a_closed_pipe_is_no_error(project: Path, archive: RunStore) -> None:
+def test_a_closed_pipe_is_no_error(project: Path, store: RunStore) -> None:
     command = f"{sys.executable} -m mlkit runs list | head -1"
     result = subprocess.run(command, shell=True, cwd=project, capture_output=True, text=True, env=os.environ)
     assert result.stderr == ""

@@ -153,11 +153,11 @@ def test_an_error_in_a_converted_model(kind: str, copied: Run, planted: tuple[ke
 
 def test_an_error_in_weights_of_four_bits(tmp_path: Path) -> None:
     """The digits' network moves by more than 1e-2 when its weights are rounded so; a table's does not."""
-    shop, archive = load_dataset("retail", rows=600), RunStore(tmp_path)
+    shop, store = load_dataset("retail", rows=600), RunStore(tmp_path)
     network = build_model("mlp", shop)
     fit(network, shop, epochs=2)
     higher = keras.layers.Lambda(lambda scores: tf.minimum(scores + 0.01, 1.0), output_shape=(1,))
-    run = archive.create("train")
+    run = store.create("train")
     export_saved_model(network, shop, run)
     for model, passed in ((network, True), (keras.Model(network.input, higher(network.output)), False)):
         convert_model(model, shop, run, ["int4"])

@@ -221,7 +221,10 @@ def test_a_batch_in_parts_has_the_same_gradient(both):
     from mlkit.models import build_model
     from mlkit.training import fit
 
-    losses = [fit(build_model("mlp", both), both, epochs=2, batch_size=64, parts=parts)["loss"] for parts in (1, 3)]
+    losses = [
+        fit(build_model("mlp", both), both, epochs=2, batch_size=64, micro_batches=micro_batches)["loss"]
+        for micro_batches in (1, 3)
+    ]
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
@@ -280,7 +283,7 @@ def test_a_training_that_was_cut_off_ends_on_the_same_bits(both, tmp_path):
 
     def train(run, **options):
         model = build_model("mlp", both)
-        history = fit(model, both, epochs=5, run=run, checkpoint_minutes=1e-9, **options)
+        history = fit(model, both, epochs=5, run=run, checkpoint_every_minutes=1e-9, **options)
         return model.get_weights(), history
 
     class Stop(keras.callbacks.Callback):
@@ -288,9 +291,9 @@ def test_a_training_that_was_cut_off_ends_on_the_same_bits(both, tmp_path):
             if epoch == 2:
                 raise PowerCutError
 
-    archive = RunStore(tmp_path)
-    whole, measured = train(archive.create("train"))
-    run = archive.create("train")
+    store = RunStore(tmp_path)
+    whole, measured = train(store.create("train"))
+    run = store.create("train")
     with pytest.raises(PowerCutError):
         train(run, callbacks=[Stop()])
     _fit_counts.pop(run)  # as in another process
@@ -308,16 +311,16 @@ def test_a_later_day_goes_on_with_all_heads(both, trained, tmp_path):
     folder = export_saved_model(trained[0], both, tmp_path / "first")
     later = orders(300, seed=2).with_columns(kind=pl.col("kind").replace("books", "hats")).drop("weight")
     later.write_csv(tmp_path / "later.csv")
-    data = load_warm_start_data(tmp_path / "later.csv", earlier=folder)
+    data = load_warm_start_data(tmp_path / "later.csv", source_model=folder)
     assert (data.label, data.tasks) == (both.label, both.tasks)
     assert data.label_scale == both.label_scale
     model = build_model("mlp", data)
-    assert warm_start(model, data, folder).grown
+    assert warm_start(model, data, folder).extended_tables
     features = next(iter(both.to_tf("test", batch_size=50)))[0]
     for name, answers in trained[0](features).items():
         np.testing.assert_allclose(answers, model(features)[name], rtol=1e-5)
     with pytest.raises(DatasetError, match="labels and their order stay the same"):
-        load_warm_start_data(tmp_path / "later.csv", ["amount", "returned"], earlier=folder)
+        load_warm_start_data(tmp_path / "later.csv", ["amount", "returned"], source_model=folder)
 
 
 def test_the_whole_job(table, tmp_path):

@@ -70,7 +70,7 @@ network = build_model(model, data, seed=1)
 callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=wait)] if hold else []
 if distribution.mine.start:
     StepsPerCall.GOAL = 100.0  # this worker would use ever more steps per call if it decided alone
-options = {"strategy": distribution, "checkpoint_minutes": 1e-6, "patience": 99}
+options = {"strategy": distribution, "checkpoint_every_minutes": 1e-6, "patience": 99}
 history = fit(network, data, epochs=epochs, batch_size=250, run=run, callbacks=callbacks, **options)
 run.log_metrics({"weights": sum(float(abs(weight).sum()) for weight in network.get_weights())})
 """
@@ -335,7 +335,7 @@ def rendezvous_job(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_each_worker_has_a_run_inside_the_run(rendezvous_job: str, tmp_path: Path) -> None:
     store = RunStore(tmp_path / "runs")
-    run = run_distributed(rendezvous_job, workers=3, archive=store)
+    run = run_distributed(rendezvous_job, workers=3, store=store)
     notebooks = sorted(str(path.relative_to(run.folder)) for path in run.folder.rglob("notebook.ipynb"))
     assert notebooks == ["notebook.ipynb", "workers/1/notebook.ipynb", "workers/2/notebook.ipynb"]
     assert run.record.metrics == {"rank": 0}
@@ -353,7 +353,7 @@ def test_each_worker_has_a_run_inside_the_run(rendezvous_job: str, tmp_path: Pat
 
 def test_the_run_records_which_worker_failed_first(rendezvous_job: str, tmp_path: Path) -> None:
     with pytest.raises(JobFailedError) as raised:
-        run_distributed(rendezvous_job, {"fail": 1}, workers=2, archive=RunStore(tmp_path / "runs"))
+        run_distributed(rendezvous_job, {"fail": 1}, workers=2, store=RunStore(tmp_path / "runs"))
     run = raised.value.run
     assert run.record.failure.message.startswith("Worker 1: failure on request")
     assert (run.status, run.record.attempts) == ("failed", 1)
@@ -365,8 +365,8 @@ def test_without_a_ray_cluster_no_run_is_created(
     store = RunStore(tmp_path / "runs")
     monkeypatch.setenv("RAY_ADDRESS", "localhost:1")
     with pytest.raises(ParameterError, match=re.escape("Did you mean 'ray'?")):
-        run_distributed(rendezvous_job, engine="rya", archive=store)
+        run_distributed(rendezvous_job, engine="rya", store=store)
     if importlib.util.find_spec("ray"):
         with pytest.raises(MlkitError, match="there is no connection to localhost:1"):
-            run_distributed(rendezvous_job, engine="ray", archive=store)
+            run_distributed(rendezvous_job, engine="ray", store=store)
     assert not len(store.list())

@@ -307,7 +307,7 @@ def test_fresh_processes_where_forking_is_not_safe(project: Path, monkeypatch: p
     source = "import subprocess\nprint(subprocess.Popen(['sleep', '600']).pid, file=open('{}', 'w'))\n{}"
     last = {"good": "1", "bad": "1/0", "dead": "import os\nos._exit(2)", "hang": "import time\ntime.sleep(600)"}
     paths = [write(project / "nbs" / f"{name}.ipynb", source.format(name, end)) for name, end in last.items()]
-    results = run_notebooks(paths, jobs=4, timeout=5)
+    results = run_notebooks(paths, max_parallel=4, timeout=5)
     assert [result.outcome for result in results] == ["passed", "failed", "failed", "failed"]
     assert "exit code 2" in results[2].error
     assert "time.sleep" in results[3].line or "subprocess" in results[3].line
@@ -522,7 +522,7 @@ def test_a_light_server_leaves_the_settings_as_they_are(project: Path, monkeypat
     cell = "import os, sys\nassert not {'tensorflow', 'mlkit.tuning.oracle'} & set(sys.modules)\n"
     cell += "assert os.environ['MLKIT_KERNELS_PRELOAD'] == 'tensorflow, mlkit.tuning.oracle, json'"
     path = write(project / "nbs" / "light.ipynb", cell)
-    (result,) = run_notebooks([path], jobs=1, light=True)
+    (result,) = run_notebooks([path], max_parallel=1, light=True)
     assert result.error == ""
     assert os.environ["MLKIT_KERNELS_PRELOAD"] == "tensorflow, mlkit.tuning.oracle, json"
 

@@ -64,9 +64,9 @@ options = json.loads(sys.argv[1])
 show = lambda states: print([(state.status, bool(state.run)) for state in states], file=sys.stderr)
 try:
     if sweep := options.pop("sweep", None):
-        resume_sweep(RunStore().get(sweep), engine="ray", watch=show, **options)
+        resume_sweep(RunStore().get(sweep), engine="ray", on_progress=show, **options)
     else:
-        run_sweep(options.pop("job"), options.pop("points"), engine="ray", watch=show, **options)
+        run_sweep(options.pop("job"), options.pop("points"), engine="ray", on_progress=show, **options)
 except MlkitError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -380,7 +380,7 @@ while not Path(held).exists():
 SEARCH = """
 from mlkit.tuning import tune
 space = {"x": {"min": -2.0, "max": 2.0}}
-tune(space, {"held": held}, job="try.ipynb", objective="loss", trials=4, jobs=2, engine=engine)
+tune(space, {"held": held}, job="try.ipynb", objective="loss", trials=4, max_parallel=2, engine=engine)
 """
 
 

@@ -48,7 +48,7 @@ def test_a_batch_that_does_not_fit_is_split_into_micro_batches(capsys) -> None:
     assert "160 rows does not fit into memory: using 2 micro-batches" in output
     assert "using 4 micro-batches" in output
     unlimited = model_with_memory_limit(rows=10_000)
-    assert fit(unlimited, data, epochs=2, batch_size=160, parts=4).epochs == history.epochs
+    assert fit(unlimited, data, epochs=2, batch_size=160, micro_batches=4).epochs == history.epochs
     for weight, expected in zip(limited.get_weights(), unlimited.get_weights(), strict=True):
         assert np.array_equal(weight, expected)
 
@@ -96,13 +96,13 @@ def test_checkpoints_are_written_at_the_given_interval(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         save = TrainingCheckpoint.save
         patch.setattr(TrainingCheckpoint, "save", lambda self, state: saved.append(str(state)) or save(self, state))
-        fit(build_model("mlp", data), data, epochs=2, run=store.create("train"), checkpoint_minutes=60)
+        fit(build_model("mlp", data), data, epochs=2, run=store.create("train"), checkpoint_every_minutes=60)
         assert saved == ["after epoch 2"]
         saved.clear()
-        fit(build_model("mlp", data), data, epochs=2, run=store.create("train"), checkpoint_minutes=1e-6)
+        fit(build_model("mlp", data), data, epochs=2, run=store.create("train"), checkpoint_every_minutes=1e-6)
     assert len(saved) > 5
-    with pytest.raises(ParameterError, match="checkpoint_minutes must be greater than 0"):
-        fit(build_model("mlp", data), data, checkpoint_minutes=0)
+    with pytest.raises(ParameterError, match="checkpoint_every_minutes must be greater than 0"):
+        fit(build_model("mlp", data), data, checkpoint_every_minutes=0)
 
 
 def test_a_nan_loss_is_reported_with_its_step() -> None:

@@ -80,18 +80,18 @@ def test_a_model_with_extended_tables_predicts_old_rows_as_before(tmp_path, stor
     first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", features=FEATURES)
     run, model = trained(store, first, family, optimizer, 2, **FAMILIES[family])
     second = shop(tmp_path, "second", ["Rome", "Lisbon", "Oslo", "Amsterdam"], seed=2)
-    data = load_warm_start_data(second, earlier=run)
+    data = load_warm_start_data(second, source_model=run)
     assert data.features["city"].vocabulary[:2] == first.features["city"].vocabulary
     assert set(data.features["city"].vocabulary[2:]) == {"Lisbon", "Amsterdam"}
     assert set(data.features["comment"].vocabulary[-2:]) == {"lisbon", "amsterdam"}
     extended = ready(data, family, optimizer, **FAMILIES[family])
     report = warm_start(extended, data, run)
-    assert report.grown
+    assert report.extended_tables
     assert report.parents == (run.id,)
     np.testing.assert_allclose(predict(extended, first), predict(model, first), atol=1e-6)
-    unchanged = load_warm_start_data(second, earlier=run, vocabulary="keep")
+    unchanged = load_warm_start_data(second, source_model=run, vocabulary="keep")
     same = ready(unchanged, family, optimizer, **FAMILIES[family])
-    assert not warm_start(same, unchanged, run).grown
+    assert not warm_start(same, unchanged, run).extended_tables
     np.testing.assert_array_equal(predict(same, first), predict(model, first))
 
 
@@ -118,7 +118,9 @@ def test_optimizer_slots_follow_the_rows_of_extended_tables(tmp_path, store):
 
     first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment")
     run, model = trained(store, first)
-    data = load_warm_start_data(shop(tmp_path, "second", ["Rome", "Oslo", "Lisbon"]), earlier=run, ignore="comment")
+    data = load_warm_start_data(
+        shop(tmp_path, "second", ["Rome", "Oslo", "Lisbon"]), source_model=run, ignore="comment"
+    )
     extended = ready(data)
     warm_start(extended, data, run)
     before, now = _optimizer_state(model), _optimizer_state(extended)
@@ -140,7 +142,7 @@ def test_the_scale_of_a_regression_target_is_reused(tmp_path, store):
     run, model = trained(store, first, "mlp", epochs=3)
     table = pl.read_parquet(tmp_path / "first.parquet").with_columns(pl.col("worth") * 5 + 100)
     table.write_parquet(tmp_path / "dearer.parquet")
-    data = load_warm_start_data(tmp_path / "dearer.parquet", earlier=run, ignore="comment")
+    data = load_warm_start_data(tmp_path / "dearer.parquet", source_model=run, ignore="comment")
     later = ready(data, "mlp")
     warm_start(later, data, run)
     np.testing.assert_array_equal(predict(later, first), predict(model, first))
@@ -154,7 +156,7 @@ def test_warm_start_of_an_image_model_with_batch_normalization(store, digits):
     from mlkit.training.transfer import load_warm_start_data
 
     run, model = trained(store, digits, "resnet", filters=8, blocks=1)
-    data = load_warm_start_data("digits", earlier=run)
+    data = load_warm_start_data("digits", source_model=run)
     later = ready(data, "resnet", filters=8, blocks=1)
     warm_start(later, data, run)
     few = {"image": digits.arrays["image"][:50]}
@@ -170,10 +172,10 @@ def test_repeated_warm_starts(tmp_path, store):
     run, model = trained(store, data)
     pairs = next(layer for layer in model.layers if layer.name == "wide_categories").blocks
     for day in range(2, 6):
-        data = load_warm_start_data(shop(tmp_path, f"day-{day}", cities[: 2 * day]), earlier=run, ignore="comment")
+        data = load_warm_start_data(shop(tmp_path, f"day-{day}", cities[: 2 * day]), source_model=run, ignore="comment")
         before = model
         model = ready(data)
-        assert "city_embedding/embeddings" in warm_start(model, data, run).grown
+        assert "city_embedding/embeddings" in warm_start(model, data, run).extended_tables
         run, model = saved(store, model, data)
     assert data.features["city"].appended == 8
     widths = [weight.shape[1] for weight in model.weights if weight.path == "city_embedding/embeddings"]
@@ -200,7 +202,7 @@ def test_warm_start_with_streamed_data(tmp_path, store):
     first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment")
     run, model = trained(store, first)
     path = shop(tmp_path, "second", ["Rome", "Oslo", "Lisbon"], rows=2_000)
-    options = {"earlier": run, "ignore": "comment", "split": "random"}
+    options = {"source_model": run, "ignore": "comment", "split": "random"}
     data = load_warm_start_data(path, "sold", load=open_dataset, **options)
     assert data.features["city"].vocabulary[2:] == ("Lisbon",)
     extended = ready(data)
@@ -311,7 +313,7 @@ def test_invalid_source_models(tmp_path, store, monkeypatch):
         load_source_model(tmp_path)
     (run.folder / "saved_model" / "1" / "assets.extra" / "continuing.json").unlink()
     with pytest.raises(ModelError, match="Train it again"):
-        load_warm_start_data("wine", earlier=run)
+        load_warm_start_data("wine", source_model=run)
 
 
 def test_columns_and_arguments_that_do_not_fit(tmp_path, store):
@@ -320,18 +322,18 @@ def test_columns_and_arguments_that_do_not_fit(tmp_path, store):
     first = load_dataset(path := shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment")
     run, _ = trained(store, first)
     with pytest.raises(DatasetError, match=r"not trained on: comment.*ignore=\['comment'\]"):
-        load_warm_start_data(path, earlier=run)
+        load_warm_start_data(path, source_model=run)
     pl.read_parquet(path).drop("comment").rename({"city": "town"}).write_parquet(tmp_path / "town.parquet")
     with pytest.raises(DatasetError, match="city"):
-        load_warm_start_data(tmp_path / "town.parquet", earlier=run)
+        load_warm_start_data(tmp_path / "town.parquet", source_model=run)
     with pytest.raises(ParameterError, match="features= is fixed by the source model"):
-        load_warm_start_data(path, earlier=run, features={"city": "hash"})
+        load_warm_start_data(path, source_model=run, features={"city": "hash"})
     with pytest.raises(ParameterError, match="task='multiclass'"):
-        load_warm_start_data(path, earlier=run, task="multiclass")
+        load_warm_start_data(path, source_model=run, task="multiclass")
     maybe = pl.read_parquet(path).with_columns(sold=pl.lit("maybe"))
     maybe.write_parquet(tmp_path / "maybe.parquet")
     with pytest.raises(DatasetError, match="'maybe', not among classes no, yes"):
-        load_warm_start_data(tmp_path / "maybe.parquet", earlier=run, ignore="comment")
+        load_warm_start_data(tmp_path / "maybe.parquet", source_model=run, ignore="comment")
 
 
 def test_data_with_another_encoding_are_rejected(tmp_path, store):
@@ -361,7 +363,7 @@ def test_the_limit_of_a_vocabulary_holds_when_it_is_extended(tmp_path, store):
     first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", ignore="comment", features=features)
     run, _ = trained(store, first)
     more = shop(tmp_path, "more", ["Rome", "Lisbon", "Paris", "Wien"])
-    data = load_warm_start_data(more, earlier=run, ignore="comment")
+    data = load_warm_start_data(more, source_model=run, ignore="comment")
     assert len(data.features["city"].vocabulary) == 3
     assert any("2 values of 'city' in training are unknown" in note for note in data.notes)
 
@@ -371,7 +373,7 @@ def test_warm_start_data_can_be_reloaded(tmp_path, store):
 
     first = load_dataset(shop(tmp_path, "first", ["Rome", "Oslo"]), "sold", features=FEATURES)
     run, _ = trained(store, first)
-    data = load_warm_start_data(shop(tmp_path, "second", ["Rome", "Lisbon"]), earlier=run)
+    data = load_warm_start_data(shop(tmp_path, "second", ["Rome", "Lisbon"]), source_model=run)
     again = reload_dataset(json.loads(json.dumps(data.record())))
     assert again.fingerprint == data.fingerprint
     assert {name: spec.kind for name, spec in again.features.items()} == {

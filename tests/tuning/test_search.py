@@ -36,11 +36,14 @@ assert not fail, "as requested"
 SEARCH = """
 from mlkit.runs import Run
 from mlkit.tuning import tune
-result = tune(space, fixed, job="trial_of_valley.ipynb", search=search, objective="loss", trials=trials, jobs=jobs)
+options = {"search": search, "trials": trials, "max_parallel": max_parallel}
+result = tune(space, fixed, job="trial_of_valley.ipynb", objective="loss", **options)
 result
 """
 SPACE = {"x": {"min": -2.0, "max": 2.0}, "y": {"min": -1.0, "max": 3.0}}
-SEARCH_PARAMETERS = f'space: dict = {SPACE}\nfixed: dict = {{}}\nsearch: str = "random"\ntrials: int = 6\njobs: int = 1'
+SEARCH_PARAMETERS = (
+    f'space: dict = {SPACE}\nfixed: dict = {{}}\nsearch: str = "random"\ntrials: int = 6\nmax_parallel: int = 1'
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,13 +157,13 @@ def test_a_run_whose_id_was_not_recorded_is_found(store: RunStore) -> None:
     """A kill between the creation of a trial's run and the recording of its id."""
     from mlkit.tuning import tune
 
-    result = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, jobs=1)
+    result = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, max_parallel=1)
     lost = result.run.record.points[1].run
     with result.run.edit() as record:
         record.points[1].run, record.status = None, "interrupted"
     lines = (result.run.folder / "search.jsonl").read_text().splitlines(keepends=True)
     (result.run.folder / "search.jsonl").write_text("".join(lines[:-2]))  # nor its result
-    resumed = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, jobs=1, run=result.run)
+    resumed = tune(SPACE, job="trial_of_valley.ipynb", objective="loss", trials=2, max_parallel=1, run=result.run)
     assert resumed.run.record.points[1].run == lost
     assert len(store.list(job="trial_of_valley")) == 2
     assert [event["end"] for event in read_journal(result.run) if "end" in event] == [1, 2]
@@ -170,12 +173,12 @@ def test_a_search_fails_after_consecutive_failures(store: RunStore) -> None:
     from mlkit.tuning import Search, tune
 
     with pytest.raises(JobFailedError, match=r"3 trials in a row have failed, the last one: .*as requested"):
-        tune(SPACE, {"fail": True}, job="trial_of_valley.ipynb", objective="loss", trials=9, jobs=1)
+        tune(SPACE, {"fail": True}, job="trial_of_valley.ipynb", objective="loss", trials=9, max_parallel=1)
     (search,) = store.list(job="tune")
     assert search.status == "failed"
     assert [trial.status for trial in Search(store.get(search.id)).trials] == ["failed"] * 3
     chosen = {"x": [0.1, 0.2, 0.3], "fail": [False, True]}
-    result = tune(chosen, job="trial_of_valley.ipynb", objective="loss", search="grid", jobs=1)
+    result = tune(chosen, job="trial_of_valley.ipynb", objective="loss", search="grid", max_parallel=1)
     states = [trial.status for trial in result.trials]
     assert states == ["completed", "failed"] * 3
     assert [trial.score is None for trial in result.trials] == [state == "failed" for state in states]
@@ -186,7 +189,7 @@ def test_a_run_belongs_to_one_search_and_one_process(store: RunStore) -> None:
     from mlkit.tuning import tune
     from mlkit.tuning.oracle import JOURNAL, Journal
 
-    options = {"job": "trial_of_valley.ipynb", "objective": "loss", "trials": 1, "jobs": 1}
+    options = {"job": "trial_of_valley.ipynb", "objective": "loss", "trials": 1, "max_parallel": 1}
     run = store.create("tune").start()
     with Journal(run.folder / JOURNAL), pytest.raises(InputError, match="another process"):
         tune(SPACE, run=run, **options)
@@ -202,14 +205,14 @@ def test_an_unknown_objective_is_reported_after_the_first_trial(store: RunStore)
     with pytest.raises(
         ParameterError, match=r"No trial measures 'los'. Did you mean 'loss'\? There are: loss, beginnings"
     ):
-        tune(SPACE, job="trial_of_valley.ipynb", objective="los", trials=5, jobs=1)
+        tune(SPACE, job="trial_of_valley.ipynb", objective="los", trials=5, max_parallel=1)
     assert len(store.list(job="trial_of_valley")) == 1
 
 
 MEMORY = f"""
 import ctypes, json, psutil
 from mlkit.tuning import tune
-options = {{"job": "trial_of_valley.ipynb", "objective": "loss", "jobs": 2}}
+options = {{"job": "trial_of_valley.ipynb", "objective": "loss", "max_parallel": 2}}
 sizes = []
 for trials in (8, 16):
     tune({SPACE}, trials=trials, **options)
@@ -257,7 +260,7 @@ def test_every_trial_is_a_run_without_test_metrics(tuned: RunStore) -> None:
     (summary,) = tuned.list(job="tune")
     search = tuned.get(summary.id)
     assert (search.status, len(search.record.points)) == ("completed", 4)
-    assert search.record.parameters["jobs"] == 2
+    assert search.record.parameters["max_parallel"] == 2
     for run in trial_runs(tuned, search):
         assert (run.status, run.parents) == ("completed", [search.id])
         assert run.record.parameters["model_options"]["hidden"] == [8]
@@ -310,7 +313,7 @@ def test_warm_start_of_trials(tuned: RunStore, project: Path, monkeypatch: pytes
     sizes = earlier.record.parameters["model_options"]
     common = {"dataset": "breast_cancer", "model_options": sizes, "epochs": 1, "warm_start": str(earlier.folder)}
     space = {"learning_rate": [1e-6, 1e-5], "model_options": "auto"}
-    result = tune(space, common, search="grid", jobs=2)
+    result = tune(space, common, search="grid", max_parallel=2)
     store = RunStore(result.run.folder.parent)
     for run in trial_runs(store, result.run):
         assert run.parents == [result.run.id, earlier.id]
@@ -356,8 +359,8 @@ def test_invalid_searches_are_rejected_before_the_first_trial(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trial"], "--max-parallel 2 is for sweeps, and for jobs with a parameter 'jobs', such as tune"),
-        (["tune", "-p", "jobs=1"], "given twice: --max-parallel 2 and -p jobs=1"),
+        (["trial"], "--max-parallel 2 is for sweeps, and for jobs with a parameter 'max_parallel', such as tune"),
+        (["tune", "-p", "max_parallel=1"], "given twice: --max-parallel 2 and -p max_parallel=1"),
         (["tune", "--workers", "2"], "--workers is for one run"),
     ],
 )
@@ -374,12 +377,12 @@ def test_hyperband_promotes_the_better_trials(project: Path, monkeypatch: pytest
     monkeypatch.chdir(project)
     common = {"dataset": "breast_cancer", "model": "mlp", "model_options": {"hidden": [4]}, "epochs": 3}
     space = {"learning_rate": {"min": 1e-4, "max": 1e-1, "sampling": "log"}}
-    result = tune(space, common, search="hyperband", jobs=2)
+    result = tune(space, common, search="hyperband", max_parallel=2)
     runs = {trial.run.id: trial for trial in result.trials}
-    promoted = [trial for trial in result.trials if trial.parameters.get("continues")]
+    promoted = [trial for trial in result.trials if trial.parameters.get("promoted_from")]
     assert promoted
     for trial in promoted:
-        earlier = runs[trial.parameters["continues"]]
+        earlier = runs[trial.parameters["promoted_from"]]
         assert earlier.values == trial.values
         before, after = earlier.run.history["val_loss"], trial.run.history["val_loss"]
         assert after[: len(before)] == before
