@@ -2405,6 +2405,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'mlkit/jobs/executor.py')},
             'mlkit.jobs.notebook': { 'mlkit.jobs.notebook._html_exporter': ( 'library/jobs/notebook.html#_html_exporter',
                                                                              'mlkit/jobs/notebook.py'),
+                                     'mlkit.jobs.notebook._with_summary': ( 'library/jobs/notebook.html#_with_summary',
+                                                                            'mlkit/jobs/notebook.py'),
                                      'mlkit.jobs.notebook.find_job': ('library/jobs/notebook.html#find_job', 'mlkit/jobs/notebook.py'),
                                      'mlkit.jobs.notebook.job_summary': ( 'library/jobs/notebook.html#job_summary',
                                                                           'mlkit/jobs/notebook.py'),

@@ -117,10 +117,28 @@ def write_html(
     notebook: "NotebookNode",  # executed
     path: Path,  # HTML file
 ) -> None:
-    """Write a notebook as one HTML file with embedded images."""
+    """Write a notebook as one HTML file: outputs of cells tagged `summary` first, those tagged `collapsed` folded."""
     with _export_lock:
-        body, _ = _html_exporter().from_notebook_node(notebook)
+        body, _ = _html_exporter().from_notebook_node(_with_summary(notebook))
     write_atomic(path, body, durable=False)
+
+
+def _with_summary(notebook: "NotebookNode") -> "NotebookNode":
+    """The notebook with the outputs of `summary` cells, and all warnings, repeated below its first cell."""
+    from nbformat import from_dict
+
+    code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    results = [cell for cell in code_cells if "summary" in cell.metadata.get("tags", [])]
+    outputs = [output for cell in results for output in cell.outputs]
+    if not outputs:
+        return notebook
+    outputs += [output for cell in code_cells for output in cell.outputs if output.get("name") == "stderr"]
+    shown = [
+        output | {"output_type": "display_data"} if output.output_type == "execute_result" else output
+        for output in outputs  # without the number of the cell
+    ]
+    summary = results[0] | {"id": "summary", "source": "", "metadata": {}, "outputs": shown}
+    return from_dict(notebook | {"cells": [notebook.cells[0], summary, *notebook.cells[1:]]})
 
 
 _export_lock = threading.Lock()  # a sweep has several threads, and the exporter is not thread-safe
@@ -131,4 +149,5 @@ def _html_exporter() -> Any:
     """nbconvert's exporter, whose templates are compiled once."""
     from nbconvert import HTMLExporter
 
-    return HTMLExporter(embed_images=True, log=logger)
+    template = Path(mlkit.__file__).parent / "templates" / "notebook.html"
+    return HTMLExporter(embed_images=True, log=logger, template_file=str(template))

@@ -58,6 +58,9 @@ def test_every_artifact_matches_its_hash(trained: tuple[Path, dict]) -> None:
 
 
 def test_the_executed_notebook_is_a_report(trained: tuple[Path, dict]) -> None:
+    page = (Path(trained[1]["folder"]) / "notebook.html").read_text()
+    comparison = trained[1]["summary"].split(" (difference")[0]
+    assert comparison in page[page.index("<h1") : page.index("<details")]
     notebook = nbformat.read(Path(trained[1]["folder"]) / "notebook.ipynb", 4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.metadata.papermill.status == "completed" for cell in code)
