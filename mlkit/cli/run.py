@@ -131,7 +131,8 @@ def _parallel_parameter(job: str, max_parallel: int | None, given: Mapping[str, 
         )
     if "max_parallel" in given:
         raise InputError(
-            f"Runs in parallel are given twice: --max-parallel {max_parallel} and -p max_parallel={given['max_parallel']}. Give one."
+            f"Runs in parallel are given twice: --max-parallel {max_parallel} and "
+            f"-p max_parallel={given['max_parallel']}. Give one."
         )
     return {"max_parallel": max_parallel}
 
