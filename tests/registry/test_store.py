@@ -22,7 +22,7 @@ from mlkit.registry.store import folder_digests, hold_version
 from mlkit.runs import Run
 from mlkit.runs.store import RunStore
 from tests.conftest import run_cli
-from tests.runs.test_faults import fill_up
+from tests.runs.test_store_failures import fill_up
 
 FILES = {
     "saved_model/1/variables/variables.index": "the weights",
