@@ -84,7 +84,7 @@ def test_packages_import_only_downwards() -> None:
     checked = lint_layers(REPOSITORY)
     assert checked.returncode == 0, checked.stdout
     assert len(MODULES) > 100  # the check has something to look at
-    assert re.search(rf"Analyzed {len(MODULES) // 10}\d files", checked.stdout)
+    assert int(re.search(r"Analyzed (\d+) files", checked.stdout)[1]) >= len(MODULES)
 
 
 def test_an_import_against_the_layers_is_named_with_both_modules_and_the_rule(tmp_path: Path) -> None:
