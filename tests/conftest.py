@@ -136,7 +136,7 @@ def mlkit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Cal
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, " ".join(said.err.split())
+        output = capsys.readouterr()
+        return ended.value.code or 0, output.out, " ".join(output.err.split())
 
     return type_command

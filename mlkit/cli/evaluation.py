@@ -170,7 +170,7 @@ def gate(
 def _print_gate_result(result: dict[str, Any]) -> None:
     """Each rule with what was required and the actual value."""
     marks = {True: "[green]passed[/]", False: "[red]failed[/]"}
-    rows = [(marks[check["passed"]], check["rule"], check["found"]) for check in result["checks"]]
+    rows = [(marks[check["passed"]], check["rule"], check["actual"]) for check in result["checks"]]
     titles = ("result", "required", "actual")
     console.print(text_grid(titles, rows, whole=titles[:1], markup=titles[:1]))
     print_line(f"\n{escape(result['run'])}: {escape(result['reason'])}")

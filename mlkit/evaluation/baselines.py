@@ -264,24 +264,24 @@ class Baselines:
 
     dataset: Dataset
     split: str
-    found: Mapping[str, Baseline]  # baselines by name
+    by_name: Mapping[str, Baseline]  # baselines by name
     notes: tuple[str, ...] = ()  # warnings about baselines that were left out
 
     @property
     def best(self) -> Baseline:
         """The baseline with the smallest loss."""
-        return min(self.found.values(), key=lambda baseline: baseline.value)
+        return min(self.by_name.values(), key=lambda baseline: baseline.value)
 
     @property
     def run_metrics(self) -> dict[str, float]:
         """Main metrics under their names in a run: baseline_gradient_boosting_log_loss."""
         metric = MAIN_METRIC[self.dataset.task]
-        return {f"baseline_{name}_{metric}": baseline.value for name, baseline in self.found.items()}
+        return {f"baseline_{name}_{metric}": baseline.value for name, baseline in self.by_name.items()}
 
     @property
     def table(self) -> pl.DataFrame:
         """One row for each baseline, the best first."""
-        return _comparison_table([(part.name, part.evaluation, part.seconds) for part in self.found.values()])
+        return _comparison_table([(part.name, part.evaluation, part.seconds) for part in self.by_name.values()])
 
     def compare(
         self,
@@ -293,7 +293,7 @@ class Baselines:
         return compare(self, evaluation, name, seconds)
 
     def __repr__(self) -> str:  # without durations, which differ in every run
-        return f"Baselines({', '.join(self.found)}, of {self.dataset.name})"
+        return f"Baselines({', '.join(self.by_name)}, of {self.dataset.name})"
 
     def _repr_html_(self) -> str:
         return _table_html(self.table, (*self.notes, _rows_sentence(self)))
@@ -409,17 +409,17 @@ class BaselineComparison:
     @property
     def table(self) -> pl.DataFrame:
         """One row for each model, the best first."""
-        baselines = [(part.name, part.evaluation, part.seconds) for part in self.baselines.found.values()]
+        baselines = [(part.name, part.evaluation, part.seconds) for part in self.baselines.by_name.values()]
         return _comparison_table([(self.name, self.evaluation, self.seconds), *baselines])
 
     @property
     def size(self) -> tuple[float, float]:
         """Width and height of the plot, inches."""
-        return 6.0, 0.5 + 0.45 * (1 + len(self.baselines.found))
+        return 6.0, 0.5 + 0.45 * (1 + len(self.baselines.by_name))
 
     def draw(self, figure: Figure | SubFigure) -> None:
         """Plot the main metric of each model with its 95 % confidence interval into a figure, the best on top."""
-        evaluations = {part.name.replace("_", " "): part.evaluation for part in self.baselines.found.values()}
+        evaluations = {part.name.replace("_", " "): part.evaluation for part in self.baselines.by_name.values()}
         evaluations[self.name] = self.evaluation
         task = self.evaluation.dataset.task
         metric, axes = MAIN_METRIC[task], figure.subplots()
@@ -477,7 +477,7 @@ class LabelBaselines(ByLabel):
         return {
             f"baseline_{name}_{label}_{MAIN_METRIC[baselines.dataset.task]}": baseline.value
             for label, baselines in self.outputs.items()
-            for name, baseline in baselines.found.items()
+            for name, baseline in baselines.by_name.items()
         }
 
     def compare(

@@ -382,7 +382,7 @@ def _baselines(facts: _RunFacts) -> str:
 
 def _gate_checks(facts: _RunFacts) -> str:
     checks = facts.gate.get("checks", ())
-    rows = [("yes" if check["passed"] else "**no**", check["rule"], check["found"]) for check in checks]
+    rows = [("yes" if check["passed"] else "**no**", check["rule"], check["actual"]) for check in checks]
     return _table(("passed", "required", "actual"), rows)
 
 

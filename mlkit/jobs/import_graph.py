@@ -61,27 +61,27 @@ class ImportGraph:
     def _references(self, tree: ast.AST, name: str, path: Path) -> set[Path]:
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         nodes = _executed_nodes(tree)
-        attributes, found = _used_attributes(nodes), set()
+        attributes, matches = _used_attributes(nodes), set()
         for node in nodes:
             match node:
                 case ast.Import():
                     for alias in node.names:
-                        found |= self._bound(alias.name, attributes[alias.asname or alias.name])
+                        matches |= self._bound(alias.name, attributes[alias.asname or alias.name])
                 case ast.ImportFrom():
                     module = _absolute_name(node, package)
                     for alias in node.names:
-                        found |= self._named(module, alias.name, attributes[alias.asname or alias.name])
+                        matches |= self._named(module, alias.name, attributes[alias.asname or alias.name])
                 case ast.Constant(value=str(text)):
                     for match in self._in_text.finditer(text):
-                        found |= self._bound(match[1] or match[2], set())
+                        matches |= self._bound(match[1] or match[2], set())
                 case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Call(args=parts):
                     values = [part.value if isinstance(part, ast.Constant) else None for part in parts]
                     for flag, module in itertools.pairwise(values):
                         if flag == "-m" and isinstance(module, str):  # python -m module
-                            found |= self._bound(module, set()) | self._bound(f"{module}.__main__", set())
+                            matches |= self._bound(module, set()) | self._bound(f"{module}.__main__", set())
                 case ast.BinOp(op=ast.Div(), right=ast.Constant(value=str(folder))) if name.startswith("tests."):
-                    found.add(self.root / folder)  # a test that reads the tree: whatever changes in it
-        return found
+                    matches.add(self.root / folder)  # a test that reads the tree: whatever changes in it
+        return matches
 
     def _bound(self, module: str, attributes: set[str]) -> set[Path]:
         """What `import module` reaches, when these attributes of it are used; none: it may be any of them."""

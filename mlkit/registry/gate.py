@@ -107,7 +107,7 @@ class Check:
 
     rule: str  # requirement: "auc at least 0.85"
     passed: bool
-    found: str  # actual value: "0.912 (0.905 to 0.919)"
+    actual: str  # value: "0.912 (0.905 to 0.919)"
     value: float | None = None  # None: not measured
     low: float | None = None  # bounds of the 95 % confidence interval; None without an interval
     high: float | None = None
@@ -282,7 +282,7 @@ class GateResult:
         if not failed:
             return f"All {len(self.checks)} checks passed." if len(self.checks) > 1 else "The only check passed."
         more = f"; {len(failed) - 1} more of {len(self.checks)} checks failed" if len(failed) > 1 else ""
-        return f"Gate failed: required {failed[0].rule}, actual {failed[0].found}{more}."
+        return f"Gate failed: required {failed[0].rule}, actual {failed[0].actual}{more}."
 
     def record(self) -> dict[str, Any]:
         """JSON-serializable record of the result."""
@@ -290,7 +290,7 @@ class GateResult:
 
     def _repr_html_(self) -> str:
         rows = [
-            ("passed" if c.passed else "<b>failed</b>", html.escape(c.rule), html.escape(c.found)) for c in self.checks
+            ("passed" if c.passed else "<b>failed</b>", html.escape(c.rule), html.escape(c.actual)) for c in self.checks
         ]
         return html_table(("result", "required", "actual"), rows) + f"<p>{html.escape(self.reason)}</p>"
 

@@ -124,33 +124,33 @@ def test_validate_is_a_gate(data: Command) -> None:
     assert (bad.returncode, bad.stderr) == (1, "")
     assert "error  quantity: " in bad.stdout
     assert "quantity', minimum=-1)" in bad.stdout.replace("\n", "")  # what would mend it, in one piece
-    found = json.loads(data("validate", "friday.csv", "--schema", "schema.pbtxt", "--json").stdout)
-    assert found["passed"] is False
+    matches = json.loads(data("validate", "friday.csv", "--schema", "schema.pbtxt", "--json").stdout)
+    assert matches["passed"] is False
     assert {"quantity", "age"} <= {
-        anomaly["column"] for anomaly in found["anomalies"] if anomaly["severity"] == "error"
+        anomaly["column"] for anomaly in matches["anomalies"] if anomaly["severity"] == "error"
     }
 
 
 def test_the_label_is_not_expected_in_serving(data: Command, shop: Path) -> None:
     read_table(shop / "tuesday.csv").drop("purchased").write_csv(shop / "serving.csv")
-    told = ("validate", "serving.csv", "--schema", "schema.pbtxt")
-    assert data(*told, "--environment", "SERVING").returncode == 0
-    assert data(*told, "--environment", "TRAINING").returncode == 1
-    unknown = data(*told, "--environment", "SERVIN")
+    output = ("validate", "serving.csv", "--schema", "schema.pbtxt")
+    assert data(*output, "--environment", "SERVING").returncode == 0
+    assert data(*output, "--environment", "TRAINING").returncode == 1
+    unknown = data(*output, "--environment", "SERVIN")
     assert (unknown.returncode, "Did you mean 'SERVING'?" in unknown.stderr) == (2, True)
 
 
 def test_infer_does_not_wipe_out_corrections(data: Command, shop: Path) -> None:
     folder = shop / "corrected"
-    told = ("infer", "monday.csv", "--output", "corrected/schema.pbtxt")
-    assert data(*told).returncode == 0
+    output = ("infer", "monday.csv", "--output", "corrected/schema.pbtxt")
+    assert data(*output).returncode == 0
     first = (folder / "schema.pbtxt").read_text()
     (folder / "schema.pbtxt").write_text(first.replace("mobile", "phone"))
-    refused = data(*told)
+    refused = data(*output)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--replace keeps it in corrected/history" in refused.stderr
     assert "phone" in (folder / "schema.pbtxt").read_text()
-    assert data(*told, "--replace").returncode == 0
+    assert data(*output, "--replace").returncode == 0
     assert "phone" not in (folder / "schema.pbtxt").read_text()
     assert any("phone" in path.read_text() for path in (folder / "history").iterdir())
     named = data("infer", "monday.csv", "--output", "mine.txt")
@@ -189,8 +189,8 @@ def test_limits_come_from_the_schema(data: Command, shop: Path) -> None:
     wide = {"l_infinity": 0.5}
     schema = load_schema(shop / "schema.pbtxt").change("device", drift=wide).change("referrer", drift=wide)
     schema.save(folder / "schema.pbtxt")
-    told = ("drift", "monday.csv", "friday.csv", "--schema", "limits/schema.pbtxt", "--json")
-    assert not {"device", "referrer"} & set(json.loads(data(*told).stdout)["drifted"])
+    output = ("drift", "monday.csv", "friday.csv", "--schema", "limits/schema.pbtxt", "--json")
+    assert not {"device", "referrer"} & set(json.loads(data(*output).stdout)["drifted"])
 
 
 def test_drift_over_time_of_one_source(data: Command, shop: Path) -> None:
@@ -214,9 +214,9 @@ def test_statistics_of_different_tables_are_refused(data: Command) -> None:
 def test_convert_changes_the_format_and_nothing_else(data: Command, shop: Path, ending: str) -> None:
     result = data("convert", "monday.csv", f"copy{ending}", "--json")
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert (told["rows"], told["columns"], told["files"]) == (3_000, 18, [f"copy{ending}"])
-    assert told["bytes"] == (shop / f"copy{ending}").stat().st_size
+    output = json.loads(result.stdout)
+    assert (output["rows"], output["columns"], output["files"]) == (3_000, 18, [f"copy{ending}"])
+    assert output["bytes"] == (shop / f"copy{ending}").stat().st_size
     columns = ["price", "device", "age", "referrer", "hour"]
     before, after = (describe(read_table(shop / name)[columns]) for name in ("monday.csv", f"copy{ending}"))
     assert {column.distance for column in measure_drift(before, after).columns.values()} == {0.0}
@@ -240,11 +240,11 @@ def test_convert_in_shards_and_never_over_what_is_there(data: Command, shop: Pat
 
 def test_sources_of_all_sorts(data: Command, shop: Path) -> None:
     (shop / "europe.csv").write_bytes("stadt;größe\nZürich;1\nGenf;?\n".encode("latin-1"))
-    told = data(
+    output = data(
         "describe", "europe.csv", "--encoding", "latin-1", "--separator", ";", "--null-values", "?,NA", "--types",
         "größe=text",
     )  # fmt: skip
-    assert re.search(r"größe +text +50.0%", told.stdout), told.stderr
+    assert re.search(r"größe +text +50.0%", output.stdout), output.stderr
     with gzip.open(shop / "packed.csv.gz", "wt") as packed:
         packed.write("a,b\n1,x\n2,y\n")
     assert data("describe", "packed.csv.gz").stdout.startswith("packed.csv.gz  2 rows")
@@ -270,7 +270,7 @@ def test_bad_files_are_told_without_a_traceback(data: Command, shop: Path) -> No
     (shop / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
     (shop / "empty.csv").write_text("")
     (shop / "bad.pbtxt").write_text("feature { nam: 'x' }")
-    for arguments, told in {
+    for arguments, output in {
         ("describe", "nowhere.csv"): "There is no file",
         ("describe", "ragged.csv"): "Line 3",
         ("describe", "empty.csv"): "is empty",
@@ -281,7 +281,7 @@ def test_bad_files_are_told_without_a_traceback(data: Command, shop: Path) -> No
     }.items():
         result = data(*arguments)
         assert (result.returncode, result.stdout) == (2, ""), (arguments, result.stdout)
-        assert told in result.stderr, (arguments, result.stderr)
+        assert output in result.stderr, (arguments, result.stderr)
         assert "Traceback" not in result.stderr
 
 

@@ -246,7 +246,7 @@ def test_the_card_has_gate_and_parity_and_keeps_handwritten_sections(run: Run) -
     card.write_text(
         f"{head}## Intended use\n\nTo sort the front page.\n\n## {rest.partition('## ')[2]}", encoding="utf-8"
     )
-    check = {"rule": "auc at least 0.99", "passed": False, "found": "0.8"}
+    check = {"rule": "auc at least 0.99", "passed": False, "actual": "0.8"}
     gate = {"passed": False, "reason": "0.99 is required.", "against": "train-x", "checks": [check]}
     (run.folder / "gate.json").write_text(json.dumps(gate))
     targets = [

@@ -116,12 +116,12 @@ def passed_by_target(parity: Parity) -> dict[str, bool | None]:
 
 
 def test_every_format_gives_the_predictions_of_keras(all_formats: Run) -> None:
-    found = check_parity(all_formats, tolerances={"litert-int4": 0.3})
+    matches = check_parity(all_formats, tolerances={"litert-int4": 0.3})
     present = {"keras", "savedmodel", *(f"litert-{kind}" for kind in KINDS)} | (
         {"browser"} if needs_browser.args[0] is False else set()
     )
-    assert {name for name, passed in passed_by_target(found).items() if passed} == present
-    assert found.passed
+    assert {name for name, passed in passed_by_target(matches).items() if passed} == present
+    assert matches.passed
     record = json.loads((all_formats.folder / "parity.json").read_text())
     assert record["passed"] is True
     assert record["requests"] == 32
@@ -132,11 +132,11 @@ def test_every_format_gives_the_predictions_of_keras(all_formats: Run) -> None:
 
 
 def test_a_table_with_two_labels(both: tuple[Dataset, Run]) -> None:
-    found = check_parity(both[1])
-    assert found.passed, found.reason
-    signatures = [result.signature for result in found.results if result.target == "savedmodel"]
+    matches = check_parity(both[1])
+    assert matches.passed, matches.reason
+    signatures = [result.signature for result in matches.results if result.target == "savedmodel"]
     assert signatures[3:] == ["kept_classify", "weight_regress"]
-    assert {result.agreement for result in found.results if result.signature == "weight_regress"} == {None}
+    assert {result.agreement for result in matches.results if result.signature == "weight_regress"} == {None}
 
 
 # -- an error of 1e-2 in one format --
@@ -146,9 +146,9 @@ def test_a_table_with_two_labels(both: tuple[Dataset, Run]) -> None:
 def test_an_error_in_a_converted_model(kind: str, copied: Run, planted: tuple[keras.Model, Path]) -> None:
     shutil.rmtree(copied.folder / "litert" / kind)
     shutil.copytree(planted[1] / "litert" / kind, copied.folder / "litert" / kind)
-    found = check_parity(copied, [f"litert-{kind}"])
-    assert not found.passed
-    assert found.reason.startswith(f"litert-{kind} serving_default: differs by")
+    matches = check_parity(copied, [f"litert-{kind}"])
+    assert not matches.passed
+    assert matches.reason.startswith(f"litert-{kind} serving_default: differs by")
 
 
 def test_an_error_in_weights_of_four_bits(tmp_path: Path) -> None:
@@ -161,10 +161,10 @@ def test_an_error_in_weights_of_four_bits(tmp_path: Path) -> None:
     export_saved_model(network, shop, run)
     for model, passed in ((network, True), (keras.Model(network.input, higher(network.output)), False)):
         convert_model(model, shop, run, ["int4"])
-        found = check_parity(run, ["litert-int4"])
-        assert found.passed == passed, found.reason
+        matches = check_parity(run, ["litert-int4"])
+        assert matches.passed == passed, matches.reason
         shutil.rmtree(run.folder / "litert")
-    assert found.reason.startswith("litert-int4 serving_default: differs by")
+    assert matches.reason.startswith("litert-int4 serving_default: differs by")
 
 
 def test_an_error_in_the_saved_model(copied: Run, planted: tuple[keras.Model, Path]) -> None:
@@ -173,9 +173,9 @@ def test_an_error_in_the_saved_model(copied: Run, planted: tuple[keras.Model, Pa
     shutil.rmtree(folder)
     shutil.copytree(planted[1] / "saved_model" / "1", folder)
     (folder / "assets.extra" / "golden.json").write_text(golden.to_json())
-    found = check_parity(copied, ["savedmodel"])
+    matches = check_parity(copied, ["savedmodel"])
     for signature in ("serving_default", "serving_examples", "serving_bytes", "classify"):
-        assert f"savedmodel {signature}: differs by" in found.reason
+        assert f"savedmodel {signature}: differs by" in matches.reason
 
 
 @pytest.mark.parametrize("signature", ["serving_examples", "serving_bytes", "classify"])
@@ -202,10 +202,10 @@ def test_an_error_in_one_signature(
     monkeypatch.setattr(export, "ServingModule", Planted)
     shutil.rmtree(copied.folder / "saved_model" / "1")
     export_saved_model(model, digits, copied)
-    found = check_parity(copied, ["savedmodel"])
-    wrong = {result.signature for result in found.results if result.passed is False}
+    matches = check_parity(copied, ["savedmodel"])
+    wrong = {result.signature for result in matches.results if result.passed is False}
     assert wrong == ({"serving_examples", "classify"} if signature == "serving_examples" else {signature})
-    assert f"savedmodel {signature}: differs by 0.01" in found.reason
+    assert f"savedmodel {signature}: differs by 0.01" in matches.reason
 
 
 def test_an_error_in_keras(
@@ -292,8 +292,8 @@ def as_tf_serving(served: SavedModel, error: float = 0.0) -> Callable[[dict[str,
 def test_a_server(all_formats: Run) -> None:
     served = load_saved_model(all_formats.folder)
     with serving(as_tf_serving(served)) as url:
-        found = check_parity(all_formats, ["server"], server=f"{url}:predict")
-        assert [(result.signature, result.passed) for result in found.results if result.target == "server"] == [
+        matches = check_parity(all_formats, ["server"], server=f"{url}:predict")
+        assert [(result.signature, result.passed) for result in matches.results if result.target == "server"] == [
             ("serving_default", True),
             ("serving_bytes", True),
         ]
@@ -325,15 +325,15 @@ def test_a_server_with_a_single_output(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_server_with_an_unexpected_response(code: int, body: Any, expected: str, all_formats: Run) -> None:
     with serving(lambda _: (code, body)) as url:
-        found = check_parity(all_formats, ["server"], server=url)
-    assert not found.passed
-    assert expected in found.reason
+        matches = check_parity(all_formats, ["server"], server=url)
+    assert not matches.passed
+    assert expected in matches.reason
     json.loads((all_formats.folder / "parity.json").read_text(), parse_constant=pytest.fail)  # strict JSON, too
 
 
 def test_an_unreachable_server(all_formats: Run) -> None:
-    found = check_parity(all_formats, ["server"], server="http://127.0.0.1:9/v1/models/digits")
-    assert "server serving_default: http://127.0.0.1:9/v1/models/digits:predict does not respond" in found.reason
+    matches = check_parity(all_formats, ["server"], server="http://127.0.0.1:9/v1/models/digits")
+    assert "server serving_default: http://127.0.0.1:9/v1/models/digits:predict does not respond" in matches.reason
 
 
 # -- damaged and missing formats, invalid input --
@@ -344,13 +344,13 @@ def test_damaged_formats_are_named(copied: Run) -> None:
     (copied.folder / "litert" / "int8" / "host.json").write_text("{")
     (copied.folder / "page.html").write_text("<html>")
     (copied.folder / "saved_model" / "1" / "variables" / "variables.index").unlink()
-    found = check_parity(copied)
-    failed = {result.target: result.reason for result in found.results if result.passed is False}
+    matches = check_parity(copied)
+    failed = {result.target: result.reason for result in matches.results if result.passed is False}
     assert "is not the file that was converted" in failed["litert-float32"]
     assert "is damaged" in failed["litert-int8"]
     assert "page.html holds no record" in failed["browser"]
     assert "holds no model that can be loaded" in failed["savedmodel"]
-    assert {result.target for result in found.results if result.passed} == {"litert-float16", "litert-full_int8"} | (
+    assert {result.target for result in matches.results if result.passed} == {"litert-float16", "litert-full_int8"} | (
         {"litert-int4"} if "litert-int4" not in failed else set()
     )
 
@@ -360,12 +360,12 @@ def test_a_format_that_cannot_be_run_has_not_passed(copied: Run, monkeypatch: py
     (copied.folder / "page.html").write_text('<script id="record">{"model": {"kind": "float32"}}</script>')
     with copied.edit() as record:
         record.data = []
-    found = check_parity(copied, tolerances={"litert-int4": 0.3})
-    results = {result.target: (result.passed, result.reason) for result in found.results}
+    matches = check_parity(copied, tolerances={"litert-int4": 0.3})
+    results = {result.target: (result.passed, result.reason) for result in matches.results}
     assert results["browser"] == (None, "The browser demo runs in Chromium or Chrome, and none of them is installed.")
     assert results["keras"][0] is None
     assert "The model cannot be built again" in results["keras"][1]
-    assert found.passed
+    assert matches.passed
     assert not check_parity(copied, ["browser"]).passed  # requested by name
 
 
@@ -432,9 +432,9 @@ def test_rows_as_text(both: tuple[Dataset, Run]) -> None:
         [f"  \n{as_json_row(row)}\r\n" for row in rows],
         [f"{as_csv_row(row)}\r\n" for row in rows],
     ):
-        found = served.predict_bytes(lines)
+        matches = served.predict_bytes(lines)
         for name, values in expected.items():
-            np.testing.assert_array_equal(found[name], values, err_msg=name)
+            np.testing.assert_array_equal(matches[name], values, err_msg=name)
     some = served.predict_bytes(['{"features": {"feature": {"age": {"floatList": {"value": []}}}}}'])
     nothing = served({"town": [""], "age": [None], "a/b": [None], "sent": [""]})
     np.testing.assert_array_equal(some["kept_probabilities"], nothing["kept_probabilities"])
@@ -462,8 +462,8 @@ def test_invalid_rows_are_rejected(row: str, expected: str, both: tuple[Dataset,
 def test_images_as_bytes(all_formats: Run, digits: Dataset) -> None:
     served, images = load_saved_model(all_formats.folder), digits.arrays["image"][:3]
     for encode, error in ((tf.io.encode_png, 0), (lambda image: tf.io.encode_jpeg(image, quality=100), 0.3)):
-        found = served.predict_bytes([encode(image.astype("uint8")).numpy() for image in images])
-        np.testing.assert_allclose(found["probabilities"], served({"image": images})["probabilities"], atol=error)
+        matches = served.predict_bytes([encode(image.astype("uint8")).numpy() for image in images])
+        np.testing.assert_allclose(matches["probabilities"], served({"image": images})["probabilities"], atol=error)
     for invalid in (b"", b"no image", tf.io.encode_png(images[0].astype("uint8")).numpy()[:40]):
         with pytest.raises(ModelError, match="The rows are not what the model takes"):
             served.predict_bytes([invalid])
@@ -487,8 +487,8 @@ def test_pixels_that_no_png_holds(tmp_path: Path, digits: Dataset) -> None:
     small = replace(digits, inputs=digits.inputs / 16, features={"image": spec})
     run = RunStore(tmp_path).create("train")
     export_saved_model(build_model("linear", small), small, run)
-    found = check_parity(run)
-    results = {result.signature: result for result in found.results if result.target == "savedmodel"}
+    matches = check_parity(run)
+    results = {result.signature: result for result in matches.results if result.target == "savedmodel"}
     assert [result.passed for result in results.values()] == [True, None, None, None]
     assert "which PNG files hold" in results["serving_bytes"].reason
 
@@ -518,18 +518,18 @@ def test_the_warm_up_file_is_what_tf_serving_reads(both: tuple[Dataset, Run], al
         file = str(folder / "assets.extra" / "tf_serving_warmup_requests")
         records = [record.numpy() for record in tf.data.TFRecordDataset(file)]
         assert len(records) == 2 * len(expected) <= 1000
-        found: dict[str, list[int]] = {}
+        matches: dict[str, list[int]] = {}
         with parity._open_session(folder) as (session, signatures):
             for record in records:
                 log = logs.PredictionLog.FromString(record)
                 assert len(log.SerializeToString()) == len(record)
                 name, sent = warm_up_request(log)
-                found.setdefault(name, []).append(len(next(iter(sent.values()))))
+                matches.setdefault(name, []).append(len(next(iter(sent.values()))))
                 feeds = {signatures[name].inputs[key].name: values for key, values in sent.items()}
                 key = next(key for key, values in expected[name].items() if values.dtype != object)
                 answers = session.run(signatures[name].outputs[key].name, feeds)
                 np.testing.assert_allclose(answers, expected[name][key][: len(answers)], rtol=1e-5, atol=1e-5)
-        assert found == {name: [1, 8] for name in expected}
+        assert matches == {name: [1, 8] for name in expected}
 
 
 def test_vocabularies_are_assets(both: tuple[Dataset, Run], tmp_path: Path) -> None:

@@ -184,9 +184,9 @@ def test_regression_answers_in_the_unit_of_the_label(tmp_path):
     fit(model, data, epochs=20, learning_rate=0.01)
     served = load_saved_model(export_saved_model(model, data, tmp_path / "model"))
     assert served({"x": [0.0, 1.0]})["prediction"].shape == (2,)
-    found = evaluate(served, data).metrics
-    assert found["r2"] > 0.95
-    assert found["root_mean_squared_error"] < 5e3
+    matches = evaluate(served, data).metrics
+    assert matches["r2"] > 0.95
+    assert matches["root_mean_squared_error"] < 5e3
 
 
 # -- export --
@@ -349,10 +349,10 @@ def test_a_split_with_one_class_only():
     def always(features):
         return {"probabilities": np.tile([0.25, 0.75], (len(features["mean_radius"]), 1))}
 
-    found = evaluate(always, cancer, "ones")
-    assert found.metrics["accuracy"] == 1.0
-    assert "auc" not in found.metrics
-    assert found.plot() is not None
+    matches = evaluate(always, cancer, "ones")
+    assert matches.metrics["accuracy"] == 1.0
+    assert "auc" not in matches.metrics
+    assert matches.plot() is not None
     cancer.splits["none"] = rows[:0]
     with pytest.raises(DatasetError, match="no rows"):
         evaluate(always, cancer, "none")

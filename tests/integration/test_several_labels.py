@@ -79,9 +79,9 @@ def test_a_view_is_the_data_set_of_its_label(table, both):
 
 
 def test_a_list_of_one_is_that_label(table):
-    one, plain = (load_dataset(table, label, ignore="amount") for label in (["returned"], "returned"))
-    assert (one.task, one.label, one.fingerprint) == (plain.task, "returned", plain.fingerprint)
-    assert (one.labels == plain.labels).all()
+    single, plain = (load_dataset(table, label, ignore="amount") for label in (["returned"], "returned"))
+    assert (single.task, single.label, single.fingerprint) == (plain.task, "returned", plain.fingerprint)
+    assert (single.labels == plain.labels).all()
 
 
 def test_rows_that_lack_any_label_are_dropped_and_told(tmp_path):
@@ -160,7 +160,7 @@ def test_every_family_of_tables_answers_all_labels(both, family):
     from mlkit.models import build_model
 
     answers = build_model(family, both)(next(iter(both.to_tf(batch_size=5)))[0])
-    assert {name: tuple(each.shape) for name, each in answers.items()} == {"returned": (5, 1), "amount": (5, 1)}
+    assert {name: tuple(item.shape) for name, item in answers.items()} == {"returned": (5, 1), "amount": (5, 1)}
 
 
 def test_a_text_family_answers_all_labels(tmp_path):
@@ -170,7 +170,7 @@ def test_a_text_family_answers_all_labels(tmp_path):
     table.write_csv(tmp_path / "notes.csv")
     data = load_dataset(tmp_path / "notes.csv", [*LABELS, "kind"], features={"note": "text"})
     answers = build_model("text", data)(next(iter(data.to_tf(batch_size=5)))[0])
-    assert {name: tuple(each.shape)[1] for name, each in answers.items()} == {"returned": 1, "amount": 1, "kind": 3}
+    assert {name: tuple(item.shape)[1] for name, item in answers.items()} == {"returned": 1, "amount": 1, "kind": 3}
 
 
 def test_the_labels_weigh_alike_whatever_their_unit(table, both):
@@ -212,9 +212,9 @@ def test_measures_are_named_by_label(both, trained):
     measures = {"returned_accuracy", "returned_log_loss", "amount_mean_absolute_error"}
     assert measures | {"loss"} | {f"val_{name}" for name in measures} <= set(history.epochs[0])
     assert not {"returned_loss", "amount_loss"} & set(history.epochs[0])
-    found = evaluate(trained[0], both, "validation")
+    matches = evaluate(trained[0], both, "validation")
     for name in measures:
-        assert history.metrics[f"val_{name}"] == pytest.approx(found.run_metrics[f"val_{name}"], rel=1e-3)
+        assert history.metrics[f"val_{name}"] == pytest.approx(matches.run_metrics[f"val_{name}"], rel=1e-3)
 
 
 def test_a_batch_in_parts_has_the_same_gradient(both):
@@ -234,11 +234,11 @@ def test_models_with_other_heads_are_refused(both, trained, tmp_path):
     from mlkit.models import build_model
     from mlkit.training import fit
 
-    one = build_model("mlp", both.outputs["returned"])
+    single = build_model("mlp", both.outputs["returned"])
     other = build_model("mlp", replace(both, label=("returned", "size"), tasks={"returned": "binary", "size": "binary"},
                                        classes={"returned": ("no", "yes"), "size": ("a", "b")},
                                        labels=both.labels | {"size": both.labels["returned"]}))  # fmt: skip
-    for wrong in (one, other):
+    for wrong in (single, other):
         with pytest.raises(ModelError):
             fit(wrong, both)
         with pytest.raises(ModelError):
@@ -298,7 +298,7 @@ def test_a_training_that_was_cut_off_ends_on_the_same_bits(both, tmp_path):
         train(run, callbacks=[Stop()])
     _fit_counts.pop(run)  # as in another process
     weights, history = train(run)
-    assert all((one == other).all() for one, other in zip(whole, weights, strict=True))
+    assert all((single == other).all() for single, other in zip(whole, weights, strict=True))
     assert history.epochs == measured.epochs
 
 

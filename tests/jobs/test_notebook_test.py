@@ -146,12 +146,12 @@ def test_folders_are_searched_as_nbdev_does(project: Path) -> None:
     (project / "nbs" / "no" / ".notest").touch()
     (project / "nbs" / "data.csv").touch()
     assert run(project / "nbs" / "no" / "g.ipynb", folder=project)[1]["skipped"] == 1
-    found = [project / "nbs" / "a.ipynb", project / "nbs" / "sub" / "d.ipynb"]
-    assert find_notebooks([]) == find_notebooks([Path("nbs"), found[0]]) == found
+    matches = [project / "nbs" / "a.ipynb", project / "nbs" / "sub" / "d.ipynb"]
+    assert find_notebooks([]) == find_notebooks([Path("nbs"), matches[0]]) == matches
     (project / "pyproject.toml").write_text('[tool.nbdev]\nnbs_path = "nbs/sub"\ntst_flags = "slow"\n')
     notebook_test.Project.of.__func__.cache_clear()
-    assert find_notebooks([]) == found[1:]
-    assert find_notebooks([], project / "nbs") == found[1:]  # from anywhere in the project
+    assert find_notebooks([]) == matches[1:]
+    assert find_notebooks([], project / "nbs") == matches[1:]  # from anywhere in the project
     assert notebook_test.Project.of(project).skip_flags == {"slow"}
 
 

@@ -329,7 +329,7 @@ def test_baselines_learn_from_the_training_split_alone(cancer: Dataset) -> None:
     turned = cancer.labels.copy()
     for split in ("test", "validation"):
         turned[cancer.rows(split)] = 1 - turned[cancer.rows(split)]
-    baselines = measure_baselines(replace(cancer, labels=turned)).found
+    baselines = measure_baselines(replace(cancer, labels=turned)).by_name
     assert baselines["linear"].evaluation.metrics["accuracy"] < 0.3
     assert baselines["gradient_boosting"].evaluation.metrics["accuracy"] < 0.3
 
@@ -344,7 +344,7 @@ def test_verdicts_are_fair(cancer: Dataset) -> None:
     assert measured.compare(worse, "the timid one").verdict == "worse"
     assert "the timid one is worse than the best baseline" in str(measured.compare(worse, "the timid one"))
     perfect = replace(best, scores=np.eye(2)[best.labels])
-    constant = replace(measured, found={"constant": measured.found["constant"]})
+    constant = replace(measured, by_name={"constant": measured.by_name["constant"]})
     assert constant.compare(perfect).verdict == "better"
     train = replace(best, split="train")
     with pytest.raises(DatasetError, match="on the same rows"):
@@ -357,9 +357,9 @@ def test_baselines_of_the_adult_census() -> None:
 
     data = load_dataset(ADULT, "income", null_values="?")
     measured = measure_baselines(data, max_rows=6000)
-    boosted = measured.found["gradient_boosting"]
+    boosted = measured.by_name["gradient_boosting"]
     assert boosted.evaluation.metrics["accuracy"] > 0.85
-    assert measured.found["linear"].evaluation.metrics["auc"] > 0.88
+    assert measured.by_name["linear"].evaluation.metrics["auc"] > 0.88
     assert boosted.rows == 6000
     assert "a sample of 6,000 of" in measured._repr_html_()
 
@@ -371,7 +371,7 @@ def test_a_class_that_the_sample_does_not_have(tmp_path: Path) -> None:
     label = np.where(rng.random(2000) < 0.01, "rare", rng.choice(["a", "b"], 2000))
     data = load_dataset(str(_csv(tmp_path, {"x": rng.normal(size=2000), "y": label})), "y")
     measured = measure_baselines(data, max_rows=20, seed=3)
-    sampled = {baseline.evaluation.scores[:, 2].max() for baseline in measured.found.values()}
+    sampled = {baseline.evaluation.scores[:, 2].max() for baseline in measured.by_name.values()}
     assert sampled == {0.0}
     assert all(np.isfinite(list(measured.run_metrics.values())))
 
@@ -394,18 +394,18 @@ def test_tables_of_every_kind_have_baselines(tmp_path: Path) -> None:
     }
     kinds = {"void text": "text", "said": "text", "user": "hash", "at": "datetime", "age": "bucket"}
     data = load_dataset(str(_csv(tmp_path, columns)), "y", features=kinds)
-    assert set(measure_baselines(data).found) == {"constant", "linear", "gradient_boosting"}
+    assert set(measure_baselines(data).by_name) == {"constant", "linear", "gradient_boosting"}
     alone = load_dataset(str(_csv(tmp_path, {"void": [None] * 50, "y": ["a", "b"] * 25})), "y", fractions=(1, 0, 0))
-    assert list(measure_baselines(alone, "train").found) == ["constant"]
+    assert list(measure_baselines(alone, "train").by_name) == ["constant"]
 
 
 def test_too_many_classes_leave_the_constant(tmp_path: Path) -> None:
     from mlkit.evaluation import measure_baselines
 
     item = np.arange(1200) % 60
-    data = load_dataset(str(_csv(tmp_path, {"x": item * 1.0, "item": [f"i{one}" for one in item]})), "item")
+    data = load_dataset(str(_csv(tmp_path, {"x": item * 1.0, "item": [f"i{first}" for first in item]})), "item")
     measured = measure_baselines(data)
-    assert list(measured.found) == ["constant"]
+    assert list(measured.by_name) == ["constant"]
     assert "60 classes are too many" in measured.notes[0]
 
 

@@ -305,12 +305,12 @@ def test_polars_and_the_graph_read_the_same_moments():
     assert (fields[:, 0] == 1).tolist() == moments.is_not_null().to_list()
     known = moments.is_not_null().to_numpy()
     assert 500 < known.sum() < 4000
-    there = moments.drop_nulls()
+    existing = moments.drop_nulls()
     for place, part in enumerate(("month", "day", "weekday", "hour", "minute"), start=3):
-        expected = getattr(there.dt, part)().to_numpy() - (part == "weekday")
+        expected = getattr(existing.dt, part)().to_numpy() - (part == "weekday")
         assert np.array_equal(fields[known, place], expected), part
-    assert np.array_equal(fields[known, 1], there.dt.date().to_physical().to_numpy())
-    days = there.to_physical().to_numpy() / 86_400e6
+    assert np.array_equal(fields[known, 1], existing.dt.date().to_physical().to_numpy())
+    days = existing.to_physical().to_numpy() / 86_400e6
     assert np.abs(fields[known, 1].astype("float64") + fields[known, 2] - days).max() < 1e-6
     canonical = to_feature_values(moments).to_list()
     again = DatetimeParser()([tf.constant(canonical)]).numpy()[:, 0]

@@ -27,7 +27,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     for rate in ("1e-6", "0.01"):
         rows = "dataset_options={rows: 6000}"
         given = ["dataset=retail", rows, "model=linear", "epochs=2", f"learning_rate={rate}"]
-        result = run_cli("run", "train", *(part for each in given for part in ("-p", each)), "--json", folder=folder)
+        result = run_cli("run", "train", *(part for item in given for part in ("-p", item)), "--json", folder=folder)
         assert result.returncode == 0, result.stderr
         runs.append(json.loads(result.stdout)["id"])
     return folder, *runs
@@ -36,12 +36,12 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 def test_a_better_model_passes_and_the_verdict_is_kept(gated: tuple[Path, str, str]) -> None:
     folder, champion, challenger = gated
     result = run_cli("gate", challenger, "--against", champion, "--json", folder=folder)
-    told = json.loads(result.stdout)
-    assert (result.returncode, told["passed"]) == (0, True), result.stderr + told["reason"]
-    assert (told["run"], told["against"]) == (challenger, champion)
-    rules = [check["rule"] for check in told["checks"]]
+    output = json.loads(result.stdout)
+    assert (result.returncode, output["passed"]) == (0, True), result.stderr + output["reason"]
+    assert (output["run"], output["against"]) == (challenger, champion)
+    rules = [check["rule"] for check in output["checks"]]
     assert rules[:2] == ["auc at least 0.6", "auc better than the champion's by 0.01"]
-    assert json.loads((folder / "runs" / challenger / "gate.json").read_text()) == told
+    assert json.loads((folder / "runs" / challenger / "gate.json").read_text()) == output
     evaluations = [path.name for path in (folder / "runs").glob("*-evaluate-*")]
     again = run_cli("gate", challenger, "--against", champion, folder=folder)
     assert again.returncode == 0, again.stderr
@@ -52,9 +52,9 @@ def test_a_better_model_passes_and_the_verdict_is_kept(gated: tuple[Path, str, s
 def test_a_worse_model_is_refused_with_exit_code_1(gated: tuple[Path, str, str]) -> None:
     folder, champion, challenger = gated
     result = run_cli("gate", champion, "--against", challenger, "--json", folder=folder)
-    told = json.loads(result.stdout)
-    assert (result.returncode, told["passed"]) == (1, False)
-    assert told["reason"].startswith("Gate failed: ")
+    output = json.loads(result.stdout)
+    assert (result.returncode, output["passed"]) == (1, False)
+    assert output["reason"].startswith("Gate failed: ")
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_an_evaluation_tells_measures_slices_and_groups_and_keeps_them(gated: tu
     assert result.returncode == 0, result.stderr
     for words in ("purchased (binary), 600 rows", "pr auc", "ndcg at 10", "worst slices by log loss", "between groups"):
         assert words in result.stdout
-    told = json.loads((folder / "runs" / challenger / "evaluation.json").read_text())
-    found = told["labels"]["purchased"]
-    assert told["run"] == challenger
-    assert {each["slice"] for each in found["slices"]} > {"device=desktop", "device=desktop and referrer=email"}
-    assert found["disparities"][0]["measure"] == "selection_rate"
-    assert [round(each["threshold"], 1) for each in found["thresholds"]].count(0.5) == 1
-    assert all(each["low"] <= each["value"] <= each["high"] for each in found["ranking"].values())
+    output = json.loads((folder / "runs" / challenger / "evaluation.json").read_text())
+    matches = output["labels"]["purchased"]
+    assert output["run"] == challenger
+    assert {item["slice"] for item in matches["slices"]} > {"device=desktop", "device=desktop and referrer=email"}
+    assert matches["disparities"][0]["measure"] == "selection_rate"
+    assert [round(item["threshold"], 1) for item in matches["thresholds"]].count(0.5) == 1
+    assert all(item["low"] <= item["value"] <= item["high"] for item in matches["ranking"].values())
 
 
 def test_a_nightly_batch_ends_with_a_verdict_against_a_champion_whose_run_is_gone(
@@ -147,7 +147,11 @@ def test_a_copy_of_a_model_is_measured_on_rows_that_stay_in_their_files(gated: t
     given = ("--data", "visits.parquet", "--streamed", "--slice", "device", "--gate", "strict.yaml", "--json")
     result = run_cli("evaluate", "./copy", *given, folder=folder)
     assert result.returncode == 1, result.stderr
-    told = json.loads(result.stdout)
-    assert (told["run"], told["labels"]["purchased"]["rows"], told["gate"]["passed"]) == (str(copy), 70_000, False)
-    assert told["gate"]["reason"].startswith("Gate failed: required auc at least 0.99")
+    output = json.loads(result.stdout)
+    assert (output["run"], output["labels"]["purchased"]["rows"], output["gate"]["passed"]) == (
+        str(copy),
+        70_000,
+        False,
+    )
+    assert output["gate"]["reason"].startswith("Gate failed: required auc at least 0.99")
     assert not (copy / "gate.json").exists(), "what is not in an open run is left as it is"

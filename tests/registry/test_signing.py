@@ -91,16 +91,16 @@ def test_a_run_is_signed_and_verified_from_the_command_line(project: Path, monke
         result = run_cli(*command.split(), folder=project, **with_key)
         assert result.returncode == 0, result.stderr
     answer = run_cli("verify", "latest", "--json", folder=project)
-    told = json.loads(answer.stdout)
-    assert (answer.returncode, told["verified"], told["signer"], told["method"]) == (0, True, "alice", "key")
-    assert set(told["files"]) == {*FILES, "signed.json"}
-    assert told["run"]["metrics"] == {"accuracy": 0.98}
-    assert abs(datetime.now(UTC) - datetime.fromisoformat(told["signed"])) < timedelta(minutes=10)
+    output = json.loads(answer.stdout)
+    assert (answer.returncode, output["verified"], output["signer"], output["method"]) == (0, True, "alice", "key")
+    assert set(output["files"]) == {*FILES, "signed.json"}
+    assert output["run"]["metrics"] == {"accuracy": 0.98}
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(output["signed"])) < timedelta(minutes=10)
     assert {"model.sig", "signed.json"} <= {artifact.path for artifact in run.record.artifacts}
 
 
 def test_the_table_shows_each_kind(signed: Run, mlkit: Callable) -> None:
-    code, said, _ = mlkit("verify", signed.folder)
+    code, output, _ = mlkit("verify", signed.folder)
     assert code == 0
     for kind in (
         "model",
@@ -113,15 +113,15 @@ def test_the_table_shows_each_kind(signed: Run, mlkit: Callable) -> None:
         "gate",
         "record",
     ):
-        assert any(line.startswith(kind) for line in said.splitlines()), kind
+        assert any(line.startswith(kind) for line in output.splitlines()), kind
 
 
 def test_a_copy_verifies_elsewhere_without_the_record(signed: Run, mlkit: Callable, tmp_path: Path) -> None:
     left = shutil.ignore_patterns("run.json", "tensorboard", ".lock", "quarantine.parquet", "optimizer.npz")
     copy = shutil.copytree(signed.folder, tmp_path / "registry" / "churn" / "3", ignore=left)
     shutil.rmtree(signed.folder)
-    code, said, _ = mlkit("verify", copy, "--json")
-    assert (code, json.loads(said)["run"]["id"]) == (0, signed.id)
+    code, output, _ = mlkit("verify", copy, "--json")
+    assert (code, json.loads(output)["run"]["id"]) == (0, signed.id)
 
 
 def test_what_is_logged_later_does_not_break_a_signature(signed: Run, mlkit: Callable) -> None:
@@ -137,8 +137,8 @@ def test_any_folder_can_be_signed(place: Path, mlkit: Callable) -> None:
     (place / "model" / "data").mkdir()  # means nothing in a folder that is no run
     (place / "model" / "data" / "words.txt").write_text("words")
     assert mlkit("sign", "model")[0] == 0
-    code, said, _ = mlkit("verify", "model", "--json")
-    assert (code, json.loads(said)["run"]) == (0, {})
+    code, output, _ = mlkit("verify", "model", "--json")
+    assert (code, json.loads(output)["run"]) == (0, {})
     (place / "model" / "data" / "words.txt").write_text("other words")
     assert "data/words.txt has changed" in mlkit("verify", "model")[2]
 
@@ -160,8 +160,8 @@ def test_signatures_of_model_signing_itself_verify(place: Path, mlkit: Callable)
 
 @pytest.mark.parametrize("command", ["keys generate", "keys list", "sign", "verify"])
 def test_every_command_has_help_with_an_example(mlkit: Callable, command: str) -> None:
-    code, said, _ = mlkit(*command.split(), "--help")
-    assert (code, f"Example: mlkit {command}" in said) == (0, True)
+    code, output, _ = mlkit(*command.split(), "--help")
+    assert (code, f"Example: mlkit {command}" in output) == (0, True)
 
 
 def test_the_command_line_imports_none_of_it() -> None:
@@ -184,8 +184,8 @@ def replace_by_link(folder: Path, name: str) -> None:
 def test_a_changed_file_of_each_kind_is_named(signed: Run, mlkit: Callable, name: str) -> None:
     path = signed.folder / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    code, said, complaint = mlkit("verify", signed.folder, "--json")
-    assert (code, json.loads(said)["findings"]) == (1, [f"{name} has changed"])
+    code, output, complaint = mlkit("verify", signed.folder, "--json")
+    assert (code, json.loads(output)["findings"]) == (1, [f"{name} has changed"])
     assert f"is not what alice signed: {name} has changed" in complaint
 
 
@@ -213,9 +213,9 @@ def test_missing_added_renamed_and_linked_files_are_named(
     signed: Run, mlkit: Callable, spoil: Callable, finding: str
 ) -> None:
     spoil(signed.folder)
-    code, said, complaint = mlkit("verify", signed.folder, "--json")
+    code, output, complaint = mlkit("verify", signed.folder, "--json")
     assert code == 1
-    assert finding in json.loads(said)["findings"]
+    assert finding in json.loads(output)["findings"]
     assert finding in complaint
 
 
@@ -338,8 +338,8 @@ def test_keys_are_private_and_never_overwritten(place: Path, mlkit: Callable, mo
     assert (private.read_bytes(), public.read_bytes()) == before
     assert sorted(path.name for path in place.rglob("*.p*")) == ["alice.pem", "alice.pub"]
     assert mlkit("keys", "generate", "bob")[0] == 0
-    told = json.loads(mlkit("keys", "list", "--json")[1])
-    assert ([key["name"] for key in told["trusted"]], told["private"]["state"]) == (["alice", "bob"], "ready")
+    output = json.loads(mlkit("keys", "list", "--json")[1])
+    assert ([key["name"] for key in output["trusted"]], output["private"]["state"]) == (["alice", "bob"], "ready")
 
 
 def test_a_passphrase_is_asked_of_its_place(
@@ -510,8 +510,8 @@ def test_a_certificate_is_trusted_through_its_authority(place: Path, run: Run, m
     for name, authority in {"root": root, "other": other}.items():
         (place / f"{name}.crt").write_bytes(authority.text)
     assert mlkit("sign", run.folder, "--key", key, "--certificate", chain)[0] == 0
-    code, said, _ = mlkit("verify", run.folder, "--authorities", "root.crt", "--json")
-    assert (code, json.loads(said)["signer"], json.loads(said)["method"]) == (0, "Dora", "certificate")
+    code, output, _ = mlkit("verify", run.folder, "--authorities", "root.crt", "--json")
+    assert (code, json.loads(output)["signer"], json.loads(output)["method"]) == (0, "Dora", "certificate")
     code, _, complaint = mlkit("verify", run.folder, "--authorities", "other.crt")
     assert (code, "is invalid" in complaint) == (1, True)
     code, _, complaint = mlkit("verify", run.folder)

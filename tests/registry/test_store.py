@@ -97,11 +97,16 @@ def test_a_signed_and_gated_run_becomes_a_version_that_verifies(
     place: Path, signing: Callable, mlkit: Callable
 ) -> None:
     run = signing(make_run(place))
-    code, said, complaint = mlkit("register", run.id, "--name", "churn", "--reason", "nightly", "--json")
+    code, output, complaint = mlkit("register", run.id, "--name", "churn", "--reason", "nightly", "--json")
     assert code == 0, complaint
-    told = json.loads(said)
-    assert (told["reference"], told["signer"], told["overrides"], told["run"]) == ("churn/1", "alice", [], run.id)
-    assert told["lineage"]["data"] == [{"name": "retail", "source": "retail.parquet", "fingerprint": "5d41402a"}]
+    output = json.loads(output)
+    assert (output["reference"], output["signer"], output["overrides"], output["run"]) == (
+        "churn/1",
+        "alice",
+        [],
+        run.id,
+    )
+    assert output["lineage"]["data"] == [{"name": "retail", "source": "retail.parquet", "fingerprint": "5d41402a"}]
     version = place / "models" / "churn" / "1"
     shutil.rmtree(place / "runs")  # it stands on its own
     assert (version / "saved_model.pb").read_text() == "the graph"
@@ -118,11 +123,11 @@ def test_a_signed_and_gated_run_becomes_a_version_that_verifies(
 def test_the_command_line_shows_and_moves_versions(registry: Registry, mlkit: Callable) -> None:
     assert mlkit("promote", "churn", 3, "--alias", "challenger", "--reason", "to see")[0] == 0
     assert mlkit("models", "traffic", "churn", "2=3", "3=1")[0] == 0
-    told = {each["version"]: each for each in json.loads(mlkit("models", "list", "churn", "--json")[1])}
-    assert [told[number]["aliases"] for number in (1, 2, 3)] == [[], ["champion"], ["challenger"]]
-    assert [told[number]["traffic"] for number in (1, 2, 3)] == [None, 0.75, 0.25]
-    assert told[1]["metrics"] == {"test_accuracy": 0.9}
-    assert told[1]["lineage"]["notebook"] == "nbs/jobs/train.ipynb"
+    output = {item["version"]: item for item in json.loads(mlkit("models", "list", "churn", "--json")[1])}
+    assert [output[number]["aliases"] for number in (1, 2, 3)] == [[], ["champion"], ["challenger"]]
+    assert [output[number]["traffic"] for number in (1, 2, 3)] == [None, 0.75, 0.25]
+    assert output[1]["metrics"] == {"test_accuracy": 0.9}
+    assert output[1]["lineage"]["notebook"] == "nbs/jobs/train.ipynb"
     assert "churn/3" in mlkit("models", "list")[1]
     assert mlkit("rollback", "churn", "--reason", "complaints")[0] == 0
     events = json.loads(mlkit("models", "log", "churn", "--json")[1])
@@ -135,8 +140,8 @@ def test_the_command_line_shows_and_moves_versions(registry: Registry, mlkit: Ca
     assert mlkit("models", "remove-alias", "churn", "challenger")[0] == 0
     assert mlkit("models", "delete", "churn", 3)[0] == 0
     assert not (registry.root / "churn" / "3").exists()
-    code, said, _ = mlkit("models", "check", "--head", events[-1]["digest"][:16])
-    assert (code, "versions are as they were written" in said) == (0, True), said
+    code, output, _ = mlkit("models", "check", "--head", events[-1]["digest"][:16])
+    assert (code, "versions are as they were written" in output) == (0, True), output
     assert 'base_path: "/models/churn"' in mlkit("models", "config", "--base", "/models/")[1]
 
 
@@ -164,17 +169,17 @@ def test_a_version_leads_back_to_run_data_and_notebook_cell(place: Path, signing
     Registry().promote("churn", 1)
     shutil.rmtree(place / "runs")
     for reference in ("churn/1", "churn@champion"):
-        code, said, complaint = mlkit("models", "list", reference)
+        code, output, complaint = mlkit("models", "list", reference)
         assert code == 0, complaint
-        for told in (run.id, "nbs/jobs/train.ipynb", "retail.parquet  5d41402a", "churn/1 comes from the run"):
-            assert told in said, said
-        assert "by cell 2, Training:  # long" in said, said
-        assert "by cell 3, Training:  export_saved_model(network, data, run)" in said, said
-    (told,) = json.loads(mlkit("models", "list", "churn/1", "--json")[1])
-    assert told["lineage"]["cells"]["trained"] == {"index": 2, "heading": "Training", "line": "# long"}
-    assert told["lineage"]["cells"]["saved"]["index"] == 3
-    code, said, _ = mlkit("models", "list", "churn/2")
-    assert (code, "by cell" in said) == (0, False)
+        for output in (run.id, "nbs/jobs/train.ipynb", "retail.parquet  5d41402a", "churn/1 comes from the run"):
+            assert output in output, output
+        assert "by cell 2, Training:  # long" in output, output
+        assert "by cell 3, Training:  export_saved_model(network, data, run)" in output, output
+    (output,) = json.loads(mlkit("models", "list", "churn/1", "--json")[1])
+    assert output["lineage"]["cells"]["trained"] == {"index": 2, "heading": "Training", "line": "# long"}
+    assert output["lineage"]["cells"]["saved"]["index"] == 3
+    code, output, _ = mlkit("models", "list", "churn/2")
+    assert (code, "by cell" in output) == (0, False)
     assert mlkit("verify", "churn/1")[0] == 0
 
 
@@ -208,8 +213,8 @@ def test_what_cannot_be_done_changes_nothing(
     registry: Registry, mlkit: Callable, arguments: str, code: int, message: str
 ) -> None:
     before = registry.log.path.read_bytes(), folder_digests(registry.root)
-    found, _, complaint = mlkit(*arguments.split())
-    assert (found, message in complaint) == (code, True), complaint
+    matches, _, complaint = mlkit(*arguments.split())
+    assert (matches, message in complaint) == (code, True), complaint
     assert (registry.log.path.read_bytes(), folder_digests(registry.root)) == before
 
 
@@ -291,7 +296,7 @@ def test_the_door_is_closed_to_runs_that_nobody_answers_for(place: Path, signing
     for number, (reason, run) in enumerate(refused.items(), 1):
         version = registry.register(run, "churn", force=True, reason="it must be")
         assert version.version == number
-        assert any(reason in each for each in version.overrides)
+        assert any(reason in item for item in version.overrides)
     assert registry.events()[0].payload["overrides"][0].startswith("it has no gate result")
     (place / "keys" / "alice.pub").unlink()
     with pytest.raises(RegistrationError, match="no key is trusted yet"):
@@ -490,12 +495,12 @@ def test_the_files_for_tensorflow_serving_are_read_by_its_own_rules(registry: Re
         text = (registry.root / "models.config").read_text()
         parsed = text_format.Parse(text, server_config()())
         return {
-            each.name: (
-                each.base_path,
-                list(each.model_version_policy.specific.versions),
-                {label.key: label.value for label in each.version_labels},
+            item.name: (
+                item.base_path,
+                list(item.model_version_policy.specific.versions),
+                {label.key: label.value for label in item.version_labels},
             )
-            for each in parsed.model_config_list.config
+            for item in parsed.model_config_list.config
         }
 
     base = str(registry.root / "churn")
@@ -562,14 +567,14 @@ def test_a_chain_written_anew_is_noticed_by_a_head_that_was_noted(registry: Regi
     noted = registry.events()[-1].digest
     lines, previous, events = b"", "", registry.events()
     for event in events:
-        told = vars(event) | {"reason": "it was like this", "previous": previous, "digest": ""}
-        line, previous = encode_event(Event(**told))
+        output = vars(event) | {"reason": "it was like this", "previous": previous, "digest": ""}
+        line, previous = encode_event(Event(**output))
         lines += line
     registry.log.path.write_bytes(lines)
     registry.log.head_path.write_text(json.dumps({"number": len(events), "digest": previous}))
     assert mlkit("models", "check")[0] == 0  # nobody can see it here
-    code, said, _ = mlkit("models", "check", "--head", noted)
-    assert (code, "rewritten since that was noted" in " ".join(said.split())) == (1, True)
+    code, output, _ = mlkit("models", "check", "--head", noted)
+    assert (code, "rewritten since that was noted" in " ".join(output.split())) == (1, True)
 
 
 def test_without_its_head_a_ledger_is_not_written(registry: Registry) -> None:
@@ -613,10 +618,10 @@ def test_a_version_that_was_changed_is_noticed_by_signature_and_by_ledger(
     for path in version.path.rglob("*"):
         path.chmod(0o755)
     spoil(version.path)
-    code, said, _ = mlkit("verify", "churn/1", "--json")
-    assert (code, any(finding in each for each in json.loads(said)["findings"])) == (1, True), said
-    code, said, _ = mlkit("models", "check", "--json")
-    assert (code, any(finding in each for each in json.loads(said)["findings"])) == (1, True), said
+    code, output, _ = mlkit("verify", "churn/1", "--json")
+    assert (code, any(finding in item for item in json.loads(output)["findings"])) == (1, True), output
+    code, output, _ = mlkit("models", "check", "--json")
+    assert (code, any(finding in item for item in json.loads(output)["findings"])) == (1, True), output
     with pytest.raises(StorageError, match="It is not deployed"):
         registry.promote("churn", 1)
     assert registry.state("churn").aliases == {}
@@ -630,7 +635,7 @@ def test_folders_that_nobody_registered_are_named_and_not_lost(
     (stray / "saved_model.pb").write_text("by hand")
     shutil.rmtree(registry.root / "churn" / "1")
     assert sorted(finding.partition(":")[0] for finding in registry.check()) == ["churn/1", "churn/4"]
-    assert [each["metrics"] for each in json.loads(mlkit("models", "list", "--json")[1])][:2] == [
+    assert [item["metrics"] for item in json.loads(mlkit("models", "list", "--json")[1])][:2] == [
         {},
         {"test_accuracy": 0.9},
     ]
@@ -653,10 +658,10 @@ def test_a_version_that_was_copied_by_half_does_not_go_into_service(
     half = copied[len(copied) // 2 - 1]
     half.chmod(0o644)
     half.write_bytes(half.read_bytes()[:3])
-    code, said, _ = mlkit("models", "check", "--json")
-    findings = json.loads(said)["findings"]
+    code, output, _ = mlkit("models", "check", "--json")
+    findings = json.loads(output)["findings"]
     assert code == 1
-    assert len([each for each in findings if each.startswith("churn/3: ")]) == len(findings) >= 4, findings
+    assert len([item for item in findings if item.startswith("churn/3: ")]) == len(findings) >= 4, findings
     for write in (
         lambda: registry.promote("churn", 3),
         lambda: registry.promote("churn", 3, alias="challenger"),
@@ -759,12 +764,12 @@ def test_a_kill_at_any_step_leaves_every_alias_at_one_complete_version(place: Pa
     command = [sys.executable, "-c", KILLED, place / "models", *(run.folder for run in runs)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
-    assert set(told) == {"register", "promote", "rollback", "demote", "retire", "divide"}
-    assert all(before >= 5 and after >= 2 for before, after in told.values()), (
-        told
+    output = json.loads(result.stdout)
+    assert set(output) == {"register", "promote", "rollback", "demote", "retire", "divide"}
+    assert all(before >= 5 and after >= 2 for before, after in output.values()), (
+        output
     )  # kills before it counted, and after
-    assert told["register"][0] > 30, told
+    assert output["register"][0] > 30, output
 
 
 KILLED_AGAIN = (
@@ -1000,9 +1005,9 @@ def test_a_model_is_mirrored_into_mlflow_and_comes_back_with_its_signature(
         run.log_metrics({"loss": loss}, step=step)
     Registry().register(run, "churn")
     Registry().promote("churn", 1)
-    code, said, complaint = mlkit("models", "push", "--uri", mlflow, "--json")
+    code, output, complaint = mlkit("models", "push", "--uri", mlflow, "--json")
     assert code == 0, complaint
-    assert json.loads(said) == [{"reference": "churn/1", "number": 1, "aliases": ["champion"], "new": True}]
+    assert json.loads(output) == [{"reference": "churn/1", "number": 1, "aliases": ["champion"], "new": True}]
     client = MlflowClient(tracking_uri=mlflow, registry_uri=mlflow)
     version = client.get_model_version_by_alias("churn", "champion")
     assert (version.tags["mlkit.version"], version.tags["mlkit.signer"]) == ("churn/1", "alice")
@@ -1012,13 +1017,13 @@ def test_a_model_is_mirrored_into_mlflow_and_comes_back_with_its_signature(
     assert "gate.json" in [file.path for file in client.list_artifacts(version.run_id)]
     assert mlkit("models", "pull", "churn@champion", "--uri", mlflow)[0] == 2  # it is here
     shutil.rmtree(run.folder)
-    code, said, complaint = mlkit("models", "pull", "churn@champion", "--uri", mlflow, "--json")
-    assert (code, json.loads(said)["run"]) == (0, run.id), complaint
+    code, output, complaint = mlkit("models", "pull", "churn@champion", "--uri", mlflow, "--json")
+    assert (code, json.loads(output)["run"]) == (0, run.id), complaint
     assert mlkit("verify", run.id)[0] == 0
     assert (run.folder / "saved_model" / "1" / "saved_model.pb").read_text() == "the graph"
     Registry().register(make_run(place, "another"), "churn", force=True)
     Registry().promote("churn", 2)
-    assert [each["new"] for each in json.loads(mlkit("models", "push", "--uri", mlflow, "--json")[1])] == [False, True]
+    assert [item["new"] for item in json.loads(mlkit("models", "push", "--uri", mlflow, "--json")[1])] == [False, True]
     assert int(client.get_model_version_by_alias("churn", "champion").version) == 2
 
 
@@ -1029,9 +1034,9 @@ def askable() -> bytes:
     saved = message_class("SavedModel")()
     graph = saved.meta_graphs.add()
     graph.meta_info_def.tags.append("serve")
-    told = graph.signature_def["serving_default"]
-    told.method_name = "tensorflow/serving/predict"
-    for tensors, name in ((told.inputs, "amount"), (told.outputs, "score")):
+    output = graph.signature_def["serving_default"]
+    output.method_name = "tensorflow/serving/predict"
+    for tensors, name in ((output.inputs, "amount"), (output.outputs, "score")):
         tensors[name].dtype = 1
         tensors[name].tensor_shape.dim.add(size=-1)
     return saved.SerializeToString()
@@ -1072,9 +1077,9 @@ def test_mlflow_itself_reads_what_a_mirrored_version_takes(
     registry.register(make_run(place, askable()), "churn", force=True)
     ModelMirror(mlflow).push_model(registry, "churn")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow)
-    told = package.models.get_model_info("models:/churn/1")
-    assert told.signature.inputs.input_names() == ["amount"]
-    assert set(told.flavors) == {"tensorflow", "python_function"}
+    output = package.models.get_model_info("models:/churn/1")
+    assert output.signature.inputs.input_names() == ["amount"]
+    assert set(output.flavors) == {"tensorflow", "python_function"}
 
 
 def test_mirroring_that_was_killed_is_done_again_once(
@@ -1085,15 +1090,15 @@ def test_mirroring_that_was_killed_is_done_again_once(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    there = ModelMirror(mlflow)
+    existing = ModelMirror(mlflow)
     for method in ("set_terminated", "log_batch", "create_model_version", "log_artifact"):
         with monkeypatch.context() as patch:
-            patch.setattr(there.client, method, stop)
+            patch.setattr(existing.client, method, stop)
             with pytest.raises(KeyboardInterrupt):
-                there.push_model(registry, "churn")
-    assert [each.number for each in there.push_model(registry, "churn")] == [1, 2, 3]
-    assert [each.new for each in there.push_model(registry, "churn")] == [False] * 3
-    assert len(there.client.search_runs(["1"])) == 3
+                existing.push_model(registry, "churn")
+    assert [item.number for item in existing.push_model(registry, "churn")] == [1, 2, 3]
+    assert [item.new for item in existing.push_model(registry, "churn")] == [False] * 3
+    assert len(existing.client.search_runs(["1"])) == 3
 
 
 def test_mlflow_that_is_not_there_is_said(
@@ -1159,9 +1164,9 @@ def test_models_that_others_have_registered_in_mlflow_are_served(place: Path, ml
             client.create_model_version(folder.name, f"{made.artifact_uri}/{folder.name}", made.run_id)
         answers = {}
         for name in ("network", "module"):
-            code, said, complaint = mlkit("models", "pull", f"{name}/1", "--uri", mlflow, "--json")
+            code, output, complaint = mlkit("models", "pull", f"{name}/1", "--uri", mlflow, "--json")
             assert code == 0, complaint
-            asked.stdin.write(f"{json.loads(said)['path']}/saved_model/1\n")
+            asked.stdin.write(f"{json.loads(output)['path']}/saved_model/1\n")
             asked.stdin.flush()
             answers[name] = asked.stdout.readline()
     assert answers == {"network": "[[3.0]]\n", "module": "[[6.0]]\n"}
@@ -1188,7 +1193,7 @@ def test_a_trained_model_goes_all_the_way(place: Path, mlkit: Callable, monkeypa
     monkeypatch.setenv("MLKIT_SIGNING_KEY", str(place / "alice.pem"))
     (place / "gate.yaml").write_text("measures: {auc: 0.4}\n")
     given = ["dataset=retail", "dataset_options={rows: 2000}", "model=linear", "epochs=1"]
-    for command in (["run", "train", *(part for each in given for part in ("-p", each))], ["gate", "latest"]):
+    for command in (["run", "train", *(part for item in given for part in ("-p", item))], ["gate", "latest"]):
         result = run_cli(*command, folder=place)
         assert result.returncode == 0, result.stderr
     run = RunStore(place / "runs").get("latest", having="gate.json")

@@ -187,7 +187,7 @@ def test_responses_conform_to_the_document(served: Served, mode: GenerationMode)
     assert statuses.total() > 150
 
 
-@pytest.mark.parametrize(("path", "body"), [each for each in RIGHT_REQUESTS if "complex" not in each[1].values()])
+@pytest.mark.parametrize(("path", "body"), [item for item in RIGHT_REQUESTS if "complex" not in item[1].values()])
 def test_valid_requests_get_documented_responses(served: Served, path: str, body: dict) -> None:
     schema = schemathesis.openapi.from_url(f"{served.server.url}/openapi.json")
     model, verb = path.split(":")

@@ -46,8 +46,8 @@ def signature(name: str, method: str = PREDICT, **inputs: tuple) -> SignatureInf
 
 
 SIGNATURES = {
-    each.name: each
-    for each in (
+    entry.name: entry
+    for entry in (
         signature("serving_default", age=(FLOAT, (None,)), city=(STRING, (None,))),
         signature("image", image=(FLOAT, (None, 2, 2))),
         signature("several", image=(FLOAT, (None, 2)), count=(INT, (None,)), kept=(BOOL, (None,))),

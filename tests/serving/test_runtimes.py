@@ -184,7 +184,7 @@ def test_a_tampered_converted_model_is_rejected(shop: Path, tmp_path: Path) -> N
     shutil.copytree(shop, version)
     record = version / "litert" / "float32" / "host.json"
     features = json.loads(record.read_text())
-    column = next(one for each in features["inputs"] for one in each.get("columns", ()) if "scale" in one)
+    column = next(first for item in features["inputs"] for first in item.get("columns", ()) if "scale" in first)
     column["scale"] = 40 * column["scale"]
     record.write_text(json.dumps(features))
     with pytest.raises(ModelError, match="litert-float32 does not predict as the model did"):

@@ -212,13 +212,13 @@ def test_the_registry_decides_which_version_serves(
         numbers = httpx.get(server.url + METRICS_PATH).text
         assert 'mlkit_shadow_rows_total{model="wine",version="1",shadow="2"} 1\n' in numbers
         assert httpx.post(f"{server.url}{WINE}/versions/3:predict", json={"instances": [row]}).status_code == 404
-        registry.divide_traffic("wine", {1: 1, 2: 1})
+        registry.split_traffic("wine", {1: 1, 2: 1})
         keys = [f"person {number}" for number in range(40)]
         wait_until(lambda: len({answered_by(server, row, **{"traffic-key": key}) for key in keys}) == 2)
         first, again = ([answered_by(server, row, **{"traffic-key": key}) for key in keys] for _ in range(2))
         assert first == again
         with pytest.raises(MlkitError):
-            registry.retire("wine", 1)
+            registry.delete("wine", 1)
         registry.promote("wine", 3)
         wait_until(lambda: answered_by(server, row) == "3" and states(server)[1] == "END")
         files = project / "models" / "wine" / "1" / "litert" / "float32" / "host.json"
