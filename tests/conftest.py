@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -76,9 +77,23 @@ class Crowd:
             thread.join()
 
 
+EXECUTE_JOBS = {"run", "resume", "reproduce", "evaluate", "compress", "gate"}  # commands
+RUNTIME_FOLDER = os.environ.get("XDG_RUNTIME_DIR")
+
+
+@cache
+def hold_kernels() -> object:
+    """Keep warm kernels for the session, as `mlkit kernels start` does: TensorFlow is imported once."""
+    from mlkit.jobs import kernels
+
+    return kernels.ForkServerClient.fitting(os.environ).hold() if kernels.CAN_FORK else None
+
+
 def run_cli(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """`mlkit ...` in a process of its own."""
     command = [sys.executable, "-m", "mlkit", *map(str, arguments)]
+    if EXECUTE_JOBS & set(arguments) and (os.environ | environment).get("XDG_RUNTIME_DIR") == RUNTIME_FOLDER:
+        hold_kernels()
     return subprocess.run(
         command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=600
     )

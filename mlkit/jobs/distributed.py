@@ -271,8 +271,8 @@ SERVER_CODE = """
 import os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 from mlkit.jobs.cluster import read_cluster
-from mlkit.training.distribution import serve
-serve(read_cluster())
+from mlkit.training.distribution import run_tensorflow_server
+run_tensorflow_server(read_cluster())
 """  # standard input is a pipe from the process that started the server: it closes when that process ends
 
 

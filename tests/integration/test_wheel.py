@@ -21,7 +21,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bin folder of an environment that holds nothing but the wheel and what it needs."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    shutil.copytree(REPOSITORY, source, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "build", "*.egg-info"))
+    left_out = shutil.ignore_patterns(".venv", ".git", "node_modules", "build", "*.egg-info")
+
+    def ignore(place: str, names: list[str]) -> set[str]:
+        """What is not part of the sources; runs/ only at the top, since a package has that name."""
+        return left_out(place, names) | ({"runs"} if Path(place) == REPOSITORY else set())
+
+    shutil.copytree(REPOSITORY, source, ignore=ignore)
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", folder, source], check=True, capture_output=True
     )

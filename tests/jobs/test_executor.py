@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -146,7 +147,8 @@ def test_jobs_run_under_plain_papermill(job: str, trained: tuple[Path, dict], tm
 
 def test_sigkill_in_the_middle_of_training_leaves_a_readable_run_and_no_kernel(project: Path) -> None:
     command = [sys.executable, "-m", "mlkit", "run", "train", "-p", "epochs=2000", "-p", "patience=2000"]
-    process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, env=os.environ)
+    environment = os.environ | {"XDG_RUNTIME_DIR": tempfile.mkdtemp()}  # no warm server: the kernel is its own child
+    process = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, env=environment)
     store = RunStore(project / "runs")
     wait_until(lambda: [run for run in store.list() if "val_loss" in run.metrics])
     kernels = psutil.Process(process.pid).children(recursive=True)

@@ -245,7 +245,7 @@ def test_a_job_with_a_secret_runs_under_plain_papermill(project: Path) -> None:
 
 def test_the_help_of_a_job_shows_its_parameters(cli: Callable, project: Path) -> None:
     text = cli("run", "train", "--help").stdout
-    for part in ("--sweep", "learning_rate", "PositiveFloat", "0.002", "> 0", "step size of the optimizer"):
+    for part in ("--sweep", "learning_rate", "PositiveFloat", "0.002", "> 0", "learning rate of the optimizer"):
         assert part in text
     assert cli("run", "trian", "--help").returncode == 2
     assert "mlkit jobs list" in cli("run").stderr
