@@ -193,7 +193,7 @@ _MOMENT = re.compile(
     r" *([0-9]{4})-([0-9]{2})-([0-9]{2})"
     r"(?:[T ]([01][0-9]|2[0-3]):([0-5][0-9])(?::([0-5][0-9](?:\.[0-9]{1,9})?))?"
     r" ?(?:Z|([+-])(0[0-9]|1[0-4]):?([0-5][0-9]))?)? *"
-)  # a copy of mlkit.data.feature_specs.MOMENT, whose module needs Polars; checked below
+)  # a copy of mlkit.data.feature_specs.ISO_8601_PATTERN, whose module needs Polars; checked below
 _EPOCH = date(1970, 1, 1).toordinal()
 
 

@@ -217,19 +217,19 @@ def test_both_ends_of_a_search_space_build_a_model(family: str, digits: Dataset,
 OWN = """
 import numpy as np
 import keras
-from mlkit.models.preprocessing import SeededLayers, encode_table, side_by_side
+from mlkit.models.preprocessing import SeededLayers, encode_table, concatenate_features
 
 constant = 3
 
 def build(dataset, seed, *, width=8):
     table = encode_table(dataset.features, make := SeededLayers(seed))
-    x = keras.layers.Dense(width, "relu")(side_by_side(table, make))  # no seed of its own
+    x = keras.layers.Dense(width, "relu")(concatenate_features(table, make))  # no seed of its own
     x = keras.layers.Dropout(0.1)(x)
     return keras.Model(table.inputs, keras.layers.Dense(1, "sigmoid")(x))
 
 def logits(dataset, seed):
     table = encode_table(dataset.features, make := SeededLayers(seed))
-    return keras.Model(table.inputs, keras.layers.Dense(1)(side_by_side(table, make)) * 100)
+    return keras.Model(table.inputs, keras.layers.Dense(1)(concatenate_features(table, make)) * 100)
 
 def broken(dataset, seed):
     raise KeyError("what I forgot")

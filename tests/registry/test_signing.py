@@ -100,7 +100,7 @@ def test_a_run_is_signed_and_verified_from_the_command_line(project: Path, monke
 
 
 def test_the_table_shows_each_kind(signed: Run, mlkit: Callable) -> None:
-    code, output, _ = mlkit("verify", signed.folder)
+    code, printed, _ = mlkit("verify", signed.folder)
     assert code == 0
     for kind in (
         "model",
@@ -113,15 +113,15 @@ def test_the_table_shows_each_kind(signed: Run, mlkit: Callable) -> None:
         "gate",
         "record",
     ):
-        assert any(line.startswith(kind) for line in output.splitlines()), kind
+        assert any(line.startswith(kind) for line in printed.splitlines()), kind
 
 
 def test_a_copy_verifies_elsewhere_without_the_record(signed: Run, mlkit: Callable, tmp_path: Path) -> None:
     left = shutil.ignore_patterns("run.json", "tensorboard", ".lock", "quarantine.parquet", "optimizer.npz")
     copy = shutil.copytree(signed.folder, tmp_path / "registry" / "churn" / "3", ignore=left)
     shutil.rmtree(signed.folder)
-    code, output, _ = mlkit("verify", copy, "--json")
-    assert (code, json.loads(output)["run"]["id"]) == (0, signed.id)
+    code, printed, _ = mlkit("verify", copy, "--json")
+    assert (code, json.loads(printed)["run"]["id"]) == (0, signed.id)
 
 
 def test_what_is_logged_later_does_not_break_a_signature(signed: Run, mlkit: Callable) -> None:
@@ -137,8 +137,8 @@ def test_any_folder_can_be_signed(place: Path, mlkit: Callable) -> None:
     (place / "model" / "data").mkdir()  # means nothing in a folder that is no run
     (place / "model" / "data" / "words.txt").write_text("words")
     assert mlkit("sign", "model")[0] == 0
-    code, output, _ = mlkit("verify", "model", "--json")
-    assert (code, json.loads(output)["run"]) == (0, {})
+    code, printed, _ = mlkit("verify", "model", "--json")
+    assert (code, json.loads(printed)["run"]) == (0, {})
     (place / "model" / "data" / "words.txt").write_text("other words")
     assert "data/words.txt has changed" in mlkit("verify", "model")[2]
 
@@ -160,8 +160,8 @@ def test_signatures_of_model_signing_itself_verify(place: Path, mlkit: Callable)
 
 @pytest.mark.parametrize("command", ["keys generate", "keys list", "sign", "verify"])
 def test_every_command_has_help_with_an_example(mlkit: Callable, command: str) -> None:
-    code, output, _ = mlkit(*command.split(), "--help")
-    assert (code, f"Example: mlkit {command}" in output) == (0, True)
+    code, printed, _ = mlkit(*command.split(), "--help")
+    assert (code, f"Example: mlkit {command}" in printed) == (0, True)
 
 
 def test_the_command_line_imports_none_of_it() -> None:
@@ -184,8 +184,8 @@ def replace_by_link(folder: Path, name: str) -> None:
 def test_a_changed_file_of_each_kind_is_named(signed: Run, mlkit: Callable, name: str) -> None:
     path = signed.folder / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    code, output, complaint = mlkit("verify", signed.folder, "--json")
-    assert (code, json.loads(output)["findings"]) == (1, [f"{name} has changed"])
+    code, printed, complaint = mlkit("verify", signed.folder, "--json")
+    assert (code, json.loads(printed)["findings"]) == (1, [f"{name} has changed"])
     assert f"is not what alice signed: {name} has changed" in complaint
 
 
@@ -213,9 +213,9 @@ def test_missing_added_renamed_and_linked_files_are_named(
     signed: Run, mlkit: Callable, spoil: Callable, finding: str
 ) -> None:
     spoil(signed.folder)
-    code, output, complaint = mlkit("verify", signed.folder, "--json")
+    code, printed, complaint = mlkit("verify", signed.folder, "--json")
     assert code == 1
-    assert finding in json.loads(output)["findings"]
+    assert finding in json.loads(printed)["findings"]
     assert finding in complaint
 
 
@@ -510,8 +510,8 @@ def test_a_certificate_is_trusted_through_its_authority(place: Path, run: Run, m
     for name, authority in {"root": root, "other": other}.items():
         (place / f"{name}.crt").write_bytes(authority.text)
     assert mlkit("sign", run.folder, "--key", key, "--certificate", chain)[0] == 0
-    code, output, _ = mlkit("verify", run.folder, "--authorities", "root.crt", "--json")
-    assert (code, json.loads(output)["signer"], json.loads(output)["method"]) == (0, "Dora", "certificate")
+    code, printed, _ = mlkit("verify", run.folder, "--authorities", "root.crt", "--json")
+    assert (code, json.loads(printed)["signer"], json.loads(printed)["method"]) == (0, "Dora", "certificate")
     code, _, complaint = mlkit("verify", run.folder, "--authorities", "other.crt")
     assert (code, "is invalid" in complaint) == (1, True)
     code, _, complaint = mlkit("verify", run.folder)

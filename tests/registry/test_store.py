@@ -97,9 +97,9 @@ def test_a_signed_and_gated_run_becomes_a_version_that_verifies(
     place: Path, signing: Callable, mlkit: Callable
 ) -> None:
     run = signing(make_run(place))
-    code, output, complaint = mlkit("register", run.id, "--name", "churn", "--reason", "nightly", "--json")
+    code, printed, complaint = mlkit("register", run.id, "--name", "churn", "--reason", "nightly", "--json")
     assert code == 0, complaint
-    output = json.loads(output)
+    output = json.loads(printed)
     assert (output["reference"], output["signer"], output["overrides"], output["run"]) == (
         "churn/1",
         "alice",
@@ -140,8 +140,8 @@ def test_the_command_line_shows_and_moves_versions(registry: Registry, mlkit: Ca
     assert mlkit("models", "remove-alias", "churn", "challenger")[0] == 0
     assert mlkit("models", "delete", "churn", 3)[0] == 0
     assert not (registry.root / "churn" / "3").exists()
-    code, output, _ = mlkit("models", "check", "--head", events[-1]["digest"][:16])
-    assert (code, "versions are as they were written" in output) == (0, True), output
+    code, printed, _ = mlkit("models", "check", "--head", events[-1]["digest"][:16])
+    assert (code, "versions are as they were written" in printed) == (0, True), printed
     assert 'base_path: "/models/churn"' in mlkit("models", "config", "--base", "/models/")[1]
 
 
@@ -169,17 +169,17 @@ def test_a_version_leads_back_to_run_data_and_notebook_cell(place: Path, signing
     Registry().promote("churn", 1)
     shutil.rmtree(place / "runs")
     for reference in ("churn/1", "churn@champion"):
-        code, output, complaint = mlkit("models", "list", reference)
+        code, printed, complaint = mlkit("models", "list", reference)
         assert code == 0, complaint
         for output in (run.id, "nbs/jobs/train.ipynb", "retail.parquet  5d41402a", "churn/1 comes from the run"):
-            assert output in output, output
-        assert "by cell 2, Training:  # long" in output, output
-        assert "by cell 3, Training:  export_saved_model(network, data, run)" in output, output
+            assert output in printed, printed
+        assert "by cell 2, Training:  # long" in printed, printed
+        assert "by cell 3, Training:  export_saved_model(network, data, run)" in printed, printed
     (output,) = json.loads(mlkit("models", "list", "churn/1", "--json")[1])
     assert output["lineage"]["cells"]["trained"] == {"index": 2, "heading": "Training", "line": "# long"}
     assert output["lineage"]["cells"]["saved"]["index"] == 3
-    code, output, _ = mlkit("models", "list", "churn/2")
-    assert (code, "by cell" in output) == (0, False)
+    code, printed, _ = mlkit("models", "list", "churn/2")
+    assert (code, "by cell" in printed) == (0, False)
     assert mlkit("verify", "churn/1")[0] == 0
 
 
@@ -213,8 +213,8 @@ def test_what_cannot_be_done_changes_nothing(
     registry: Registry, mlkit: Callable, arguments: str, code: int, message: str
 ) -> None:
     before = registry.log.path.read_bytes(), folder_digests(registry.root)
-    matches, _, complaint = mlkit(*arguments.split())
-    assert (matches, message in complaint) == (code, True), complaint
+    results, _, complaint = mlkit(*arguments.split())
+    assert (results, message in complaint) == (code, True), complaint
     assert (registry.log.path.read_bytes(), folder_digests(registry.root)) == before
 
 
@@ -573,8 +573,8 @@ def test_a_chain_written_anew_is_noticed_by_a_head_that_was_noted(registry: Regi
     registry.log.path.write_bytes(lines)
     registry.log.head_path.write_text(json.dumps({"number": len(events), "digest": previous}))
     assert mlkit("models", "check")[0] == 0  # nobody can see it here
-    code, output, _ = mlkit("models", "check", "--head", noted)
-    assert (code, "rewritten since that was noted" in " ".join(output.split())) == (1, True)
+    code, printed, _ = mlkit("models", "check", "--head", noted)
+    assert (code, "rewritten since that was noted" in " ".join(printed.split())) == (1, True)
 
 
 def test_without_its_head_a_ledger_is_not_written(registry: Registry) -> None:
@@ -618,10 +618,10 @@ def test_a_version_that_was_changed_is_noticed_by_signature_and_by_ledger(
     for path in version.path.rglob("*"):
         path.chmod(0o755)
     spoil(version.path)
-    code, output, _ = mlkit("verify", "churn/1", "--json")
-    assert (code, any(finding in item for item in json.loads(output)["findings"])) == (1, True), output
-    code, output, _ = mlkit("models", "check", "--json")
-    assert (code, any(finding in item for item in json.loads(output)["findings"])) == (1, True), output
+    code, printed, _ = mlkit("verify", "churn/1", "--json")
+    assert (code, any(finding in item for item in json.loads(printed)["findings"])) == (1, True), printed
+    code, printed, _ = mlkit("models", "check", "--json")
+    assert (code, any(finding in item for item in json.loads(printed)["findings"])) == (1, True), printed
     with pytest.raises(StorageError, match="It is not deployed"):
         registry.promote("churn", 1)
     assert registry.state("churn").aliases == {}
@@ -658,8 +658,8 @@ def test_a_version_that_was_copied_by_half_does_not_go_into_service(
     half = copied[len(copied) // 2 - 1]
     half.chmod(0o644)
     half.write_bytes(half.read_bytes()[:3])
-    code, output, _ = mlkit("models", "check", "--json")
-    findings = json.loads(output)["findings"]
+    code, printed, _ = mlkit("models", "check", "--json")
+    findings = json.loads(printed)["findings"]
     assert code == 1
     assert len([item for item in findings if item.startswith("churn/3: ")]) == len(findings) >= 4, findings
     for write in (
@@ -1005,9 +1005,9 @@ def test_a_model_is_mirrored_into_mlflow_and_comes_back_with_its_signature(
         run.log_metrics({"loss": loss}, step=step)
     Registry().register(run, "churn")
     Registry().promote("churn", 1)
-    code, output, complaint = mlkit("models", "push", "--uri", mlflow, "--json")
+    code, printed, complaint = mlkit("models", "push", "--uri", mlflow, "--json")
     assert code == 0, complaint
-    assert json.loads(output) == [{"reference": "churn/1", "number": 1, "aliases": ["champion"], "new": True}]
+    assert json.loads(printed) == [{"reference": "churn/1", "number": 1, "aliases": ["champion"], "new": True}]
     client = MlflowClient(tracking_uri=mlflow, registry_uri=mlflow)
     version = client.get_model_version_by_alias("churn", "champion")
     assert (version.tags["mlkit.version"], version.tags["mlkit.signer"]) == ("churn/1", "alice")
@@ -1017,8 +1017,8 @@ def test_a_model_is_mirrored_into_mlflow_and_comes_back_with_its_signature(
     assert "gate.json" in [file.path for file in client.list_artifacts(version.run_id)]
     assert mlkit("models", "pull", "churn@champion", "--uri", mlflow)[0] == 2  # it is here
     shutil.rmtree(run.folder)
-    code, output, complaint = mlkit("models", "pull", "churn@champion", "--uri", mlflow, "--json")
-    assert (code, json.loads(output)["run"]) == (0, run.id), complaint
+    code, printed, complaint = mlkit("models", "pull", "churn@champion", "--uri", mlflow, "--json")
+    assert (code, json.loads(printed)["run"]) == (0, run.id), complaint
     assert mlkit("verify", run.id)[0] == 0
     assert (run.folder / "saved_model" / "1" / "saved_model.pb").read_text() == "the graph"
     Registry().register(make_run(place, "another"), "churn", force=True)
@@ -1164,9 +1164,9 @@ def test_models_that_others_have_registered_in_mlflow_are_served(place: Path, ml
             client.create_model_version(folder.name, f"{made.artifact_uri}/{folder.name}", made.run_id)
         answers = {}
         for name in ("network", "module"):
-            code, output, complaint = mlkit("models", "pull", f"{name}/1", "--uri", mlflow, "--json")
+            code, printed, complaint = mlkit("models", "pull", f"{name}/1", "--uri", mlflow, "--json")
             assert code == 0, complaint
-            asked.stdin.write(f"{json.loads(output)['path']}/saved_model/1\n")
+            asked.stdin.write(f"{json.loads(printed)['path']}/saved_model/1\n")
             asked.stdin.flush()
             answers[name] = asked.stdout.readline()
     assert answers == {"network": "[[3.0]]\n", "module": "[[6.0]]\n"}

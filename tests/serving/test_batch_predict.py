@@ -67,7 +67,7 @@ def source(shop: tuple[Path, pl.DataFrame], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlkit.serving.batch_predict, "_PART_ROWS", 100)
+    monkeypatch.setattr(mlkit.serving.batch_predict, "_CHUNK_ROWS", 100)
 
 
 def left_in(folder: Path) -> list[str]:
