@@ -168,7 +168,8 @@ def serve(
         origins=read_origins(settings.serving.origins),
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(working(f"loading {', '.join(names)}"))
+        if settings.serving.lines != "json":  # standard error then has nothing but JSON
+            stack.enter_context(working(f"loading {', '.join(names)}"))
 
         def announce(server: Any) -> None:
             stack.close()
