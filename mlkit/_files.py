@@ -113,13 +113,13 @@ class FileLock:
 
     def __init__(
         self,
-        path: Path,  # file to lock, created if needed; with create=False an existing file or folder
+        path: Path,  # file to lock, created if needed; with create=False an existing folder
         *,
         shared: bool = False,  # a lock that several processes may hold at the same time
         create: bool = True,  # create the file if it does not exist
     ):
         self.path = path
-        self._flags = (os.O_WRONLY | os.O_CREAT if create else os.O_RDONLY) | os.O_CLOEXEC
+        self._flags = (os.O_WRONLY | os.O_CREAT if create else os.O_RDONLY | os.O_DIRECTORY) | os.O_CLOEXEC
         self._operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         self._descriptor: int | None = None
 

@@ -1,5 +1,6 @@
 """Fixtures: projects in temporary folders, and the command line as a process."""
 
+import asyncio
 import json
 import os
 import signal
@@ -76,6 +77,40 @@ class Crowd:
         for thread in self._threads:
             thread.join()
 
+
+class MemoryTransport(asyncio.Transport):
+    """The server's end of a connection, in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.closed = b"", False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+# Code that leaves a daemon behind; its process id can then be read from `reader`.
+START_DAEMON = """
+import os
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.write(writer, str(os.getpid()).encode())
+        os.execvp("sleep", ["sleep", "600"])
+    os._exit(0)
+"""
 
 EXECUTE_JOBS = {"run", "resume", "reproduce", "evaluate", "compress", "gate"}  # commands
 RUNTIME_FOLDER = os.environ.get("XDG_RUNTIME_DIR")

@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlkit._display import format_number, format_seconds, format_value
-from mlkit.errors import JobFailedError, MlkitError
+from mlkit._files import read_records
+from mlkit.errors import JobFailedError, MlkitError, StorageError
 from mlkit.runs.query import RunSummary
 from mlkit.runs.record import Record
 from mlkit.runs.run import STATUS_COLORS, Run
@@ -338,9 +339,8 @@ def trial_lines(
 ) -> list[str]:  # "trial 3 of 20  learning_rate=0.01  val_loss 0.1235", one for each finished trial
     """The finished trials of a search, in the order in which they finished."""
     try:
-        lines = (run.folder / SEARCH_JOURNAL).read_bytes().split(b"\n")[:-1]  # without an unfinished line
-        header, *events = map(json.loads, lines)
-    except (OSError, ValueError):  # no search, or a search that has not started
+        header, *events = read_records(run.folder / SEARCH_JOURNAL)
+    except (StorageError, ValueError):  # no search, or a search that has not started
         return []
     plan, trials = header["search"], {event["ask"]: event["values"] for event in events if event.get("ask")}
     finished = []

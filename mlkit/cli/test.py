@@ -90,7 +90,7 @@ def run_tests(
     paths: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="Notebooks and folders.")] = None,
     changed: Annotated[bool, typer.Option("--changed", help="Only notebooks affected by changes in git.")] = False,
     base: Annotated[str, typer.Option(metavar="REV", help="Revision to compare with.")] = "HEAD",
-    jobs: Annotated[
+    max_parallel: Annotated[
         int | None, typer.Option("-n", min=1, metavar="N", help="Notebooks in parallel; by default one per core.")
     ] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds per notebook; 0 for no limit.")] = None,
@@ -108,7 +108,7 @@ def run_tests(
         if not notebooks and not as_json:
             console.print(f"Nothing to test: no notebook is affected by what has changed since {escape(base)}.")
             return
-    options = {"max_parallel": jobs or cpu_count(), "timeout": limits.timeout if timeout is None else timeout}
+    options = {"max_parallel": max_parallel or cpu_count(), "timeout": limits.timeout if timeout is None else timeout}
     preload = [name.strip() for name in limits.preload.split(",")]
     options["light"] = not reach(notebooks, ("tensorflow", "keras"), Project.of(Path.cwd()).root)
     with TestProgress(as_json) as progress:

@@ -19,7 +19,7 @@ import polars as pl
 
 from .._tensorflow import import_tensorflow
 from .builtin import short_name
-from .dataset import Dataset, DatasetSummaryMixin
+from .dataset import Dataset, DatasetSummaryMixin, WeightConfig
 from .feature_specs import FeatureSpec, cast_columns, plan_features, read_features, to_feature_values
 from .io import find_files, read_errors
 from mlkit.data.labels import (
@@ -538,8 +538,7 @@ def open_dataset(
         "ignore": ignore,
         "max_vocabulary": max_vocabulary,
         "features": overrides,
-        **({} if weight is None else {"weight": weight}),
-        **({} if class_weight is None else {"class_weight": class_weight}),
+        **WeightConfig(weight, class_weight).record(),
     }
     lazy = _scan(files)
     with read_errors(files):

@@ -34,7 +34,6 @@ them 0.1 s.
 
 import asyncio
 import atexit
-import fcntl
 import gc
 import hashlib
 import importlib.util
@@ -65,6 +64,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 import mlkit
+from mlkit._files import FileLock
 from mlkit.config import load_settings
 from mlkit.errors import MlkitError
 
@@ -611,8 +611,7 @@ class ForkServerClient:
 
     def _start(self) -> None:
         """Start the server's process unless it is running, and wait until it listens; a lock admits one client."""
-        with (servers_folder() / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(servers_folder() / "lock"):
             if self.is_running():
                 return
             _remove_stale_files()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_NODE_FAILURES', 'parse_sweep_axis', 'grid_points', 'random_points', 'read_points', 'TrialState', 'TrialQueue',
-           'is_retryable', 'has_ended', 'TrialTracker', 'close_abandoned', 'write_hparams']
+           'is_retryable', 'has_ended', 'TrialTracker', 'TrialBackend', 'close_abandoned', 'write_hparams']
 
 # %% ../../nbs/library/jobs/05_points.ipynb #42112620
 import contextlib
@@ -232,6 +232,20 @@ class TrialTracker:
             state.run = None
         elif state.run.record.status in ("created", "running"):
             state.run.interrupt(Failure(error="NodeLost", message=reason))
+
+
+@dataclass(eq=False)
+class TrialBackend:
+    """What every engine needs to execute the trials of a sweep."""
+
+    sweep: Run
+    timeout: float | None  # seconds after which a run fails
+    retries: int  # further attempts after a failure
+    on_change: Callable[[], None]  # called whenever a trial has changed
+    notebook: str = ""  # notebook of the job; by default the sweep's
+
+    def __post_init__(self) -> None:
+        self.notebook = self.notebook or self.sweep.record.notebook
 
 # %% ../../nbs/library/jobs/05_points.ipynb #ba577662
 def close_abandoned(

@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from mlkit._compat.ray import redirect_node_output
 from mlkit.config import known_settings, load_settings, variable_name
 from mlkit.errors import MissingDependencyError, MlkitError, SettingsError
 from mlkit.jobs.executor import CancellationToken, CellProgress, ProgressCallback, resume_run, run_job
-from mlkit.jobs.points import TrialQueue, TrialState, TrialTracker, close_abandoned, is_retryable
+from mlkit.jobs.points import TrialBackend, TrialQueue, TrialState, TrialTracker, close_abandoned, is_retryable
 from mlkit.jobs.resources import THREAD_VARIABLES, ray_resources
 from mlkit.runs.record import RUN_FILE, ProcessInfo, current_owner
 from mlkit.runs.remote import RAY_EXTRA, download_run, open_remote_store, upload_run
@@ -357,7 +357,8 @@ def return_run(
 # The backend of sweeps
 
 
-class RayBackend:
+@dataclass(eq=False)
+class RayBackend(TrialBackend):
     """Executes the trials of a sweep as tasks on a Ray cluster.
 
     Ray's own retries are off: they would send the same message again, which does not name the run that was begun.
@@ -365,18 +366,8 @@ class RayBackend:
     the driver is killed, Ray ends its tasks.
     """
 
-    def __init__(
-        self,
-        sweep: Run,
-        timeout: float | None,  # seconds after which a run fails
-        retries: int,  # further attempts after a failure
-        on_change: Callable[[], None],  # called whenever a trial has changed
-        notebook: str = "",  # notebook of the job; by default the sweep's
-    ):
-        self.sweep, self.timeout, self.retries, self.on_change = sweep, timeout, retries, on_change
-        self.notebook = notebook or sweep.record.notebook
-        self.remote_url = load_settings().runs.mirror
-        self.tasks: dict[Any, TrialState] = {}  # Ray's handle of the task -> trial
+    remote_url: str = field(default_factory=lambda: load_settings().runs.mirror, init=False)
+    tasks: dict[Any, TrialState] = field(default_factory=dict, init=False)  # Ray's handle of the task -> trial
 
     def execute(
         self,

@@ -11,6 +11,7 @@ import contextlib
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import load_settings
@@ -18,7 +19,15 @@ from ..errors import JobFailedError, JobInterruptedError, MlkitError, ParameterE
 from .executor import CancellationToken, CellProgress, attach_run, interrupt_on_sigterm, resume_run, run_job
 from .notebook import find_job, read_notebook
 from .parameters import ParameterSchema
-from .points import TrialQueue, TrialState, TrialTracker, close_abandoned, is_retryable, write_hparams
+from mlkit.jobs.points import (
+    TrialBackend,
+    TrialQueue,
+    TrialState,
+    TrialTracker,
+    close_abandoned,
+    is_retryable,
+    write_hparams,
+)
 from .ray import RayBackend, ray_cluster
 from .resources import default_max_parallel, split_resources
 from ..runs.record import Failure, SweepPoint
@@ -39,8 +48,7 @@ def run_sweep(
     max_parallel: int | None = None,  # runs in parallel; by default as many as the machine or the cluster has room for
     timeout: float | None = None,  # seconds after which a run fails
     retries: int = 0,  # further attempts after a failure
-    on_progress: SweepProgressCallback
-    | None = None,  # callback; receives the states of all trials whenever one has changed
+    on_progress: SweepProgressCallback | None = None,  # callback; receives the states of all trials at each change
 ) -> Run:  # the completed sweep
     """Run a job at each point; raises JobFailedError when a run failed, or JobInterruptedError.
 
@@ -73,8 +81,7 @@ def resume_sweep(
     max_parallel: int | None = None,  # runs in parallel; by default as many as the machine or the cluster has room for
     timeout: float | None = None,  # seconds after which a run fails
     retries: int = 0,  # further attempts after a failure
-    on_progress: SweepProgressCallback
-    | None = None,  # callback; receives the states of all trials whenever one has changed
+    on_progress: SweepProgressCallback | None = None,  # callback; receives the states of all trials at each change
 ) -> Run:  # the completed sweep
     """Run the points of a sweep that have no completed run; raises InputError when there are none, or as run_sweep."""
     with connected_engine(engine):
@@ -91,8 +98,7 @@ def execute_sweep(
     max_parallel: int | None = None,  # runs in parallel; by default as many as the machine or the cluster has room for
     timeout: float | None = None,  # seconds after which a run fails
     retries: int = 0,  # further attempts after a failure
-    on_progress: SweepProgressCallback
-    | None = None,  # callback; receives the states of all trials whenever one has changed
+    on_progress: SweepProgressCallback | None = None,  # callback; receives the states of all trials at each change
 ) -> Run:  # the completed sweep
     """Execute the points of a started sweep that have no completed run; raises as run_sweep."""
     with connected_engine(engine) as backend_class:
@@ -159,22 +165,13 @@ def connected_engine(
         yield {"local": LocalBackend, "ray": RayBackend}[name]
 
 # %% ../../nbs/library/jobs/06_sweep.ipynb #34893391
-class LocalBackend:
+@dataclass(eq=False)
+class LocalBackend(TrialBackend):
     """Executes the trials of a sweep in kernels on this machine."""
 
-    def __init__(
-        self,
-        sweep: Run,
-        timeout: float | None,  # seconds after which a run fails
-        retries: int,  # further attempts after a failure
-        on_change: Callable[[], None],  # called whenever a trial has changed
-        notebook: str = "",  # notebook of the job; by default the sweep's
-    ):
-        self.sweep, self.timeout, self.retries, self.on_change = sweep, timeout, retries, on_change
-        self.notebook = notebook or sweep.record.notebook
-        self.tokens: set[CancellationToken] = set()  # one for each running trial
-        self.free: queue.Queue[dict[str, str]] = queue.Queue()  # resource allocations that no kernel uses
-        self.stop_reason = ""  # "" while trials are started
+    tokens: set[CancellationToken] = field(default_factory=set, init=False)  # one for each running trial
+    free: queue.Queue[dict[str, str]] = field(default_factory=queue.Queue, init=False)  # unused resource allocations
+    stop_reason: str = field(default="", init=False)  # "" while trials are started
 
     def execute(
         self,

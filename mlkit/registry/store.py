@@ -8,7 +8,6 @@ __all__ = ['ModelVersion', 'folder_digests', 'version_findings', 'hold_version',
 
 # %% ../../nbs/library/registry/02_store.ipynb #70e51b7b
 import contextlib
-import fcntl
 import functools
 import hashlib
 import html
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .._display import display_path, format_number, html_table
-from .._files import as_storage_error
+from .._files import FileLock, as_storage_error, sync_folder
 from ..config import load_settings
 from mlkit.errors import (
     InputError,
@@ -38,7 +37,7 @@ from mlkit.errors import (
     did_you_mean,
     join_names,
 )
-from .audit_log import UNCHANGED, AuditLog, AuditLogWriter, Event, sync_folder
+from .audit_log import UNCHANGED, AuditLog, AuditLogWriter, Event
 from .lineage import model_cells
 from mlkit.registry.signing import (
     TrustedKeys,
@@ -138,30 +137,26 @@ def hold_version(
     version: ModelVersion,
 ) -> Iterator[None]:
     """Context manager that protects a served version from deletion; raises NotFoundError when it was deleted."""
+    lock = FileLock(version.path, shared=True, create=False)
     try:
-        descriptor = os.open(version.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock.acquire()
     except OSError:
         raise NotFoundError(f"{version.reference} was deleted: there is no folder {version.path}.") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def _is_held(folder: Path) -> bool:
     """Whether a process holds a lock on a folder, to write it or to serve it."""
+    lock = FileLock(folder, create=False)
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return not lock.acquire(blocking=False)
     except OSError:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
     finally:
-        os.close(descriptor)
-    return False
+        lock.release()
 
 # %% ../../nbs/library/registry/02_store.ipynb #1694941a
 def _find_state(states: Mapping[str, ModelState], name: str, root: Path) -> ModelState:
@@ -308,7 +303,7 @@ def _copy_file(source: Path, target: Path) -> str:
 def _temporary_copy(log: AuditLog, run: Run, name: str) -> Iterator[tuple[Path, dict[str, str]]]:
     """Context manager: a copy of a run beside the versions, with its digests; removed unless it was renamed."""
     files = _files_to_copy(run)
-    folder, descriptor = _make_folder(log, name)
+    folder, lock = _make_folder(log, name)
     try:
         digests = {path: _copy_file(file, folder / path) for path, file in sorted(files.items())}
         for inner in [path for path in folder.rglob("*") if path.is_dir()]:
@@ -318,14 +313,14 @@ def _temporary_copy(log: AuditLog, run: Run, name: str) -> Iterator[tuple[Path, 
     except OSError as error:
         raise as_storage_error(error, folder.parent, UNCHANGED) from error
     finally:
-        os.close(descriptor)
+        lock.release()
         if folder.exists():  # it did not get a number
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError, StorageError), log.locked():  # no other process is about to use it
                 folder.parent.rmdir()
 
 
-def _make_folder(log: AuditLog, name: str) -> tuple[Path, int]:  # with the descriptor that holds its lock
+def _make_folder(log: AuditLog, name: str) -> tuple[Path, FileLock]:
     """A hidden folder for a copy, locked by this process."""
     parent = log.path.parent / name
     with log.locked():
@@ -335,9 +330,9 @@ def _make_folder(log: AuditLog, name: str) -> tuple[Path, int]:  # with the desc
             os.chmod(folder, 0o755)
         except OSError as error:
             raise as_storage_error(error, parent, UNCHANGED) from error
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return folder, descriptor
+        lock = FileLock(folder, create=False)
+        lock.acquire()
+        return folder, lock
 
 # %% ../../nbs/library/registry/02_store.ipynb #89eb3a80
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ __all__ = ['predict_chunks', 'predict_chunk', 'quarantine_path', 'BatchPredictio
 
 # %% ../../nbs/library/serving/08_batch_predict.ipynb #19ecdc68
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -28,7 +27,7 @@ import numpy as np
 import polars as pl
 
 import mlkit.errors
-from .._files import write_atomic
+from .._files import FileLock, write_atomic
 from ..config import cpu_count
 from ..data.feature_specs import cast_columns, to_feature_values
 from ..data.io import find_files, is_delimited, is_local
@@ -156,24 +155,24 @@ def _chunk_folder(
 ) -> Iterator[Path]:
     """Context manager for the locked folder of a result's chunks; raises InputError for chunks of another job."""
     folder = output.parent / f".{output.name}.parts"
+    lock, finished = FileLock(folder / "lock"), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        free = lock.acquire(blocking=False)
     except OSError as error:
         raise write_error(output, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"Another process is writing {output} at this moment.") from None
+    if not free:
+        raise InputError(f"Another process is writing {output} at this moment.")
+    try:
         _check_identity(folder, output, json.loads(json.dumps(identity)), replace)
-        finished = False
         try:
             yield folder
             finished = True
         finally:
             if finished or not any(folder.glob("part-*.parquet")):
                 shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        lock.release()
 
 
 def _check_identity(folder: Path, output: Path, identity: dict[str, Any], replace: bool) -> None:

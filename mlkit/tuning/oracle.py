@@ -9,11 +9,9 @@ __all__ = ['METHODS', 'DEFAULT_TRIALS', 'MIN_TRIALS', 'JOURNAL', 'metric_names',
 # %% ../../nbs/library/tuning/01_oracle.ipynb #fedc661c
 import contextlib
 import dataclasses
-import fcntl
 import html
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ from mlkit._compat.keras_tuner import (
     set_seed_state,
 )
 from .._display import format_number, format_seconds, format_value, html_table
-from .._files import as_storage_error
+from .._files import FileLock, append_record, read_records
 from .._tensorflow import import_tensorflow
 from ..errors import InputError, ModelError, NotFoundError, ParameterError, StorageError, did_you_mean
 from ..metrics import lower_is_better
@@ -116,52 +114,29 @@ class Journal:
         path: Path,  # path of the file
     ):
         self.path = path
-        self.events = self._read()
-
-    def _read(self) -> list[dict[str, Any]]:
-        """Read all complete lines."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_bytes().split(b"\n")[:-1]
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise StorageError(f"The journal {self.path} is damaged: {error}.") from None
+        self.events = read_records(path)
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
 
     def append(
         self,
         event: Mapping[str, Any],  # event, ready for JSON
     ) -> None:
         """Append an event and wait until it is on disk; raises StorageError when it cannot be written."""
-        complete = b"".join(json.dumps(previous).encode() + b"\n" for previous in self.events)
-        line = json.dumps(event).encode() + b"\n"
-        try:
-            with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
-                file.truncate(len(complete))  # drops an incomplete line of an earlier process
-                file.seek(len(complete))
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise as_storage_error(error, self.path) from error
-        self.events.append(json.loads(line))
+        append_record(self.path, event)
+        self.events.append(json.loads(json.dumps(event)))  # as a later process reads it
 
     def __enter__(self) -> Self:
         """Lock the journal for writing; raises InputError when another process holds the lock."""
-        self._lock = open(self.path.with_name(f".{self.path.name}.lock"), "w")  # open until __exit__
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
+        if not self._lock.acquire(blocking=False):
             raise InputError(
                 f"{self.path.parent.name} is being searched by another process. Wait for its end, or search in a run "
                 "of its own."
-            ) from None
-        self.events = self._read()  # with events of a process that held the lock before
+            )
+        self.events = read_records(self.path)  # with events of a process that held the lock before
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.close()
+        self._lock.release()
 
 # %% ../../nbs/library/tuning/01_oracle.ipynb #aa114852
 class _ReplayableBayesianOracle(BayesianOptimizationOracle):

@@ -91,13 +91,13 @@ def test_json_of_statistics_stands_for_the_rows(data: Command, shop: Path) -> No
 
 
 def test_pages_need_nothing_else(data: Command, shop: Path) -> None:
-    asked = {
+    commands = {
         "describe.html": ("describe", "friday.csv"),
         "drift.html": ("drift", "monday.csv", "friday.csv"),
         "validate.html": ("validate", "friday.csv", "--schema", "schema.pbtxt"),
         "time.html": ("drift", "monday.csv", "--by", "returning"),
     }
-    for name, arguments in asked.items():
+    for name, arguments in commands.items():
         result = data(*arguments, "--html", name)
         assert f"to open in a browser: {name}" in result.stdout, result.stderr
         page = (shop / name).read_text()

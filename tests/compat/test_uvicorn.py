@@ -20,27 +20,7 @@ from mlkit._compat.uvicorn import (
     server_without_signals,
     set_tls_context,
 )
-
-
-class MemoryTransport(asyncio.Transport):
-    """The server's end of a connection, in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written, self.closed = b"", False
-
-    def write(self, data: bytes) -> None:
-        self.written += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
+from tests.conftest import MemoryTransport
 
 
 async def application(scope: dict, receive: Callable, send: Callable) -> None:

@@ -192,12 +192,15 @@ def test_two_heads_are_as_good_as_two_models(tmp_path):
     orders(3000).drop("weight").write_csv(tmp_path / "many.csv")
     data = load_dataset(tmp_path / "many.csv", LABELS)
 
-    def judged(one):
-        model = build_model("mlp", one)
-        fit(model, one, epochs=12, learning_rate=5e-3)
-        return evaluate(model, one)
+    def trained_evaluation(dataset):
+        model = build_model("mlp", dataset)
+        fit(model, dataset, epochs=12, learning_rate=5e-3)
+        return evaluate(model, dataset)
 
-    together, alone = judged(data), {label: judged(view).metrics for label, view in data.outputs.items()}
+    together, alone = (
+        trained_evaluation(data),
+        {label: trained_evaluation(view).metrics for label, view in data.outputs.items()},
+    )
     guess = evaluate(lambda rows: {"probabilities": np.full((len(rows["kind"]), 2), 0.5)}, data.outputs["returned"])
     gained = guess.metrics["log_loss"] - alone["returned"]["log_loss"]
     assert gained > 0.1
@@ -350,8 +353,8 @@ def test_the_whole_job(table, tmp_path):
     other = [sys.executable, "-m", "mlkit", "run", "evaluate", "-p", f"run={run.id}", "--json"]
     done = subprocess.run(other, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr + done.stdout
-    judged = RunStore(tmp_path / "runs").get("latest").record.metrics
-    assert judged["test_amount_r2"] == pytest.approx(run.record.metrics["test_amount_r2"], rel=1e-3)
+    metrics = RunStore(tmp_path / "runs").get("latest").record.metrics
+    assert metrics["test_amount_r2"] == pytest.approx(run.record.metrics["test_amount_r2"], rel=1e-3)
 
 
 def test_board_draws_each_classification(both, trained, tmp_path):

@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mlkit.runs import Run
 from mlkit.runs.store import RunStore
-from tests.conftest import wait_until
+from tests.conftest import START_DAEMON, wait_until
 
 pytestmark = pytest.mark.slow
 KERNELSPEC = {"name": "python3", "display_name": "python3", "language": "python"}
@@ -144,22 +144,16 @@ def test_an_endless_cell_exceeds_its_time_limit(cli: Callable, project: Path, ke
     assert (failure.error, failure.heading) == ("CellTimeoutError", "Part 0")
 
 
-DAEMON = """
-import os, subprocess
+CHILD_AND_DAEMON = f"""
+import subprocess
 child = subprocess.Popen(["sleep", "600"])
-reader, writer = os.pipe()
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        os.write(writer, str(os.getpid()).encode())
-        os.execvp("sleep", ["sleep", "600"])
-    os._exit(0)
-open("pids", "w").write(f"{child.pid} {os.read(reader, 20).decode()}")
+{START_DAEMON}
+open("pids", "w").write(f"{{child.pid}} {{os.read(reader, 20).decode()}}")
 """
 
 
 def test_children_do_not_outlive_the_job(cli: Callable, project: Path, kernel: str) -> None:
-    assert cli("run", write_job(project, DAEMON)).returncode == 0
+    assert cli("run", write_job(project, CHILD_AND_DAEMON)).returncode == 0
     child, daemon = map(int, (project / "pids").read_text().split())
     wait_until(lambda: not psutil.pid_exists(child), 20)
     if kernel == "warm":

@@ -34,7 +34,7 @@ from mlkit.jobs.kernels import (
     server_key,
     servers_folder,
 )
-from tests.conftest import run_cli, wait_until
+from tests.conftest import START_DAEMON, run_cli, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not kernels.CAN_FORK, reason="warm kernels need Linux")]
 
@@ -479,23 +479,10 @@ def test_kernels_of_a_tensorflow_server(tensorflow_server: None, start: Callable
     assert manager.transport == "ipc"
 
 
-DAEMON = """
-import os, sys
-reader, writer = os.pipe()
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        os.write(writer, str(os.getpid()).encode())
-        os.execvp("sleep", ["sleep", "600"])
-    os._exit(0)
-print(os.read(reader, 20).decode())
-"""
-
-
 def test_orphan_processes_end_with_their_kernel(start: Callable) -> None:
     """Also a daemon, which has left the process group, the session and its parent."""
     pairs = [start() for _ in range(2)]
-    daemons = [int(execute(client, DAEMON)) for _, client in pairs]
+    daemons = [int(execute(client, f"{START_DAEMON}print(os.read(reader, 20).decode())")) for _, client in pairs]
     pids = [manager.provisioner.pid for manager, _ in pairs]
     pairs[0][0].shutdown_kernel()
     os.kill(pids[1], signal.SIGKILL)

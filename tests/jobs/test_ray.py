@@ -567,7 +567,7 @@ def test_a_task_without_the_run_store_uploads_its_run(remote_spec: TaskSpec, pro
     store.delete(run)
     report = project / "mirror" / run.id / "notebook.html"
     report.write_text(report.read_text() + "<!-- altered -->")
-    with pytest.raises(StorageError, match="not what its record says"):
+    with pytest.raises(StorageError, match="its files differ from its record"):
         download_run(run.id, store, remote_spec.remote_url)
     with pytest.raises(SettingsError, match=re.escape("runs.mirror = 's4://bucket'")):
         open_remote_store("s4://bucket")

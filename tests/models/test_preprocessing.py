@@ -134,8 +134,8 @@ def served_elsewhere(path: Path, features: dict, examples: list[bytes], folder: 
     return pickle.loads(requests.read_bytes())
 
 
-def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
+def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.shape == second.shape and first.dtype == second.dtype and first.tobytes() == second.tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -305,12 +305,12 @@ def test_polars_and_the_graph_read_the_same_moments():
     assert (fields[:, 0] == 1).tolist() == moments.is_not_null().to_list()
     known = moments.is_not_null().to_numpy()
     assert 500 < known.sum() < 4000
-    existing = moments.drop_nulls()
+    present_times = moments.drop_nulls()
     for place, part in enumerate(("month", "day", "weekday", "hour", "minute"), start=3):
-        expected = getattr(existing.dt, part)().to_numpy() - (part == "weekday")
+        expected = getattr(present_times.dt, part)().to_numpy() - (part == "weekday")
         assert np.array_equal(fields[known, place], expected), part
-    assert np.array_equal(fields[known, 1], existing.dt.date().to_physical().to_numpy())
-    days = existing.to_physical().to_numpy() / 86_400e6
+    assert np.array_equal(fields[known, 1], present_times.dt.date().to_physical().to_numpy())
+    days = present_times.to_physical().to_numpy() / 86_400e6
     assert np.abs(fields[known, 1].astype("float64") + fields[known, 2] - days).max() < 1e-6
     canonical = to_feature_values(moments).to_list()
     again = DatetimeParser()([tf.constant(canonical)]).numpy()[:, 0]

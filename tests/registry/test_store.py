@@ -708,13 +708,13 @@ def dying(real, name, when):
     def call(*arguments, **options):
         when[0] -= 1
         if when[0] == 0:
-            if name == "write":  # half a line
-                real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+            if name == "pwrite":  # half a line
+                real(arguments[0], arguments[1][: len(arguments[1]) // 2], *arguments[2:])
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **options)
     return call
 
-NAMES = ("open", "mkdir", "chmod", "fchmod", "fsync", "write", "rename", "replace", "unlink", "rmdir", "truncate")
+NAMES = ("open", "mkdir", "chmod", "fchmod", "fsync", "pwrite", "rename", "replace", "unlink", "rmdir", "truncate")
 ACTIONS = {  # what is done, and what is then so
     "register": (lambda kept: kept.register(Run(first), "other", force=True), lambda kept: kept.find("other/1")),
     "promote": (lambda kept: kept.promote("churn", 3), lambda kept: kept.find("churn").version == 3),
@@ -723,7 +723,7 @@ ACTIONS = {  # what is done, and what is then so
     "retire": (lambda kept: kept.delete("churn", 1), lambda kept: 1 not in kept.state("churn").versions),
     "divide": (lambda kept: kept.split_traffic("churn", {2: 1, 3: 1}), lambda kept: kept.state("churn").traffic),
 }
-told = {}
+counts = {}
 for name, (action, is_so) in ACTIONS.items():
     before = after = 0
     for step in range(1, 500):
@@ -732,8 +732,8 @@ for name, (action, is_so) in ACTIONS.items():
         child = os.fork()
         if not child:
             when = [step]
-            for each in NAMES:
-                setattr(os, each, dying(getattr(os, each), each, when))
+            for call in NAMES:
+                setattr(os, call, dying(getattr(os, call), call, when))
             action(Registry(root))
             os._exit(0)
         status = os.waitpid(child, 0)[1]
@@ -754,8 +754,8 @@ for name, (action, is_so) in ACTIONS.items():
         findings = [finding for finding in kept.check() if ".unregistered-" not in finding]
         left = [str(path) for path in root.rglob(".*") if path.name != ".lock" and ".unregistered" not in str(path)]
         assert (findings, left) == ([], []), (name, step)
-    told[name] = [before, after]
-print(json.dumps(told))
+    counts[name] = [before, after]
+print(json.dumps(counts))
 """
 
 
@@ -773,7 +773,7 @@ def test_a_kill_at_any_step_leaves_every_alias_at_one_complete_version(place: Pa
 
 
 KILLED_AGAIN = (
-    KILLED.partition("told = {}")[0]
+    KILLED.partition("counts = {}")[0]
     + """
 import random
 random.seed(7)
@@ -784,8 +784,8 @@ for round in range(90):  # nothing is repaired in between but by the next one, w
     child = os.fork()
     if not child:
         when = [random.randint(1, 60 if name == "new" else 18)]
-        for each in NAMES:
-            setattr(os, each, dying(getattr(os, each), each, when))
+        for call in NAMES:
+            setattr(os, call, dying(getattr(os, call), call, when))
         kept = Registry(root)
         try:
             if name == "new":
@@ -935,15 +935,15 @@ def test_a_full_disk_registers_nothing(small_disk: Path, tmp_path: Path) -> None
 
 
 def test_a_line_for_which_there_was_no_room_is_taken_back(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, real = folder_digests(registry.root), os.write
+    before, real = folder_digests(registry.root), os.pwrite
 
-    def half(descriptor: int, data: bytes) -> int:
+    def half(descriptor: int, data: bytes, position: int) -> int:
         if len(data) < 20:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(descriptor, data[: len(data) // 2])
+        return real(descriptor, data[: len(data) // 2], position)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", half)
+        patch.setattr(os, "pwrite", half)
         with pytest.raises(StorageError, match="disk is full"):
             registry.promote("churn", 3)
     assert folder_digests(registry.root) == before
@@ -1090,15 +1090,15 @@ def test_mirroring_that_was_killed_is_done_again_once(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    existing = ModelMirror(mlflow)
+    mirror = ModelMirror(mlflow)
     for method in ("set_terminated", "log_batch", "create_model_version", "log_artifact"):
         with monkeypatch.context() as patch:
-            patch.setattr(existing.client, method, stop)
+            patch.setattr(mirror.client, method, stop)
             with pytest.raises(KeyboardInterrupt):
-                existing.push_model(registry, "churn")
-    assert [item.number for item in existing.push_model(registry, "churn")] == [1, 2, 3]
-    assert [item.new for item in existing.push_model(registry, "churn")] == [False] * 3
-    assert len(existing.client.search_runs(["1"])) == 3
+                mirror.push_model(registry, "churn")
+    assert [item.number for item in mirror.push_model(registry, "churn")] == [1, 2, 3]
+    assert [item.new for item in mirror.push_model(registry, "churn")] == [False] * 3
+    assert len(mirror.client.search_runs(["1"])) == 3
 
 
 def test_mlflow_that_is_not_there_is_said(
@@ -1144,7 +1144,7 @@ print("made", flush=True)
 for line in sys.stdin:
     servable = load_predictor(Path(line.strip()))
     answers = servable.run("serving_default", {"x": np.array([[3.0]], "float32")})
-    print(*(np.asarray(each).tolist() for each in answers.values()), flush=True)
+    print(*(np.asarray(answer).tolist() for answer in answers.values()), flush=True)
 """
 
 
@@ -1155,8 +1155,8 @@ def test_models_that_others_have_registered_in_mlflow_are_served(place: Path, ml
     client, log = connect(mlflow), (place / "log").open("w")
     command = [sys.executable, "-c", FOREIGN]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=place, stdin=pipe, stdout=pipe, stderr=log, text=True) as asked:
-        assert asked.stdout.readline() == "made\n", (place / "log").read_text()
+    with subprocess.Popen(command, cwd=place, stdin=pipe, stdout=pipe, stderr=log, text=True) as reader:
+        assert reader.stdout.readline() == "made\n", (place / "log").read_text()
         made = client.create_run("0").info
         for folder in sorted((place / "foreign").iterdir()):
             client.log_artifacts(made.run_id, str(folder), folder.name)
@@ -1166,9 +1166,9 @@ def test_models_that_others_have_registered_in_mlflow_are_served(place: Path, ml
         for name in ("network", "module"):
             code, printed, complaint = mlkit("models", "pull", f"{name}/1", "--uri", mlflow, "--json")
             assert code == 0, complaint
-            asked.stdin.write(f"{json.loads(printed)['path']}/saved_model/1\n")
-            asked.stdin.flush()
-            answers[name] = asked.stdout.readline()
+            reader.stdin.write(f"{json.loads(printed)['path']}/saved_model/1\n")
+            reader.stdin.flush()
+            answers[name] = reader.stdout.readline()
     assert answers == {"network": "[[3.0]]\n", "module": "[[6.0]]\n"}
     before = len(RunStore().list())
     for name, reason in {"lambdas": "Lambda", "nothing": "has no signatures"}.items():

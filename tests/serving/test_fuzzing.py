@@ -59,7 +59,10 @@ EVERY = {
     "double": (SPEC([None], tf.float64), [1e300, 0.0]),
 }
 SIGNATURES = {
-    "serving_default": (EVERY, lambda **each: each | {"words_bytes": each["words"], "double": 1 / each["double"]}),
+    "serving_default": (
+        EVERY,
+        lambda **inputs: inputs | {"words_bytes": inputs["words"], "double": 1 / inputs["double"]},
+    ),
     "scalar": ({"x": (SPEC([], tf.float32), 1.5)}, lambda x: {"y": x / 0.0}),
     "free": ({"x": (SPEC(None, tf.float32), [[1.0], [2.0]])}, lambda x: {"y": x + 1}),
     "picky": ({"x": (SPEC([None], tf.int32), [0, 2])}, lambda x: {"y": tf.gather([1, 2, 3], x)}),

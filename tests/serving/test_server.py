@@ -38,7 +38,7 @@ from mlkit.serving.rest import RestApplication
 from mlkit.serving.server import ProcessStatusBoard, RunningServer
 from mlkit.serving.sources import FolderSource
 from mlkit.training import fit
-from tests.conftest import Crowd, free_port, run_cli, wait_until
+from tests.conftest import Crowd, MemoryTransport, free_port, run_cli, wait_until
 from tests.registry.test_store import make_run, place, signing  # noqa: F401  fixtures
 from tests.runs.test_store_failures import fill_up
 
@@ -567,29 +567,7 @@ def test_a_full_queue_rejects_requests_and_deadlines_hold(tmp_path: Path) -> Non
 # Packets
 
 
-class Wire(asyncio.Transport):
-    """The server's end of a connection, in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written, self.closed = b"", False
-
-    def write(self, data: bytes) -> None:
-        assert not self.closed
-        self.written += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
-
-
-def asked(body: str, path: str = "/v1/models/slow:predict", version: str = "1.1", **headers: str) -> bytes:
+def predict_request(body: str, path: str = "/v1/models/slow:predict", version: str = "1.1", **headers: str) -> bytes:
     lines = [f"{name}: {value}" for name, value in {"host": "here", "content-length": len(body), **headers}.items()]
     return "\r\n".join([f"POST {path} HTTP/{version}", *lines, "", body]).encode()
 
@@ -597,7 +575,7 @@ def asked(body: str, path: str = "/v1/models/slow:predict", version: str = "1.1"
 def test_a_response_does_not_depend_on_packet_boundaries(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "saved_model.pb").touch()
-    whole = asked('{"instances": [1]}')
+    whole = predict_request('{"instances": [1]}')
 
     async def story() -> None:
         manager = ModelManager({"slow": FolderSource(tmp_path)}, Slow)
@@ -606,8 +584,8 @@ def test_a_response_does_not_depend_on_packet_boundaries(tmp_path: Path) -> None
         web = http_module.make_web_server(RestApplication(manager, body_bytes=1000), ServerOptions(()))
         web.config.load()
 
-        async def answers(*packets: bytes, count: int = 1) -> Wire:
-            wire = Wire()
+        async def answers(*packets: bytes, count: int = 1) -> MemoryTransport:
+            wire = MemoryTransport()
             protocol = web.config.http_protocol_class(web.config, web.server_state, {})
             protocol.connection_made(wire)
             for packet in packets:
@@ -625,24 +603,31 @@ def test_a_response_does_not_depend_on_packet_boundaries(tmp_path: Path) -> None
         for at in range(1, len(whole)):
             assert (await answers(whole[:at], whole[at:])).written == expected.written
         assert (await answers(*(whole[at : at + 1] for at in range(len(whole))))).written == expected.written
-        several = [asked(f'{{"instances": [{number}]}}') for number in range(1, 6)]
+        several = [predict_request(f'{{"instances": [{number}]}}') for number in range(1, 6)]
         for packets in ([b"".join(several)], several, [b"".join(several)[:200], b"".join(several)[200:]]):
             responses = (await answers(*packets, count=5)).written
             assert re.findall(rb"predictions...(.)", responses) == [b"1", b"2", b"3", b"4", b"5"]
-        assert (await answers(asked('{"instances": [1]}', "/v1/models/slo%77:predict"))).written == expected.written
-        assert (await answers(asked('{"instances": [1]}', "/v1/models/slow:predict?a=b"))).written == expected.written
-        for last in (asked('{"instances": [1]}', connection="close"), asked('{"instances": [1]}', version="1.0")):
+        assert (
+            await answers(predict_request('{"instances": [1]}', "/v1/models/slo%77:predict"))
+        ).written == expected.written
+        assert (
+            await answers(predict_request('{"instances": [1]}', "/v1/models/slow:predict?a=b"))
+        ).written == expected.written
+        for last in (
+            predict_request('{"instances": [1]}', connection="close"),
+            predict_request('{"instances": [1]}', version="1.0"),
+        ):
             for packets in ((last,), (last[:-3], last[-3:])):
                 ended = await answers(*packets)
                 assert ended.closed
                 assert b"\r\nconnection: close\r\n" in ended.written
         for size, status in ((1000, b"200"), (1001, b"413")):
-            request = asked('{"instances": [1]}'.ljust(size))
+            request = predict_request('{"instances": [1]}'.ljust(size))
             for packets in ((request,), (request[:100], request[100:])):
                 assert (await answers(*packets)).written.startswith(b"HTTP/1.1 " + status)
-        expecting = await answers(asked('{"instances": [1]}', expect="100-continue"), count=2)
+        expecting = await answers(predict_request('{"instances": [1]}', expect="100-continue"), count=2)
         assert expecting.written.startswith(b"HTTP/1.1 100 Continue")
-        assert (await answers(asked('{"instances": [1'))).written.startswith(b"HTTP/1.1 400")
+        assert (await answers(predict_request('{"instances": [1'))).written.startswith(b"HTTP/1.1 400")
         await manager.close()
 
     asyncio.run(story())

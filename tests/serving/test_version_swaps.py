@@ -93,11 +93,11 @@ def settled_memory(server: RunningServer) -> int:
     """Bytes of the processes, when they have not changed for a while."""
     seen: list[int] = []
 
-    def told() -> int:
+    def read_number() -> int:
         seen.append(sum(psutil.Process(pid).memory_info().rss for pid in server.pids))
         return seen[-1] if len(seen) > 25 and max(seen[-25:]) < 1.01 * min(seen[-25:]) else 0
 
-    return wait_until(told)
+    return wait_until(read_number)
 
 
 def test_a_hundred_swaps_under_load_lose_and_misroute_nothing_and_memory_stays(tmp_path: Path, first: Path) -> None:
