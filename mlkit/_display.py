@@ -113,7 +113,7 @@ def _templates() -> "jinja2.Environment":
 
     return jinja2.Environment(
         loader=jinja2.PackageLoader("mlkit"),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(),  # in .html templates
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -122,8 +122,8 @@ def _templates() -> "jinja2.Environment":
 
 def render(
     template: str,  # file name in mlkit/templates/
-    **values: Any,  # variables of the template; texts are escaped unless they are Markup
-) -> str:  # HTML
+    **values: Any,  # variables of the template; texts in HTML are escaped unless they are Markup
+) -> str:
     """Render a Jinja2 template."""
     return _templates().get_template(template).render(values)
 
@@ -140,13 +140,13 @@ def html_table(
 
 
 def html_page(
-    title: str,  # title, as HTML
+    title: str,  # title, as plain text
     body: str,  # body, as HTML
 ) -> str:  # HTML
     """Render a self-contained page: styles included, no links to other files."""
     from markupsafe import Markup
 
-    return render("page.html", title=Markup(title), body=Markup(body))
+    return render("page.html", title=title, body=Markup(body))
 
 # %% ../nbs/library/core/03_display.ipynb #a6b7e41b
 PLACEHOLDER_COLOR = "#010203"  # replaced by the page's text colour

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESERVED_VARIABLES', 'cpu_count', 'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings', 'TestsSettings',
-           'GateSettings', 'SchemasSettings', 'WorkersSettings', 'SigningSettings', 'RegistrySettings',
-           'ServingSettings', 'AccessSettings', 'Settings', 'known_settings', 'RawSetting', 'find_settings_file',
+           'GateSettings', 'SchemasSettings', 'DistributedSettings', 'SigningSettings', 'RegistrySettings',
+           'ServingSettings', 'AuthSettings', 'Settings', 'known_settings', 'RawSetting', 'find_settings_file',
            'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
 
 # %% ../nbs/library/core/01_config.ipynb #2ec29908
@@ -38,8 +38,8 @@ class Section(BaseModel):
 class RunsSettings(Section):
     """`[runs]`: the run store."""
 
-    root: Path = Field(Path("runs"), description="folder in which every run is archived")
-    mirror: str = Field("", description="URL of the remote run store, for cluster nodes that do not see the run folder")
+    root: Path = Field(Path("runs"), description="folder of the run store")
+    remote: str = Field("", description="URL of the remote run store, for cluster nodes that do not see the run folder")
 
 
 class JobsSettings(Section):
@@ -80,10 +80,10 @@ class SchemasSettings(Section):
     history_days: int = Field(30, description="days for which replaced versions of a schema are stored", ge=1)
 
 
-class WorkersSettings(Section):
-    """`[workers]`: distributed training."""
+class DistributedSettings(Section):
+    """`[distributed]`: distributed training."""
 
-    meeting_timeout: int = Field(60, description="seconds that workers wait for one another before training", ge=1)
+    rendezvous_timeout: int = Field(60, description="seconds that workers wait for one another before training", ge=1)
 
 
 class SigningSettings(Section):
@@ -95,7 +95,9 @@ class SigningSettings(Section):
     passphrase: str = Field(
         "", description="source of the key's passphrase: env:NAME or file:PATH; empty: prompt for it"
     )
-    trusted: Path = Field(Path("keys"), description="folder with the public keys (*.pub) whose signatures are accepted")
+    trusted_keys: Path = Field(
+        Path("keys"), description="folder with the public keys (*.pub) whose signatures are accepted"
+    )
 
 
 class RegistrySettings(Section):
@@ -111,18 +113,24 @@ class ServingSettings(Section):
     """`[serving]`: logs of a model server, and cross-origin requests."""
 
     logs: Path = Field(Path("logs"), description="folder of the server's audit log and of logged requests")
-    lines: Literal["text", "json"] = Field("text", description="format of the server's log lines")
-    requests: Literal["all", "errors", "none"] = Field("errors", description="requests for which a log line is written")
-    share: float = Field(0.0, description="share of requests that are logged with their responses", ge=0, le=1)
-    form: Literal["jsonl", "tfrecord"] = Field("jsonl", description="file format of logged requests and responses")
-    sensitive: str = Field("", description="features whose values are masked in all logs, separated by commas")
-    origins: str = Field(
+    log_format: Literal["text", "json"] = Field("text", description="format of the server's log lines")
+    access_log: Literal["all", "errors", "none"] = Field(
+        "errors", description="requests for which a log line is written"
+    )
+    request_sampling_rate: float = Field(
+        0.0, description="fraction of requests logged with their responses", ge=0, le=1
+    )
+    request_log_format: Literal["jsonl", "tfrecord"] = Field(
+        "jsonl", description="file format of logged requests and responses"
+    )
+    masked_features: str = Field("", description="features whose values are masked in all logs, separated by commas")
+    cors_origins: str = Field(
         "", description="allowed origins of cross-origin requests: https://shop.example, ...; empty: none"
     )
 
 
-class AccessSettings(Section):
-    """`[access]`: authentication of clients, and TLS."""
+class AuthSettings(Section):
+    """`[auth]`: authentication of clients, and TLS."""
 
     keys: str = Field("", description="file of API keys (mlkit api-keys create); empty: API keys are not accepted")
     jwks: str = Field("", description="file or https URL of the JWKS that verifies tokens; empty: no tokens")
@@ -130,7 +138,9 @@ class AccessSettings(Section):
     audience: str = Field("", description="required audience of tokens (claim aud)")
     certificate: str = Field("", description="the server's certificate (PEM); empty: no TLS")
     private_key: str = Field("", description="the certificate's private key (PEM)")
-    clients: str = Field("", description="CA (PEM) of the client certificates to require (mTLS); empty: none required")
+    client_ca: str = Field(
+        "", description="CA (PEM) of the client certificates to require (mTLS); empty: none required"
+    )
 
 # %% ../nbs/library/core/01_config.ipynb #32d1be43
 class Settings(Section):
@@ -142,11 +152,11 @@ class Settings(Section):
     tests: TestsSettings = TestsSettings()
     gate: GateSettings = GateSettings()
     schemas: SchemasSettings = SchemasSettings()
-    workers: WorkersSettings = WorkersSettings()
+    distributed: DistributedSettings = DistributedSettings()
     signing: SigningSettings = SigningSettings()
     registry: RegistrySettings = RegistrySettings()
     serving: ServingSettings = ServingSettings()
-    access: AccessSettings = AccessSettings()
+    auth: AuthSettings = AuthSettings()
     project: Path = Field(default_factory=Path.cwd, exclude=True)  # folder of settings.ini, or the working folder
     origins: dict[str, str] = Field(default_factory=dict, exclude=True)  # "runs.root" -> "settings.ini, line 4"
 

@@ -203,7 +203,7 @@ def regression_metrics(
 def ranking_values(
     rows: LabelledScores,  # labels are relevances (0: not relevant), scores [rows] or probabilities [rows, 2]
     lists: np.ndarray,  # list that each row belongs to, any values, [rows]
-    first: int = 10,  # cutoff rank k of the metrics at k
+    k: int = 10,  # cutoff rank of the metrics at k
 ) -> dict[str, np.ndarray]:  # metric -> values [lists with a relevant row]
     """NDCG, recall and reciprocal rank of each list (Järvelin & Kekäläinen, 2002)."""
     scores = rows.scores[:, 1] if rows.scores.ndim == 2 else rows.scores
@@ -212,17 +212,17 @@ def ranking_values(
     is_relevant = relevance > 0
     rank, ideal_rank = (_rank_within(list_ids, values) for values in (scores, relevance))
     columns = [
-        relevance * (rank <= first) / np.log2(rank + 1),
-        relevance * (ideal_rank <= first) / np.log2(ideal_rank + 1),
-        is_relevant * (rank <= first),
+        relevance * (rank <= k) / np.log2(rank + 1),
+        relevance * (ideal_rank <= k) / np.log2(ideal_rank + 1),
+        is_relevant * (rank <= k),
         is_relevant,
     ]
     dcg, ideal_dcg, relevant_at_k, relevant = (np.bincount(list_ids, column) for column in columns)
     reciprocal_rank = np.zeros(len(relevant))
     np.maximum.at(reciprocal_rank, list_ids, is_relevant / rank)
     metrics = {
-        f"ndcg_at_{first}": dcg / np.maximum(ideal_dcg, 1e-300),
-        f"recall_at_{first}": relevant_at_k / relevant.clip(1),
+        f"ndcg_at_{k}": dcg / np.maximum(ideal_dcg, 1e-300),
+        f"recall_at_{k}": relevant_at_k / relevant.clip(1),
         "mean_reciprocal_rank": reciprocal_rank,
     }
     return {name: values[relevant > 0] for name, values in metrics.items()}
@@ -313,7 +313,7 @@ def _with_intervals(count: int, statistic: _Statistic) -> dict[Any, MetricEstima
 
 def _require_rows(rows: LabelledScores) -> None:
     if not len(rows.labels):
-        raise ValueError("There are no rows to measure.")
+        raise ValueError("There are no rows to compute metrics of.")
 
 
 def metric_values(
@@ -378,7 +378,7 @@ class ThresholdMetrics(NamedTuple):
     """Metrics of a binary classifier at a decision threshold."""
 
     threshold: float
-    called: MetricEstimate  # share of rows predicted positive
+    selection_rate: MetricEstimate  # share of rows predicted positive
     precision: MetricEstimate
     recall: MetricEstimate
     f1: MetricEstimate
@@ -412,7 +412,7 @@ def threshold_metrics(
         for threshold in thresholds:
             predicted = positive > threshold
             predicted_positives, true_positives = _sums(weights, predicted, labels * predicted)
-            statistics[threshold, "called"] = _ratio(predicted_positives, total)
+            statistics[threshold, "selection_rate"] = _ratio(predicted_positives, total)
             statistics[threshold, "precision"] = _ratio(true_positives, predicted_positives, 0.0)
             statistics[threshold, "recall"] = _ratio(true_positives, positives, 0.0)
             statistics[threshold, "f1"] = _ratio(2 * true_positives, positives + predicted_positives, 0.0)

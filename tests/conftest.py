@@ -121,7 +121,7 @@ def hold_kernels() -> object:
     """Keep warm kernels for the session, as `mlkit kernels start` does: TensorFlow is imported once."""
     from mlkit.jobs import kernels
 
-    return kernels.ForkServerClient.fitting(os.environ).hold() if kernels.CAN_FORK else None
+    return kernels.ForkServerClient.for_environment(os.environ).hold() if kernels.CAN_FORK else None
 
 
 def run_cli(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:

@@ -1,8 +1,8 @@
-"""Private APIs of Ray: standard output of the driver, and the cluster's internal key-value store."""
+"""Private interfaces of Ray 2.60: standard output of the driver, key-value store of the cluster, Ray Serve's proxies."""
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @contextlib.contextmanager
@@ -49,3 +49,36 @@ def get_cluster_value(
     from ray.experimental.internal_kv import _internal_kv_get
 
     return _internal_kv_get(key)
+
+
+class ServeConfiguration(NamedTuple):
+    """Ports and proxies of a running Ray Serve instance."""
+
+    host: str
+    port: int
+    grpc_port: int | None  # None: no gRPC
+    has_haproxy: bool
+
+
+def running_configuration(
+    ray: Any,  # the module, connected to a cluster
+) -> ServeConfiguration | None:
+    """Configuration of the Ray Serve instance in a cluster; None where none is running."""
+    try:
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
+    methods = (controller.get_http_config, controller.get_grpc_config, controller.get_proxies)
+    http, grpc, proxies = ray.get([method.remote() for method in methods])
+    grpc_port = grpc.port if grpc.grpc_servicer_functions else None
+    return ServeConfiguration(
+        http.host, http.port, grpc_port, any("HAProxy" in repr(proxy) for proxy in proxies.values())
+    )
+
+
+def pass_through(
+    server: Any,  # gRPC server of a Ray Serve proxy
+    service: str,  # full name
+) -> None:
+    """Have a proxy handle a service itself, rather than call a replica."""
+    server.add_passthrough_service(service)

@@ -1,4 +1,6 @@
-"""TensorFlow: sessions without the rest of TensorFlow, and their callables; tested with TensorFlow 2.21."""
+"""Private interfaces of TensorFlow 2.21: sessions without the rest of TensorFlow, SavedModels, collectives."""
+
+from __future__ import annotations
 
 import contextlib
 import importlib.metadata
@@ -8,9 +10,12 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlkit.errors import ModelError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 _TESTED = "2.21."  # versions with which these functions were tested
 
@@ -62,29 +67,33 @@ def _native_stderr_suppressed() -> Iterator[None]:
         os.close(null)
 
 
+def load_into_session(
+    session: tf.compat.v1.Session,  # session with an empty graph, which has to be the default graph
+    folder: Path,  # version folder of a SavedModel
+) -> Any:  # MetaGraphDef
+    """Load a SavedModel as TF Serving does; the public function logs a deprecation warning."""
+    from tensorflow.python.saved_model import loader_impl
+
+    return loader_impl.SavedModelLoader(str(folder)).load(session, ["serve"])
+
+
 def open_session(
     folder: Path,  # SavedModel
 ) -> Any:  # tensorflow.python.client.session.Session
-    """Restore a SavedModel into a session with one thread, without TensorFlow's deprecation warning."""
+    """Restore a SavedModel into a session with one thread."""
     from tensorflow.core.protobuf import config_pb2
     from tensorflow.python.client.session import Session
     from tensorflow.python.framework.ops import Graph
-    from tensorflow.python.platform import tf_logging
-    from tensorflow.python.saved_model import loader_impl
 
     options = config_pb2.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
     options.allow_soft_placement = True
-    graph, level = Graph(), tf_logging.get_verbosity()
-    session = Session(graph=graph, config=options)
-    tf_logging.set_verbosity(tf_logging.ERROR)
+    session = Session(graph=Graph(), config=options)
     try:
-        with graph.as_default():
-            loader_impl.load(session, ["serve"], str(folder))
+        with session.graph.as_default():
+            load_into_session(session, folder)
     except BaseException:
         session.close()
         raise
-    finally:
-        tf_logging.set_verbosity(level)
     return session
 
 
@@ -110,3 +119,32 @@ def op_error(
     from tensorflow.python.framework import errors_impl
 
     return (error.error_code, str(error.message)) if isinstance(error, errors_impl.OpError) else None
+
+
+@contextlib.contextmanager
+def save_context() -> Iterator[None]:
+    """Context manager that traces functions as `tf.saved_model.save` does, so that it need not trace them again."""
+    import tensorflow as tf
+    from tensorflow.python.saved_model import save_context as context
+
+    with context.save_context(tf.saved_model.SaveOptions()):
+        yield
+
+
+def write_fingerprint(
+    folder: Path,  # version folder of a SavedModel
+) -> None:
+    """Write fingerprint.pb anew for a saved_model.pb that was edited."""
+    from tensorflow.python.saved_model import fingerprinting_utils
+
+    fingerprinting_utils.write_fingerprint(str(folder))
+
+
+def abort_collectives(
+    message: str,  # reason, part of the error that is raised
+) -> None:
+    """Make every collective operation that is running, or will be, fail with UnavailableError."""
+    import tensorflow as tf
+    from tensorflow.python.eager import context
+
+    context.context().abort_collective_ops(tf.errors.UNAVAILABLE, message)

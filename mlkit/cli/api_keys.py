@@ -6,22 +6,12 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from mlkit.cli.app import command_group
 from mlkit.cli.console import JsonOption, console, print_json, print_line, text_grid
-from mlkit.cli.group import SummaryGroup
 from mlkit.config import load_settings
 from mlkit.errors import InputError
 
-api_keys = typer.Typer(
-    cls=SummaryGroup,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Create, list and revoke API keys of a server's clients.",
-)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.add_typer(api_keys, name="api-keys", rich_help_panel="Serve")
+api_keys = command_group("api-keys", "Serve", "Create, list and revoke API keys of a server's clients.")
 
 
 def _key_file() -> Path:
@@ -29,10 +19,9 @@ def _key_file() -> Path:
     from mlkit.serving.tls import read_options
 
     settings = load_settings()
-    if not settings.access.keys:
+    if not settings.auth.keys:
         raise InputError(
-            "The setting access.keys names the file of API keys, and it is empty. "
-            "In settings.ini: [access] keys = api.keys"
+            "The setting auth.keys names the file of API keys, and it is empty. In settings.ini: [auth] keys = api.keys"
         )
     return Path(read_options(settings)[0].keys)
 
@@ -87,5 +76,5 @@ def revoke(
     revoked = revoke_api_key(_key_file(), name)
     if as_json:
         print_json({"name": name, "revoked": [key.id for key in revoked]})
-        return
-    print_line(f"The API key of {escape(name)} is revoked.")
+    else:
+        print_line(f"The API key of {escape(name)} is revoked.")

@@ -19,11 +19,9 @@ from rich.text import Text
 
 from mlkit._display import format_number, format_seconds, format_value
 from mlkit._files import read_records
-from mlkit.errors import JobFailedError, MlkitError, StorageError
-from mlkit.runs.query import RunSummary
+from mlkit.errors import InputError, JobFailedError, MlkitError, StorageError
 from mlkit.runs.record import Record
 from mlkit.runs.run import STATUS_COLORS, Run
-from mlkit.runs.store import RunTable
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 errors = Console(stderr=True, highlight=False)
@@ -118,6 +116,32 @@ def split_list(
 ) -> list[str]:
     """The values of an option that takes a list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def parse_pairs(
+    texts: Iterable[str],  # NAME=VALUE
+    expected: str,  # option and syntax, for the message
+    convert: Callable[[str], Any] = str,  # raises ValueError for an invalid value
+) -> dict[str, Any]:
+    """Names and values of an option that may be repeated; raises InputError for anything else."""
+    values = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        try:
+            values[name] = convert(value)
+        except ValueError:
+            separator = ""
+        if not (name and separator):
+            raise InputError(f"{expected}. Received: '{text}'")
+    return values
+
+
+def print_summary(
+    record: Record,
+) -> None:
+    """Print the result of a run in sentences, such as the comparison with the baselines."""
+    for sentence in record.summary.splitlines():
+        print_line(f"[bold]{escape(sentence)}[/]")
 
 
 def relative_path(path: Path) -> Path:
@@ -221,7 +245,7 @@ class SweepProgress:
         if self.live:
             return
         for state in states:
-            if state.status in ("waiting", "running", "created") or (state.number, state.status) in self.printed:
+            if state.status in ("queued", "running", "created") or (state.number, state.status) in self.printed:
                 continue
             self.printed.add((state.number, state.status))
             best = headline(state.run.record) if state.run and state.run.record.metrics else None
@@ -241,12 +265,9 @@ class SweepProgress:
 
     def table(self, ranked: bool = False) -> Table:
         """A row for each point; ranked: the best first."""
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for title in ("run", "status", "time", "at", "result", *self._varying_parameters()):
-            table.add_column(title, no_wrap=title != "at", justify="right" if title == "time" else "left")
-        for state in sorted(self.states, key=_rank) if ranked else self.states:
-            table.add_row(*self._row(state))
-        return table
+        titles = ("run", "status", "time", "at", "result", *self._varying_parameters())
+        rows = map(self._row, sorted(self.states, key=_rank) if ranked else self.states)
+        return text_grid(titles, rows, right=("time",), whole=[*titles[:3], *titles[4:]], markup=("status",))
 
     def _varying_parameters(self) -> list[str]:
         names = dict.fromkeys(name for state in self.states for name in state.parameters)
@@ -254,7 +275,7 @@ class SweepProgress:
 
     def _row(self, state: Any) -> list[str]:
         record = readable_record(state.run)
-        values = [escape(str(state.parameters.get(name, ""))) for name in self._varying_parameters()]
+        values = [str(state.parameters.get(name, "")) for name in self._varying_parameters()]
         if record is None:
             return ["", colored_status(state.status), "", "", "", *values]
         position = f"{state.cell.number}/{state.cell.total} {state.cell.heading}" if state.cell else ""
@@ -265,7 +286,7 @@ class SweepProgress:
         name, value = headline(record) or ("", None)
         best = f"{name} {format_number(value)}" if name else ""
         seconds = format_seconds(record.seconds)
-        return [state.run.id[-4:], colored_status(state.status), seconds, escape(position), best, *values]
+        return [state.run.id[-4:], colored_status(state.status), seconds, position, best, *values]
 
 
 def readable_record(run: Run | None) -> Record | None:
@@ -282,14 +303,13 @@ def headline(
     """The most important metric of a run: its reported value, or the best so far while the run has not completed."""
     from mlkit.metrics import lower_is_better
 
-    summary = RunSummary(record.id, record.job, record.status, "", None, record.metrics, {}, {})
-    names = RunTable([summary], 1, Path()).metric_names(most=1)
-    if not names:
+    name = min(record.metrics, key=lambda metric: not metric.startswith(("val_", "test_")), default=None)
+    if name is None:
         return None
-    if record.status == "completed":
-        return names[0], record.metrics[names[0]]
-    values = [value for _, value in record.history.get(names[0], [])] or [record.metrics[names[0]]]
-    return names[0], (min if lower_is_better(names[0]) else max)(values)
+    values = [value for _, value in record.history.get(name, [])]
+    if record.status == "completed" or not values:
+        return name, record.metrics[name]
+    return name, (min if lower_is_better(name) else max)(values)
 
 
 def _rank(state: Any) -> tuple[bool, float]:
@@ -346,9 +366,9 @@ def trial_lines(
     finished = []
     for event in (event for event in events if "end" in event):
         values = {name.replace("/", "."): value for name, value in trials[event["end"]].items() if "tuner/" not in name}
-        chosen = " ".join(f"{name}={format_value(value, 40)}" for name, value in values.items())
+        hyperparameters = " ".join(f"{name}={format_value(value, 40)}" for name, value in values.items())
         score = "failed" if event["score"] is None else f"{plan['objective']} {format_number(event['score'])}"
-        finished.append(f"trial {event['end']} of {plan['trials']}  {chosen}  {score}")
+        finished.append(f"trial {event['end']} of {plan['trials']}  {hyperparameters}  {score}")
     return finished
 
 

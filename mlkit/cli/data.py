@@ -1,18 +1,32 @@
 """`mlkit data`: describe, validate, compare and convert tables."""
 
+import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import filesize
 from rich.markup import escape
 from rich.table import Table
 
 from mlkit._files import write_atomic
-from mlkit.cli.console import DONE, FAILED, JsonOption, console, errors, print_json, print_line, split_list, text_grid
-from mlkit.cli.group import SummaryGroup
+from mlkit.cli.app import command_group
+from mlkit.cli.console import (
+    DONE,
+    FAILED,
+    JsonOption,
+    console,
+    errors,
+    parse_pairs,
+    print_json,
+    print_line,
+    split_list,
+    text_grid,
+)
 from mlkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,52 +37,38 @@ if TYPE_CHECKING:
     from mlkit.data.statistics import ColumnStatistics, Statistics
     from mlkit.data.validation import Anomalies
 
-data = typer.Typer(
-    cls=SummaryGroup,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Describe, validate, compare and convert tables.",
-)
+data = command_group("data", "Data", "Describe, validate, compare and convert tables.")
 SourceArgument = Annotated[
     str, typer.Argument(help="A file, a pattern in quotes, a URL, a database, or a built-in set such as wine.")
 ]
 PageOption = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots that needs no network.")
 ]
-QueryOption = Annotated[str | None, typer.Option(metavar="SQL", help="Query, for a database.")]
-NullValuesOption = Annotated[
-    str | None, typer.Option(metavar="TEXT,...", help="Texts that mean missing, besides the empty one.")
-]
-EncodingOption = Annotated[str, typer.Option(help="Encoding of a CSV file.")]
-SeparatorOption = Annotated[
-    str | None, typer.Option(metavar="CHARACTER", help="Separator between the fields of a CSV file.")
-]
-TypesOption = Annotated[
-    str | None, typer.Option(metavar="COLUMN=TYPE,...", help="Types of columns whose inferred type is wrong.")
-]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.add_typer(data, name="data", rich_help_panel="Data")
 
 
 @dataclass(frozen=True)
 class ReadOptions:
     """Options by which the source of a command is read."""
 
-    query: str | None = None
-    null_values: str | None = None
-    encoding: str = "utf-8"
-    separator: str | None = None
-    types: str | None = None
+    query: Annotated[str | None, typer.Option(metavar="SQL", help="Query, for a database.")] = None
+    null_values: Annotated[
+        str | None, typer.Option(metavar="TEXT,...", help="Texts that mean missing, besides the empty one.")
+    ] = None
+    encoding: Annotated[str, typer.Option(help="Encoding of a CSV file.")] = "utf-8"
+    separator: Annotated[
+        str | None, typer.Option(metavar="CHARACTER", help="Separator between the fields of a CSV file.")
+    ] = None
+    types: Annotated[
+        str | None, typer.Option(metavar="COLUMN=TYPE,...", help="Types of columns whose inferred type is wrong.")
+    ] = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of `open_table`, those that differ from its defaults."""
-        given = {"query": self.query, "null_values": split_list(self.null_values), "separator": self.separator}
-        given |= {"encoding": self.encoding if self.encoding != "utf-8" else None, "types": _column_types(self.types)}
-        return {name: value for name, value in given.items() if value}
+        types = parse_pairs(split_list(self.types), "--types takes COLUMN=TYPE, for example zip=text,age=number")
+        arguments = {"query": self.query, "null_values": split_list(self.null_values), "separator": self.separator}
+        arguments |= {"encoding": self.encoding if self.encoding != "utf-8" else None, "types": types}
+        return {name: value for name, value in arguments.items() if value}
 
     def for_source(self, source: str, other: str | None) -> "ReadOptions":
         """Options for one of two sources: those of delimited text do not apply to a source of another format."""
@@ -79,12 +79,20 @@ class ReadOptions:
         return ReadOptions(query=self.query, types=self.types)
 
 
-def _column_types(text: str | None) -> dict[str, str]:
-    pairs = [part.partition("=") for part in split_list(text)]
-    for name, sign, kind in pairs:
-        if not (name and sign and kind):
-            raise InputError(f"--types takes COLUMN=TYPE, for example zip=text,age=number. Received: {text!r}")
-    return {name: kind for name, _, kind in pairs}
+def reads_source(
+    command: Callable[..., None],  # with a parameter `reading`
+) -> Callable[..., None]:
+    """Decorator that gives a command the options of ReadOptions, in place of its parameter `reading`."""
+    options = inspect.signature(ReadOptions).parameters
+    *own, as_json = (p for p in inspect.signature(command).parameters.values() if p.name != "reading")
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        reading = ReadOptions(**{name: arguments.pop(name) for name in options})
+        command(**arguments, reading=reading)
+
+    wrapper.__signature__ = inspect.Signature([*own, *options.values(), as_json])
+    return wrapper
 
 
 def _name(source: str) -> str:
@@ -117,21 +125,15 @@ def read_statistics(
     from mlkit.data.builtin import open_table
     from mlkit.data.statistics import Statistics, describe
 
-    with errors.status(f"reading {escape(_name(source))} ..."):
-        if (text := _saved_statistics(source)) is None:
-            table = _batches(source, reading, large)
-            table = open_table(source, **reading.arguments) if table is None else table
-            return describe(table, by=by, name=_name(source))
-    if by or reading.arguments:
-        raise InputError(f"'{source}' holds statistics, not rows; the options for reading rows do not apply.")
-    return Statistics.from_json(text)
-
-
-def _saved_statistics(source: str) -> str | None:
     path = Path(source)
-    if path.suffix != ".json" or not path.is_file():
-        return None
-    return path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".json" and path.is_file():
+        if by or reading.arguments:
+            raise InputError(f"'{source}' holds statistics, not rows; the options for reading rows do not apply.")
+        return Statistics.from_json(path.read_text(encoding="utf-8", errors="replace"))
+    with errors.status(f"reading {escape(_name(source))} ..."):
+        table = _batches(source, reading, large)
+        table = open_table(source, **reading.arguments) if table is None else table
+        return describe(table, by=by, name=_name(source))
 
 
 def _write_page(page: Path, text: str, as_json: bool) -> None:
@@ -149,11 +151,11 @@ def _values(column: "ColumnStatistics") -> str:
 
     if column.is_quantity:
         low, middle, high = (
-            format_value(value, column.kind) for value in (column.minimum, column.quantile(0.5), column.maximum)
+            format_value(value, column.type) for value in (column.minimum, column.quantile(0.5), column.maximum)
         )
         infinite = f", {column.infinite:,} infinite" if column.infinite else ""
         return f"{low} to {high}, median {middle}{infinite}" if len(column.quantiles) else infinite.removeprefix(", ")
-    shares = [(_text(value), rows / column.known) for value, rows in list(column.counts.items())[:3]]
+    shares = [(_text(value), rows / column.count) for value, rows in list(column.counts.items())[:3]]
     return ", ".join(f"{value if len(value) < 17 else value[:15] + '…'} {share:.0%}" for value, share in shares)
 
 
@@ -177,7 +179,7 @@ def describe_table(
     rows = [
         (
             column.name,
-            column.kind,
+            column.type,
             f"{column.missing / max(column.rows, 1):.1%}" if column.missing else "-",
             f"{column.unique:,}" if column.unique_exact else f"~{column.unique:,}",
             _values(column),
@@ -185,8 +187,8 @@ def describe_table(
         )
         for column in statistics.columns.values()
     ]
-    titles = ("column", "kind", "missing", "unique", "values", "distribution")
-    return text_grid(titles, rows, right=titles[2:4], whole=("kind", "missing", "unique", "distribution"))
+    titles = ("column", "type", "missing", "unique", "values", "distribution")
+    return text_grid(titles, rows, right=titles[2:4], whole=("type", "missing", "unique", "distribution"))
 
 
 def slices_table(
@@ -204,25 +206,21 @@ def _middle(column: "ColumnStatistics") -> str:
     from mlkit.data.statistics import format_value
 
     if column.is_quantity:
-        return format_value(column.mean, column.kind)
+        return format_value(column.mean, column.type)
     value, rows = next(iter(column.counts.items()), ("", 0))
-    return f"{_text(value)[:12]} {rows / max(column.known, 1):.0%}" if rows else ""
+    return f"{_text(value)[:12]} {rows / max(column.count, 1):.0%}" if rows else ""
 
 
 @data.command(epilog="Example: mlkit data describe 'logs/*.csv' --null-values '?,NA' --by day --html logs.html")
+@reads_source
 def describe(
     source: SourceArgument,
+    reading: ReadOptions,
     by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Also describe each slice by this column.")] = None,
     page: PageOption = None,
-    query: QueryOption = None,
-    null_values: NullValuesOption = None,
-    encoding: EncodingOption = "utf-8",
-    separator: SeparatorOption = None,
-    types: TypesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Describe columns: types, missing values, ranges, distributions."""
-    reading = ReadOptions(query, null_values, encoding, separator, types)
     statistics = read_statistics(source, reading, by)
     if as_json:
         typer.echo(statistics.to_json())
@@ -253,12 +251,14 @@ def schema_table(
 ) -> Table:
     """A line for each column."""
     titles = str(schema).partition("\n")[0].split()
-    return text_grid(titles, schema.rows(), whole=("kind", "required"))
+    return text_grid(titles, schema.rows(), whole=("type", "required"))
 
 
 @data.command(epilog="Example: mlkit data infer train.csv --label income --output schema/schema.pbtxt")
+@reads_source
 def infer(
     source: SourceArgument,
+    reading: ReadOptions,
     output: Annotated[Path | None, typer.Option(metavar="schema.pbtxt", help="File to write.")] = None,
     label: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Column that is absent when a model serves.")
@@ -266,15 +266,9 @@ def infer(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace a schema; the old one stays in the history.")
     ] = False,
-    query: QueryOption = None,
-    null_values: NullValuesOption = None,
-    encoding: EncodingOption = "utf-8",
-    separator: SeparatorOption = None,
-    types: TypesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Infer a schema from trusted data, to be corrected by hand."""
-    reading = ReadOptions(query, null_values, encoding, separator, types)
     from mlkit.data.schema import infer_schema, schema_to_proto
 
     schema = infer_schema(read_statistics(source, reading), label=split_list(label))
@@ -316,22 +310,18 @@ def print_anomalies(
 
 
 @data.command(epilog="Example: mlkit data validate today.csv --schema schema.pbtxt --environment SERVING")
+@reads_source
 def validate(
     source: SourceArgument,
+    reading: ReadOptions,
     schema: Annotated[Path, typer.Option(metavar="schema.pbtxt", help="Expected schema.")],
     environment: Annotated[
         str | None, typer.Option(help="TRAINING or SERVING, which decides the expected columns.")
     ] = None,
     page: PageOption = None,
-    query: QueryOption = None,
-    null_values: NullValuesOption = None,
-    encoding: EncodingOption = "utf-8",
-    separator: SeparatorOption = None,
-    types: TypesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Validate data against a schema; exit code 1 for errors."""
-    reading = ReadOptions(query, null_values, encoding, separator, types)
     from mlkit.data.schema import load_schema
     from mlkit.data.validation import validate as find_anomalies
 
@@ -354,11 +344,11 @@ def drift_table(
     """The worst column first."""
     from mlkit.data.drift import RESULT_COLORS, format_p
 
-    colors = RESULT_COLORS | {"unproven": "yellow", "new": "dim", "not judged": "dim"}
+    colors = RESULT_COLORS | {"not significant": "yellow", "new": "dim", "not tested": "dim"}
     rows = [
-        (c.name, f"[{colors[c.verdict]}]{c.verdict}[/]", format_p(c.p_value), c.reason) for c in drift.columns.values()
+        (c.name, f"[{colors[c.result]}]{c.result}[/]", format_p(c.p_value), c.reason) for c in drift.columns.values()
     ]
-    titles = ("column", "verdict", "p", "why")
+    titles = ("column", "result", "p", "reason")
     return text_grid(titles, rows, whole=titles[1:3], markup=titles[1:2])
 
 
@@ -398,8 +388,10 @@ def _compare(
 
 
 @data.command(epilog="Example: mlkit data drift last_week.parquet today.csv --schema schema.pbtxt --html drift.html")
+@reads_source
 def drift(
     reference: SourceArgument,
+    reading: ReadOptions,
     current: Annotated[str | None, typer.Argument(help="Table to compare with it; or use --by.")] = None,
     by: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Compare the slices of one source, for example days.")
@@ -408,15 +400,9 @@ def drift(
     schema: Annotated[Path | None, typer.Option(metavar="schema.pbtxt", help="Schema with drift thresholds.")] = None,
     ignore: Annotated[str | None, typer.Option(metavar="COLUMN,...", help="Columns to leave out.")] = None,
     page: PageOption = None,
-    query: QueryOption = None,
-    null_values: NullValuesOption = None,
-    encoding: EncodingOption = "utf-8",
-    separator: SeparatorOption = None,
-    types: TypesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure drift between tables or over time; exit code 1 for drift."""
-    reading = ReadOptions(query, null_values, encoding, separator, types)
     result = _compare(reference, current, by, against, schema, split_list(ignore), reading)
     if as_json:
         typer.echo(result.to_json())
@@ -427,15 +413,6 @@ def drift(
         _write_page(page, result.to_html(), as_json)
     if not result.passed:
         raise typer.Exit(1)
-
-
-def _format_size(size: int) -> str:
-    """Bytes as one says them."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "bytes" else f"{size} bytes"
-        size /= 1000
-    return f"{size:.3g} GB"
 
 
 def _refuse_existing(target: str, shards: int) -> None:
@@ -449,20 +426,16 @@ def _refuse_existing(target: str, shards: int) -> None:
 
 
 @data.command(epilog="Example: mlkit data convert train.csv train.tfrecord.gz --shards 8")
+@reads_source
 def convert(
     source: SourceArgument,
+    reading: ReadOptions,
     target: Annotated[str, typer.Argument(help="A name that ends in .csv, .parquet, .jsonl, .arrow or .tfrecord.")],
     shards: Annotated[int, typer.Option(min=1, help="Number of files.")] = 1,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite existing files.")] = False,
-    query: QueryOption = None,
-    null_values: NullValuesOption = None,
-    encoding: EncodingOption = "utf-8",
-    separator: SeparatorOption = None,
-    types: TypesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a table to another format."""
-    reading = ReadOptions(query, null_values, encoding, separator, types)
     from mlkit.data.builtin import open_table
     from mlkit.data.io import write_table
 
@@ -479,5 +452,5 @@ def convert(
         )
         return
     named = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
-    counted = f"{table.height:,} rows, {table.width} columns, {_format_size(size)}"
+    counted = f"{table.height:,} rows, {table.width} columns, {filesize.decimal(size)}"
     console.print(f"{counted}: [bold]{escape(named)}[/]", soft_wrap=True)

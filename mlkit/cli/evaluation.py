@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from mlkit._display import format_number
+from mlkit.cli.app import app
 from mlkit.cli.console import (
     JsonOption,
     RunArgument,
@@ -32,14 +33,10 @@ LOSS_METRICS = {"binary": "log_loss", "multiclass": "log_loss", "regression": "m
 MAX_SLICES = 10  # rows of the table
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    panel = {"rich_help_panel": "Evaluate and export"}
-    example = "Example: mlkit evaluate latest --slice device --slice device,age --group city_tier"
-    app.command(epilog=example, **panel)(evaluate)
-    app.command(epilog="Example: mlkit gate latest --against churn@champion", **panel)(gate)
-
-
+@app.command(
+    epilog="Example: mlkit evaluate latest --slice device --slice device,age --group city_tier",
+    rich_help_panel="Evaluate and export",
+)
 def evaluate(
     reference: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, NAME@alias, NAME/3, or a folder with a model.")
@@ -66,14 +63,21 @@ def evaluate(
     from mlkit.registry.gate import read_rules
     from mlkit.registry.resolve import resolve_model
 
-    parameters = {"run": resolve_model(reference, variant).reference, "kind": variant, "dataset": data, "label": label}
-    parameters |= {"slices": [text.split(",") if "," in text else text for text in slices], "groups": group}
-    parameters |= {"lists": lists, "streamed": streamed}
-    parameters |= {"against": resolve_model(against).reference if against else None}
     if rules:
         read_rules(rules)
-        parameters["gate"] = str(rules)
-    parameters = {name: value for name, value in parameters.items() if value is not None}
+    options = {
+        "run": resolve_model(reference, variant).reference,
+        "kind": variant,
+        "dataset": data,
+        "label": label,
+        "slices": [text.split(",") if "," in text else text for text in slices],
+        "groups": group,
+        "lists": lists,
+        "streamed": streamed,
+        "against": resolve_model(against).reference if against else None,
+        "gate": str(rules) if rules else None,
+    }
+    parameters = {name: value for name, value in options.items() if value is not None}
     with showing_progress(as_json) as progress:
         run = run_job("evaluate", parameters, on_progress=progress)
     report = json.loads((run.folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -92,13 +96,13 @@ def _print_report(run: Run, report: dict[str, Any]) -> None:
     """The metrics of an evaluation, as tables."""
     for label, labelled in report["labels"].items():
         console.print(f"\n[bold]{escape(label)}[/] ({labelled['task']}), {labelled['rows']:,} rows\n")
-        metrics = labelled["measures"] | labelled["ranking"]
+        metrics = labelled["metrics"] | labelled["ranking"]
         _print_estimates("metric", [(name.replace("_", " "), *_interval(value)) for name, value in metrics.items()])
         _print_slices(labelled)
-        if labelled["disparities"]:
+        if labelled["fairness_gaps"]:
             gaps = [
-                (gap["measure"].replace("_", " "), *_interval(gap), f"{gap['highest']} over {gap['lowest']}")
-                for gap in labelled["disparities"]
+                (gap["metric"].replace("_", " "), *_interval(gap), f"{gap['highest']} over {gap['lowest']}")
+                for gap in labelled["fairness_gaps"]
             ]
             _print_estimates("between groups", gaps, "")
     model = report["run"] if "/" not in report["run"] else Path(report["run"]).name
@@ -108,17 +112,17 @@ def _print_report(run: Run, report: dict[str, Any]) -> None:
 def _print_slices(labelled: dict[str, Any]) -> None:
     """The worst of the requested slices, and weak slices that were found without being named."""
     name = LOSS_METRICS[labelled["task"]]
-    measured = [part for part in labelled["slices"] if name in part["measures"]]
-    worst = sorted(measured, key=lambda part: -part["measures"][name]["value"])[:MAX_SLICES]
+    measured = [part for part in labelled["slices"] if name in part["metrics"]]
+    worst = sorted(measured, key=lambda part: -part["metrics"][name]["value"])[:MAX_SLICES]
     if worst:
         rows = [
-            (part["slice"] + (" (uncertain)" if part["uncertain"] else ""), *_interval(part["measures"][name]))
+            (part["slice"] + (" (uncertain)" if part["uncertain"] else ""), *_interval(part["metrics"][name]))
             for part in worst
         ]
         _print_estimates(f"worst slices by {name.replace('_', ' ')}", rows)
     if labelled["weak_slices"]:
         rows = [
-            (part["name"], format_number(part["loss"]), format_number(part["others"]), f"{part['rows']:,}")
+            (part["name"], format_number(part["loss"]), format_number(part["loss_elsewhere"]), f"{part['rows']:,}")
             for part in labelled["weak_slices"]
         ]
         numbers = ("loss", "of other rows", "rows")
@@ -138,6 +142,7 @@ def _print_estimates(title: str, rows: list[tuple[str, ...]], *more: str) -> Non
     console.print()
 
 
+@app.command(epilog="Example: mlkit gate latest --against churn@champion", rich_help_panel="Evaluate and export")
 def gate(
     reference: RunArgument = "latest",
     against: ChampionOption = None,
@@ -147,7 +152,7 @@ def gate(
     as_json: JsonOption = False,
 ) -> None:
     """Apply the quality gate to a run's model; exit code 1 if it fails."""
-    from mlkit.registry.gate import read_rules, read_verdict, run_gate
+    from mlkit.registry.gate import read_rules, read_gate_result, run_gate
     from mlkit.registry.resolve import resolve_model
 
     store = RunStore()
@@ -156,7 +161,7 @@ def gate(
     gate_rules = read_rules(rules or load_settings().gate.rules)
     with showing_progress(as_json) as progress:
         passed = run_gate(run, gate_rules, champion, store, on_progress=progress).passed
-    result = read_verdict(run)
+    result = read_gate_result(run)
     if as_json:
         print_json(result)
     else:

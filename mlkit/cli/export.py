@@ -5,29 +5,23 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from mlkit.cli.app import app
 from mlkit.cli.console import (
     JsonOption,
     RunArgument,
     console,
     errors,
+    parse_pairs,
     print_json,
     print_line,
     showing_progress,
     text_grid,
 )
-from mlkit.errors import InputError
 from mlkit.runs.run import Run
 from mlkit.runs.store import RunStore
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    panel = {"rich_help_panel": "Evaluate and export"}
-    app.command(epilog="Example: mlkit export k3f9 --to litert-int8,litertjs", **panel)(export)
-    app.command(epilog="Example: mlkit compress k3f9 --method prune --method int8 --sparsity 0.9", **panel)(compress)
-    app.command(epilog="Example: mlkit parity k3f9 --tolerance litert-int8=0.02", **panel)(parity)
-
-
+@app.command(epilog="Example: mlkit export k3f9 --to litert-int8,litertjs", rich_help_panel="Evaluate and export")
 def export(
     reference: RunArgument = "latest",
     to: Annotated[
@@ -62,11 +56,11 @@ def _print_exports(run: Run, exports: list[Any]) -> None:
     """The exports with their sizes, and the reasons of those that failed."""
     from mlkit.export.formats import find_format
 
-    colors = {"made": "green", "kept": "dim", "failed": "red"}
+    colors = {"exported": "green", "existing": "dim", "failed": "red"}
     litert = find_format(run.folder, "litert")
     rows = []
     for result in exports:
-        files, ratio = result.form, ""
+        files, ratio = result.model_format, ""
         if files and litert and result.name.startswith("litert-"):
             ratio = f"{files.bytes / litert.bytes:.0%}"
         sizes = (str(len(files.files)), f"{files.bytes:,}") if files else ("", "")
@@ -79,49 +73,10 @@ def _print_exports(run: Run, exports: list[Any]) -> None:
             print_line(f"\n[red]{result.name}[/] {escape(result.reason)}")
 
 
-def _read_tolerances(texts: list[str]) -> dict[str, float]:
-    """Tolerances from TARGET=NUMBER; raises InputError for anything else."""
-    tolerances = {}
-    for text in texts:
-        target, _, number = text.partition("=")
-        try:
-            tolerances[target] = float(number)
-        except ValueError:
-            raise InputError(f"--tolerance takes TARGET=NUMBER, as litert-int8=0.02. Received: {text!r}") from None
-    return tolerances
-
-
-def parity(
-    reference: RunArgument = "latest",
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Only this format, as litert-int8; may be repeated. By default all that exist."),
-    ] = None,
-    tolerance: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TARGET=X", help="Largest allowed difference; the mean may be a tenth of it."),
-    ] = None,
-    server: Annotated[str, typer.Option(metavar="URL", help="A server, as http://HOST:8501/v1/models/NAME.")] = "",
-    as_json: JsonOption = False,
-) -> None:
-    """Test that all formats predict the same; exit code 1 if not."""
-    from mlkit.export.parity import COLUMNS, check_parity
-
-    tolerances = _read_tolerances(tolerance or [])
-    run = RunStore().get(reference, having="saved_model")
-    result = check_parity(run, target or (), tolerances, server)
-    if as_json:
-        print_json(result.record())
-    else:
-        right, whole = ("largest", "mean", "allowed", "same class"), COLUMNS[:-1]
-        console.print(text_grid(COLUMNS, result.rows(), right=right, whole=whole))
-        print_line(f"\n{run.id}: {escape(result.reason)}")
-    if not result.passed:
-        raise typer.Exit(1)
-    if not as_json:
-        print_line(f"Next: [bold]mlkit gate {run.id}[/]")
-
-
+@app.command(
+    epilog="Example: mlkit compress k3f9 --method prune --method int8 --sparsity 0.9",
+    rich_help_panel="Evaluate and export",
+)
 def compress(
     reference: RunArgument = "latest",
     methods: Annotated[
@@ -151,5 +106,37 @@ def compress(
     console.print(text_grid(titles, variants.lines(), right=titles[2:8], whole=titles[:2]))
     plot = compressed.folder / "plots" / "variants.png"
     print_line(f"\n{compressed.id}: {variants.rows:,} test rows. The plot: {plot}")
-    following = "gate" if variants.kept else "runs open"
+    following = "gate" if variants.kept_method else "runs open"
     console.print(f"Next: [bold]mlkit {following} {compressed.id[-4:]}[/]")
+
+
+@app.command(epilog="Example: mlkit parity k3f9 --tolerance litert-int8=0.02", rich_help_panel="Evaluate and export")
+def parity(
+    reference: RunArgument = "latest",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this format, as litert-int8; may be repeated. By default all that exist."),
+    ] = None,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TARGET=X", help="Largest allowed difference; the mean may be a tenth of it."),
+    ] = None,
+    server: Annotated[str, typer.Option(metavar="URL", help="A server, as http://HOST:8501/v1/models/NAME.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Test that all formats predict the same; exit code 1 if not."""
+    from mlkit.export.parity import COLUMNS, check_parity
+
+    tolerances = parse_pairs(tolerance or [], "--tolerance takes TARGET=NUMBER, as litert-int8=0.02", float)
+    run = RunStore().get(reference, having="saved_model")
+    result = check_parity(run, target or (), tolerances, server)
+    if as_json:
+        print_json(result.record())
+    else:
+        right, whole = ("largest", "mean", "tolerance", "same class"), COLUMNS[:-1]
+        console.print(text_grid(COLUMNS, result.rows(), right=right, whole=whole))
+        print_line(f"\n{run.id}: {escape(result.reason)}")
+    if not result.passed:
+        raise typer.Exit(1)
+    if not as_json:
+        print_line(f"Next: [bold]mlkit gate {run.id}[/]")

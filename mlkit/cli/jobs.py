@@ -7,24 +7,14 @@ from typing import Annotated
 import typer
 
 from mlkit._display import format_seconds
+from mlkit.cli.app import command_group
 from mlkit.cli.console import JsonOption, console, print_json, print_rows, working
-from mlkit.cli.group import SummaryGroup
-from mlkit.cli.run import print_parameters
+from mlkit.cli.run import job_schema, print_parameters
 from mlkit.config import load_settings
 from mlkit.errors import InputError
 
-jobs = typer.Typer(
-    cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="List job notebooks and their parameters."
-)
-kernels = typer.Typer(
-    cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="Start and stop the pool of warm kernels."
-)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.add_typer(jobs, name="jobs", rich_help_panel="Runs")
-    app.add_typer(kernels, name="kernels", rich_help_panel="Runs")
+jobs = command_group("jobs", "Runs", "List job notebooks and their parameters.")
+kernels = command_group("kernels", "Runs", "Start and stop the pool of warm kernels.")
 
 
 @jobs.command("list", epilog="Example: mlkit jobs list")
@@ -42,10 +32,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show the parameters of a job; with --json their JSON Schema."""
-    from mlkit.jobs.notebook import find_job, read_notebook
-    from mlkit.jobs.parameters import ParameterSchema
-
-    schema = ParameterSchema.of(read_notebook(find_job(job)))
+    schema = job_schema(job)
     if as_json:
         print_json(schema.model.model_json_schema())
     else:
@@ -63,13 +50,13 @@ def start(
     if not CAN_FORK:
         raise InputError("Warm kernels need Linux; jobs run in ordinary kernels here.")
     seconds = idle_timeout or load_settings().kernels.idle_timeout
-    server = ForkServerClient.fitting(os.environ)
+    server = ForkServerClient.for_environment(os.environ)
     with working("importing TensorFlow"):
         server.hold(seconds).close()
     if as_json:
-        print_json(server.ask("status"))
-        return
-    console.print(f"ready; ends {format_seconds(seconds)} after its last use, or by [bold]mlkit kernels stop[/]")
+        print_json(server.request("status"))
+    else:
+        console.print(f"ready; ends {format_seconds(seconds)} after its last use, or by [bold]mlkit kernels stop[/]")
 
 
 @kernels.command(epilog="Example: mlkit kernels status --json")
@@ -91,7 +78,7 @@ def status(as_json: JsonOption = False) -> None:
             format_seconds(time.time() - server["started"]),
             str(len(server["kernels"])),
             f"{server['memory'] / 1e6:.0f} MB",
-            format_seconds(server["keep"]) if server["keep"] else "with its owner",
+            format_seconds(server["idle_timeout"]) if server["idle_timeout"] else "with its owner",
         )
         for server in servers
     ]
@@ -103,8 +90,8 @@ def stop(as_json: JsonOption = False) -> None:
     """Stop all pools; kernels that execute a job finish it."""
     from mlkit.jobs.kernels import ForkServerClient, running_servers
 
-    stopped = [ForkServerClient(server["key"]).ask("stop") for server in running_servers()]
+    stopped = [ForkServerClient(server["key"]).request("stop") for server in running_servers()]
     if as_json:
         print_json(stopped)
-        return
-    console.print(f"Stopped {len(stopped)} pool{'' if len(stopped) == 1 else 's'} of warm kernels.")
+    else:
+        console.print(f"Stopped {len(stopped)} pool{'' if len(stopped) == 1 else 's'} of warm kernels.")

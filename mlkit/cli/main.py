@@ -1,4 +1,4 @@
-"""The command `mlkit`: its options, its commands in panels, and exit codes."""
+"""The command `mlkit`: its options, its commands, and exit codes."""
 
 import os
 import sys
@@ -8,46 +8,13 @@ import typer
 from rich.markup import escape
 
 import mlkit
-from mlkit.cli import (
-    api_keys,
-    data,
-    evaluation,
-    export,
-    jobs,
-    predict,
-    project,
-    registry,
-    run,
-    runs,
-    serving,
-    signing,
-    test,
-)
-from mlkit.cli.console import console, errors
-from mlkit.cli.group import PanelGroup
-from mlkit.cli.run import parse_pair
+from mlkit.cli.app import app
+from mlkit.cli import (  # noqa: F401  isort: skip  (each adds its commands, in the order of the help page)
+    project, test, data, run, runs, jobs, evaluation, export, signing, registry, serving, api_keys, predict,
+)  # fmt: skip
+from mlkit.cli.console import console, errors, parse_pairs
 from mlkit.config import load_settings, variable_name
 from mlkit.errors import JobInterruptedError, MlkitError
-
-WORKFLOW = """\b
-From a table to a served model:
-  mlkit new churn && cd churn                          a project
-  mlkit run train -p dataset=sales.csv -p label=bought train and archive the run
-  mlkit gate latest && mlkit sign latest               evaluate, sign
-  mlkit register latest --name churn                   a version of a model
-  mlkit promote churn 1                                make it the champion
-  mlkit serve churn                                    TF Serving's API on port 8501
-"""
-
-app = typer.Typer(
-    cls=PanelGroup,
-    no_args_is_help=True,
-    rich_markup_mode=None,  # plain help takes half the time
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="From notebook cell to served prediction: run notebooks as jobs, archive every run, publish and serve models.",
-    epilog=WORKFLOW,
-)
 
 
 def main() -> None:
@@ -81,10 +48,6 @@ def options(
     ] = False,
 ) -> None:
     """Options of every command."""
-    overrides = dict(parse_pair(text, "--set") for text in settings)
+    overrides = parse_pairs(settings, "--set takes NAME=VALUE")
     load_settings(overrides)  # rejects what is wrong
     os.environ.update({variable_name(name): value for name, value in overrides.items()})  # kernels inherit it
-
-
-for module in (project, test, data, run, runs, jobs, evaluation, export, signing, registry, serving, api_keys, predict):
-    module.register(app)

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mlkit.cli.app import app
 from mlkit.cli.console import JsonOption, console, errors, print_json, print_line, split_list, text_grid
 from mlkit.cli.evaluation import VariantOption
 from mlkit.cli.run import EngineOption
@@ -17,19 +18,13 @@ if TYPE_CHECKING:
     from mlkit.serving.batch_predict import BatchPrediction
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command of this module."""
-    example = "Example: mlkit predict churn@champion --input 'today-*.parquet' --output scores.parquet --key id"
-    app.command(epilog=example, rich_help_panel="Serve")(predict)
-
-
 def result_table(
     result: "BatchPrediction",
 ) -> Table:
     """One line: model, version, run, rows and rows per second."""
     names = result.names
     version = "-" if names["version"] is None else str(names["version"])
-    resumed = f"{result.kept:,}" if result.kept else "-"
+    resumed = f"{result.rows_resumed:,}" if result.rows_resumed else "-"
     row = (names["model"], version, names["run"] or "-", f"{result.rows:,}", resumed, f"{result.speed:,.0f}")
     titles = ("model", "version", "run", "rows", "resumed", "rows/s")
     return text_grid(titles, [row], right=titles[3:], whole=titles[3:])
@@ -40,6 +35,10 @@ def _progress_bar(silent: bool) -> Progress:
     return Progress(*columns, console=errors, transient=True, disable=silent or not errors.is_terminal)
 
 
+@app.command(
+    epilog="Example: mlkit predict churn@champion --input 'today-*.parquet' --output scores.parquet --key id",
+    rich_help_panel="Serve",
+)
 def predict(
     model: Annotated[str, typer.Argument(help="In the registry (churn@champion), a run, or a folder.")],
     source: Annotated[str, typer.Option("--input", metavar="SOURCE", help="A file, a pattern, a URL, a database.")],
@@ -67,20 +66,20 @@ def predict(
             output,
             query=query,
             key=split_list(key),
-            kind=variant,
+            precision=variant,
             engine=engine,
             processes=processes,
             replace=replace,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if as_json:
-        counts = {"rows": result.rows, "from_before": result.kept, "seconds": result.seconds}
-        quarantine = {"set_aside": result.set_aside, "aside": result.aside and str(result.aside)}
+        counts = {"rows": result.rows, "rows_resumed": result.rows_resumed, "seconds": result.seconds}
+        quarantine = {"quarantined": result.quarantined, "quarantine": result.quarantine and str(result.quarantine)}
         print_json({"path": str(result.path), **counts, **quarantine, **result.names})
         return
     console.print(result_table(result))
-    if result.aside:
+    if result.quarantine:
         print_line(
-            f"\nCleaning quarantined {result.set_aside:,} rows, which have no prediction: {escape(str(result.aside))}"
+            f"\nCleaning quarantined {result.quarantined:,} rows, which have no prediction: {escape(str(result.quarantine))}"
         )
     print_line(f"\nDescribe them: [bold]mlkit data describe {escape(str(result.path))}[/]")

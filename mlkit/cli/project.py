@@ -7,18 +7,12 @@ from typing import Annotated
 import typer
 
 from mlkit._files import write_atomic
+from mlkit.cli.app import app
 from mlkit.cli.console import JsonOption, console, print_json, print_rows
 from mlkit.config import known_settings, load_settings
 from mlkit.errors import InputError
 
 IGNORED_FILES = "runs/\nmodels/\nlogs/\n.ipynb_checkpoints/\n__pycache__/\n"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    panel = {"rich_help_panel": "Project"}
-    app.command(epilog="Example: mlkit new churn && cd churn && mlkit run train", **panel)(new)
-    app.command(epilog="Example: mlkit --set runs.root=/archive settings", **panel)(settings)
 
 
 def settings_template() -> str:
@@ -32,6 +26,7 @@ def settings_template() -> str:
     return "".join(lines)
 
 
+@app.command(epilog="Example: mlkit new churn && cd churn && mlkit run train", rich_help_panel="Project")
 def new(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create; it may exist if it is empty.")],
     as_json: JsonOption = False,
@@ -57,6 +52,7 @@ def new(
         console.print(f"  [bold]{line}[/]")
 
 
+@app.command(epilog="Example: mlkit --set runs.root=/archive settings", rich_help_panel="Project")
 def settings(as_json: JsonOption = False) -> None:
     """Show every setting, its value and its origin."""
     print_rows(("name", "value", "from", "meaning"), load_settings().rows(), as_json)

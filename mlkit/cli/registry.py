@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from mlkit.cli.console import DONE, FAILED, JsonOption, console, print_json, print_line, text_grid
-from mlkit.cli.group import SummaryGroup
+from mlkit.cli.app import app, command_group
+from mlkit.cli.console import DONE, FAILED, JsonOption, console, parse_pairs, print_json, print_line, text_grid
 from mlkit.cli.signing import AuthoritiesOption
 from mlkit.errors import InputError, MlkitError
 from mlkit.runs.store import RunStore
@@ -17,25 +17,12 @@ if TYPE_CHECKING:
     from mlkit.registry.audit_log import Event
     from mlkit.registry.store import ModelVersion, Registry
 
-models = typer.Typer(
-    cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="List, check, split traffic, delete, mirror."
-)
+models = command_group("models", "Publish", "List, check, split traffic, delete, mirror.")
 ModelArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a model.")]
 VersionArgument = Annotated[str, typer.Argument(metavar="VERSION|RUN", help="Its number, or the run it was made from.")]
 AliasOption = Annotated[str, typer.Option(help="Alias to move.")]
 ReasonOption = Annotated[str, typer.Option(metavar="TEXT", help="Reason, for the audit log.")]
 UriOption = Annotated[str, typer.Option(metavar="URI", help="MLflow's URI; by default MLFLOW_TRACKING_URI.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    panel = {"rich_help_panel": "Publish"}
-    example = "Example: mlkit register k3f9 --name churn --reason 'retrained on October'"
-    app.command("register", epilog=example, **panel)(register_run)
-    app.command(epilog="Example: mlkit promote churn 3 --reason 'better on new users'", **panel)(promote)
-    example = "Example: mlkit rollback churn --reason complaints; mlkit rollback churn --at '2026-11-20 18:00'"
-    app.command(epilog=example, **panel)(rollback)
-    app.add_typer(models, name="models", **panel)
 
 
 def _registry() -> "Registry":
@@ -62,6 +49,18 @@ def _print_done(sentence: str, next_command: str) -> None:
     print_line(f"Next: [bold]{escape(next_command)}[/]")
 
 
+def _print_version(version: "ModelVersion", as_json: bool, sentence: str, next_command: str) -> None:
+    if as_json:
+        print_json(_version_record(version))
+    else:
+        _print_done(sentence, next_command)
+
+
+@app.command(
+    "register",
+    epilog="Example: mlkit register k3f9 --name churn --reason 'retrained on October'",
+    rich_help_panel="Publish",
+)
 def register_run(
     reference: Annotated[str, typer.Argument(metavar="RUN", help="Id, unique part of one, or 'latest'.")] = "latest",
     name: Annotated[str, typer.Option(help="Name of the model.")] = "",
@@ -80,15 +79,14 @@ def register_run(
     run = RunStore().get(reference, having="saved_model")
     policy = TrustedAuthorities(authorities) if authorities else None
     version = _registry().register(run, name, reason, force, policy)
-    if as_json:
-        print_json(_version_record(version))
-        return
     signer = f"signed by {version.signer}" if version.signer else "without a trusted signature"
-    _print_done(f"{run.id} is {version.reference}, {signer}", f"mlkit promote {name} {version.version}")
-    for objection in version.overrides:
+    sentence = f"{run.id} is {version.reference}, {signer}"
+    _print_version(version, as_json, sentence, f"mlkit promote {name} {version.version}")
+    for objection in () if as_json else version.overrides:
         print_line(f"\n[yellow]Overridden, and recorded in the audit log:[/] {escape(objection)}")
 
 
+@app.command(epilog="Example: mlkit promote churn 3 --reason 'better on new users'", rich_help_panel="Publish")
 def promote(
     name: ModelArgument,
     version: VersionArgument,
@@ -98,12 +96,14 @@ def promote(
 ) -> None:
     """Point an alias at a version; the champion is served."""
     promoted = _registry().promote(name, version, alias, reason)
-    if as_json:
-        print_json(_version_record(promoted))
-        return
-    _print_done(f"{name}@{alias} is version {promoted.version}", f"mlkit models list {name}")
+    sentence = f"{name}@{alias} is version {promoted.version}"
+    _print_version(promoted, as_json, sentence, f"mlkit models list {name}")
 
 
+@app.command(
+    epilog="Example: mlkit rollback churn --reason complaints; mlkit rollback churn --at '2026-11-20 18:00'",
+    rich_help_panel="Publish",
+)
 def rollback(
     name: ModelArgument,
     to: Annotated[str | None, typer.Option(metavar="VERSION|RUN", help="Version; by default the previous one.")] = None,
@@ -114,10 +114,8 @@ def rollback(
 ) -> None:
     """Point an alias back to an earlier version."""
     version = _registry().rollback(name, to, _parse_time(at) if at else None, alias, reason)
-    if as_json:
-        print_json(_version_record(version))
-        return
-    _print_done(f"{name}@{alias} is version {version.version} again", f"mlkit models log {name}")
+    sentence = f"{name}@{alias} is version {version.version} again"
+    _print_version(version, as_json, sentence, f"mlkit models log {name}")
 
 
 def _parse_time(text: str) -> datetime:
@@ -159,26 +157,18 @@ def traffic(
     if weights and reset:
         raise InputError("Give weights or --reset, not both.")
     registry = _registry()
-    if not weights and not reset:
+    if weights or reset:
+        split = registry.split_traffic(
+            name, parse_pairs(weights or [], "A traffic split is given as 3=90 4=10", float), reason
+        )
+    else:
         split = registry.state(name).traffic
-        if as_json:
-            print_json({"model": name, "traffic": split})
-            return
-        print_line(f"{name}: {_traffic_text(split)}")
-        return
-    split = registry.split_traffic(name, _parse_weights(weights or []), reason)
     if as_json:
         print_json({"model": name, "traffic": split})
-        return
-    _print_done(f"{name}: {_traffic_text(split)}", f"mlkit models list {name}")
-
-
-def _parse_weights(texts: list[str]) -> dict[str, float]:
-    pairs = [text.partition("=") for text in texts]
-    try:
-        return {version: float(weight) for version, _, weight in pairs}
-    except ValueError:
-        raise InputError(f"A traffic split is given as 3=90 4=10. Received: {' '.join(texts)}") from None
+    elif weights or reset:
+        _print_done(f"{name}: {_traffic_text(split)}", f"mlkit models list {name}")
+    else:
+        print_line(f"{name}: {_traffic_text(split)}")
 
 
 def _traffic_text(split: dict[int, float]) -> str:
@@ -220,14 +210,13 @@ def _print_lineage(version: "ModelVersion") -> None:
     """The run, notebook cells, commit and data of a version."""
     lineage = _version_record(version)["lineage"]
     print_line(f"\n{version.reference} comes from the run {version.run}")
-    rows = [("notebook", lineage.get("notebook", ""))]
-    rows += [(role, _cell_text(cell)) for role, cell in lineage.get("cells", {}).items()]
-    rows += [("commit", lineage.get("commit", ""))]
-    rows += [
-        ("data", f"{data['name']}  {data['source']}  {str(data['fingerprint'])[:16]}")
-        for data in lineage.get("data", [])
+    rows = [
+        ("notebook", lineage.get("notebook", "")),
+        *((role, _cell_text(cell)) for role, cell in lineage.get("cells", {}).items()),
+        ("commit", lineage.get("commit", "")),
+        *(("data", _data_text(data)) for data in lineage.get("data", [])),
+        ("gate", version.gate.get("reason", "") if version.gate else ""),
     ]
-    rows += [("gate", version.gate.get("reason", "") if version.gate else "")]
     for title, text in rows:
         if text:
             print_line(f"  {title:9} {escape(text)}")
@@ -238,6 +227,11 @@ def _print_lineage(version: "ModelVersion") -> None:
 def _cell_text(cell: dict[str, Any]) -> str:
     """A cell of the notebook in a line."""
     return f"by cell {cell['index']}, {cell['heading']}:  {cell['line']}"
+
+
+def _data_text(data: dict[str, Any]) -> str:
+    """A data set in a line."""
+    return f"{data['name']}  {data['source']}  {str(data['fingerprint'])[:16]}"
 
 
 @models.command(epilog="Example: mlkit models log churn")
@@ -271,8 +265,8 @@ def _event_text(event: "Event") -> str:
     before = f", was {payload['before']}" if payload.get("before") else ""
     match event.kind:
         case "registered":
-            forced = f", override: {'; '.join(payload['forced'])}" if payload["overrides"] else ""
-            return f"{name}/{version} registered from {payload['run']}{forced}"
+            overrides = f", override: {'; '.join(payload['overrides'])}" if payload["overrides"] else ""
+            return f"{name}/{version} registered from {payload['run']}{overrides}"
         case "promoted" | "rolled back" | "alias removed":
             return f"{name}@{alias} {event.kind}" + (f": {version}" if version else "") + before
         case "traffic split":
@@ -292,7 +286,7 @@ def check(
     registry = _registry()
     findings = registry.check(head)
     if as_json:
-        print_json({"whole": not findings, "findings": findings})
+        print_json({"intact": not findings, "findings": findings})
     else:
         for finding in findings:
             print_line(f"{FAILED} {escape(finding)}")

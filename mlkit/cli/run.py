@@ -2,24 +2,26 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from mlkit._display import format_number, format_seconds
+from mlkit.cli.app import app
 from mlkit.cli.console import (
     JsonOption,
     RunArgument,
     SweepProgress,
     colored_status,
     console,
+    parse_pairs,
     print_json,
-    print_line,
     print_next,
     print_rows,
     print_section,
+    print_summary,
     relative_path,
     run_record,
     showing_progress,
@@ -27,6 +29,9 @@ from mlkit.cli.console import (
 from mlkit.errors import InputError, JobFailedError, JobInterruptedError
 from mlkit.runs.run import Run
 from mlkit.runs.store import RunStore
+
+if TYPE_CHECKING:
+    from mlkit.jobs.parameters import ParameterSchema
 
 EngineOption = Annotated[str, typer.Option(metavar="local|ray", help="This machine, or a Ray cluster.")]
 ParallelOption = Annotated[int | None, typer.Option("--max-parallel", min=1, help="Runs of a sweep in parallel.")]
@@ -36,26 +41,11 @@ RetriesOption = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    panel = {"rich_help_panel": "Runs"}
-    example = "Example: mlkit run train --sweep learning_rate=1e-2,1e-3 --sweep model=cnn,mlp"
-    app.command(epilog=example, add_help_option=False, **panel)(run)
-    app.command(epilog="Example: mlkit resume k3f9", **panel)(resume)
-    app.command(epilog="Example: mlkit reproduce k3f9 --tolerance 0.001", **panel)(reproduce)
-
-
-def parse_pair(
-    text: str,  # NAME=VALUE
-    option: str,  # of the command line, for the message
-) -> tuple[str, str]:
-    """Name and value of an option; raises InputError for anything else."""
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise InputError(f"{option} takes NAME=VALUE. Received: '{text}'")
-    return name, value
-
-
+@app.command(
+    epilog="Example: mlkit run train --sweep learning_rate=1e-2,1e-3 --sweep model=cnn,mlp",
+    add_help_option=False,
+    rich_help_panel="Runs",
+)
 def run(
     context: typer.Context,
     job: Annotated[str | None, typer.Argument(help="Name of a job, or path of a notebook.")] = None,
@@ -79,7 +69,7 @@ def run(
     if show_help or job is None:
         _explain_run(context, job, show_help)
         return
-    given = read_parameter_file(file) | dict(parse_pair(text, "-p") for text in parameters)
+    values = read_parameter_file(file) | parse_pairs(parameters, "-p takes NAME=VALUE")
     if (sweep or points or max_parallel) and workers:
         raise InputError("--workers is for one run; a sweep takes --max-parallel.")
     if servers and not workers:
@@ -88,19 +78,19 @@ def run(
         from mlkit.jobs.sweep import run_sweep
 
         options = {"max_parallel": max_parallel, "timeout": timeout, "retries": retries or 0, "engine": engine}
-        chosen = _sweep_points(sweep, points, random)
-        execute_sweep(lambda progress: run_sweep(job, chosen, given, on_progress=progress, **options), as_json)
+        sweep_points = _sweep_points(sweep, points, random)
+        execute_sweep(lambda progress: run_sweep(job, sweep_points, values, on_progress=progress, **options), as_json)
     elif workers:
         from mlkit.jobs.distributed import RETRIES, run_distributed
 
         options = {"workers": workers, "servers": servers, "timeout": timeout, "engine": engine}
         options["retries"] = RETRIES if retries is None else retries
-        execute_run(lambda progress: run_distributed(job, given, on_progress=progress, **options), as_json)
+        execute_run(lambda progress: run_distributed(job, values, on_progress=progress, **options), as_json)
     else:
         from mlkit.jobs.executor import run_job
 
-        given |= _engine_parameter(job, engine) | _parallel_parameter(job, max_parallel, given)
-        execute_run(lambda progress: run_job(job, given, on_progress=progress, timeout=timeout), as_json)
+        values |= _engine_parameter(job, engine) | _parallel_parameter(job, max_parallel, values)
+        execute_run(lambda progress: run_job(job, values, on_progress=progress, timeout=timeout), as_json)
 
 
 def _sweep_points(axes: list[str], file: Path | None, count: int | None) -> list[dict[str, Any]]:
@@ -113,26 +103,29 @@ def _sweep_points(axes: list[str], file: Path | None, count: int | None) -> list
     return random_points(points, count) if count else points
 
 
-def _parameter_names(job: str) -> set[str]:
+def job_schema(
+    job: str,  # name, or path of a notebook
+) -> "ParameterSchema":
+    """The parameter schema of a job; raises NotFoundError without it."""
     from mlkit.jobs.notebook import find_job, read_notebook
     from mlkit.jobs.parameters import ParameterSchema
 
-    return set(ParameterSchema.of(read_notebook(find_job(job))).parameters)
+    return ParameterSchema.from_notebook(read_notebook(find_job(job)))
 
 
-def _parallel_parameter(job: str, max_parallel: int | None, given: Mapping[str, Any]) -> dict[str, int]:
+def _parallel_parameter(job: str, max_parallel: int | None, values: Mapping[str, Any]) -> dict[str, int]:
     """`--max-parallel` as a parameter of a job that has one, such as tune; raises InputError for another job."""
     if max_parallel is None:
         return {}
-    if "max_parallel" not in _parameter_names(job):
+    if "max_parallel" not in job_schema(job).parameters:
         raise InputError(
             f"--max-parallel {max_parallel} is for sweeps, and for jobs with a parameter 'max_parallel', such as tune. "
             "Add --sweep NAME=VALUE,... or --points FILE, or leave it out."
         )
-    if "max_parallel" in given:
+    if "max_parallel" in values:
         raise InputError(
             f"Runs in parallel are given twice: --max-parallel {max_parallel} and "
-            f"-p max_parallel={given['max_parallel']}. Give one."
+            f"-p max_parallel={values['max_parallel']}. Give one."
         )
     return {"max_parallel": max_parallel}
 
@@ -141,7 +134,7 @@ def _engine_parameter(job: str, engine: str) -> dict[str, str]:
     """`--engine` as a parameter of a job that has one, such as tune; raises InputError for another job."""
     if engine == "local":
         return {}
-    if "engine" not in _parameter_names(job):
+    if "engine" not in job_schema(job).parameters:
         raise InputError(
             f"--engine {engine} is for sweeps, for --workers, and for jobs with a parameter 'engine', such as tune. "
             "Add --sweep NAME=VALUE,..., --points FILE or --workers N."
@@ -155,19 +148,16 @@ def _explain_run(context: typer.Context, job: str | None, requested: bool) -> No
         raise InputError("Which job? `mlkit jobs list` shows them; for example: mlkit run train")
     console.print(context.get_help(), markup=False)
     if job:
-        from mlkit.jobs.notebook import find_job, read_notebook
-        from mlkit.jobs.parameters import ParameterSchema
-
         console.print(f"\nParameters of {escape(job)} (-p NAME=VALUE):\n")
-        print_parameters(ParameterSchema.of(read_notebook(find_job(job))))
+        print_parameters(job_schema(job))
 
 
 def print_parameters(
-    schema: Any,  # jobs.parameters.ParameterSchema
+    schema: "ParameterSchema",
 ) -> None:
     """Print the parameters that a job takes."""
     rows = [
-        (p.name, p.written, repr(p.default) if p.literal else "...", p.range, p.help)
+        (p.name, p.type_name, repr(p.default) if p.has_literal_default else "...", p.bounds, p.help)
         for p in schema.parameters.values()
     ]
     print_rows(("name", "type", "default", "range", "meaning"), rows)
@@ -250,8 +240,7 @@ def _print_result(run: Run) -> None:
     table.add_row("time", format_seconds(record.seconds))
     table.add_row("archived in", str(relative_path(run.folder)))
     console.print(f"{colored_status('completed')} {run.id}")
-    for sentence in record.summary.splitlines():
-        print_line(f"[bold]{escape(sentence)}[/]")
+    print_summary(record)
     console.print(table)
     print_next(*_next_commands(run))
 
@@ -267,6 +256,7 @@ def _next_commands(run: Run) -> list[tuple[str, str]]:
     return [*commands, (f"mlkit runs show {short}", "its whole record"), ("mlkit runs list", "all runs")][:3]
 
 
+@app.command(epilog="Example: mlkit resume k3f9", rich_help_panel="Runs")
 def resume(
     reference: RunArgument = "latest",
     max_parallel: ParallelOption = None,
@@ -283,7 +273,7 @@ def resume(
     if run.record.points and not (run.folder / "notebook.ipynb").exists():  # a search has a notebook, a sweep has none
         options = {"max_parallel": max_parallel, "timeout": timeout, "retries": retries or 0, "engine": engine}
         execute_sweep(lambda progress: resume_sweep(run, on_progress=progress, **options), as_json)
-    elif (run.record.model_extra or {}).get("crew"):
+    elif (run.record.model_extra or {}).get("worker_group"):
         from mlkit.jobs.distributed import RETRIES, resume_distributed
 
         options = {"retries": RETRIES if retries is None else retries, "timeout": timeout, "engine": engine}
@@ -292,6 +282,7 @@ def resume(
         execute_run(lambda progress: resume_run(run, on_progress=progress, timeout=timeout), as_json)
 
 
+@app.command(epilog="Example: mlkit reproduce k3f9 --tolerance 0.001", rich_help_panel="Runs")
 def reproduce(
     reference: RunArgument = "latest",
     tolerance: Annotated[float, typer.Option(min=0, help="Relative difference of metrics that passes.")] = 0.01,
@@ -308,8 +299,8 @@ def reproduce(
     else:
         for title, rows in report.sections():
             print_section(title, rows)
-        color = {"identical": "green", "different": "red"}.get(report.verdict, "yellow")
+        color = {"identical": "green", "different": "red"}.get(report.result, "yellow")
         command = f"mlkit runs diff {run.id[-4:]} {repeated.id[-4:]}"
-        console.print(f"\n{repeated.id} is [{color}]{report.verdict}[/]. Side by side: [bold]{command}[/]")
-    if report.verdict == "different":
+        console.print(f"\n{repeated.id} is [{color}]{report.result}[/]. Side by side: [bold]{command}[/]")
+    if report.result == "different":
         raise typer.Exit(1)

@@ -5,14 +5,16 @@ import subprocess
 import sys
 import tempfile
 import webbrowser
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from mlkit._display import format_number, format_seconds
+from mlkit.cli.app import app, command_group
 from mlkit.cli.console import (
     JsonOption,
     RunArgument,
@@ -20,28 +22,23 @@ from mlkit.cli.console import (
     console,
     print_json,
     print_section,
+    print_summary,
     run_record,
+    text_grid,
     working,
 )
-from mlkit.cli.group import SummaryGroup
 from mlkit.errors import InputError, MlkitError, NotFoundError
 from mlkit.runs.query import RunSummary
 from mlkit.runs.record import Record
 from mlkit.runs.run import Run
 from mlkit.runs.store import RunStore
 
-runs = typer.Typer(
-    cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="List, show, compare and delete runs."
-)
+if TYPE_CHECKING:
+    from mlkit.runs.compare import RunComparison
+
+runs = command_group("runs", "Runs", "List, show, compare and delete runs.")
 JobOption = Annotated[str | None, typer.Option(help="Only runs of this job.")]
 WhereOption = Annotated[str | None, typer.Option(help="Filter expression over metrics and parameters.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.add_typer(runs, name="runs", rich_help_panel="Runs")
-    example = "Example: mlkit tensorboard k3f9 x7p2  (without a run: all runs)"
-    app.command(epilog=example, rich_help_panel="Runs")(tensorboard)
 
 
 @runs.command("list", epilog="Example: mlkit runs list --where 'val_accuracy > 0.97' --sort val_accuracy --limit 5")
@@ -64,31 +61,24 @@ def list_runs(
         filtered = " match" if where or job or status else ""
         console.print(f"No runs{filtered} in {store.root}. Make one: mlkit run train")
         return
-    names = list(dict.fromkeys([*([sort] if sort else []), *table.metric_names(most=2 if console.width < 110 else 4)]))
-    console.print(_runs_table(table.runs, [name for name in names if any(name in run.metrics for run in table)]))
+    names = list(dict.fromkeys([*([sort] if sort else []), *table.metric_names(limit=2 if console.width < 110 else 4)]))
+    names = [name for name in names if any(name in run.metrics for run in table)]
+    console.print(_runs_table(names, "parameters", [_list_row(run, names) for run in table]))
     if table.matching > len(table):
         console.print(f"[dim]{len(table)} of {table.matching}; --limit shows more[/]")
 
 
-def _metrics_table(metric_names: list[str], last_column: str) -> Table:
-    """An empty table of runs: id, status, time, metrics, and a last column that folds."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("run", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    for name in ("time", *metric_names):
-        table.add_column(escape(name), justify="right", no_wrap=True)
-    table.add_column(last_column, overflow="fold")
-    return table
+def _runs_table(metric_names: list[str], last_column: str, rows: Iterable[Sequence[str]]) -> Table:
+    """A table of runs: id, status, time, metrics, and a last column that folds."""
+    titles = ("run", "status", "time", *metric_names, last_column)
+    return text_grid(titles, rows, right=titles[2:-1], whole=titles[:-1], markup=titles[1:])
 
 
-def _runs_table(runs: list[RunSummary], metric_names: list[str]) -> Table:
-    table = _metrics_table(metric_names, "given")
-    for run in runs:
-        metrics = [format_number(run.metrics.get(name)) for name in metric_names]
-        given = " ".join(f"{name}={value}" for name, value in run.parameters.items())
-        note = f"  [red]{escape(run.error[:80])}[/]" if run.status in ("failed", "damaged") else ""
-        table.add_row(run.id, colored_status(run.status), format_seconds(run.seconds), *metrics, escape(given) + note)
-    return table
+def _list_row(run: RunSummary, metric_names: list[str]) -> tuple[str, ...]:
+    metrics = (format_number(run.metrics.get(name)) for name in metric_names)
+    parameters = " ".join(f"{name}={value}" for name, value in run.parameters.items())
+    note = f"  [red]{escape(run.error[:80])}[/]" if run.status in ("failed", "damaged") else ""
+    return run.id, colored_status(run.status), format_seconds(run.seconds), *metrics, escape(parameters) + note
 
 
 @runs.command(epilog="Example: mlkit runs show latest")
@@ -96,38 +86,38 @@ def show(
     reference: RunArgument = "latest",
     as_json: JsonOption = False,
 ) -> None:
-    """Show the whole record of a run."""
+    """Show the whole record of a run, its result first."""
     run = RunStore().get(reference)
     if as_json:
         print_json(run_record(run))
         return
     record = run.record
     console.print(f"[bold]{run.id}[/]  {colored_status(run.status)}  {format_seconds(record.seconds)}")
+    print_summary(record)
     for title, rows in _record_sections(record):
         if rows:
-            table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-            for row in rows:
-                table.add_row(*(escape(str(cell)) for cell in row))
-            console.print(f"\n[dim]{title}[/]")
-            console.print(table)
+            print_section(title, rows)
 
 
 def _record_sections(record: Record) -> list[tuple[str, list[tuple]]]:
     """Titles with their rows."""
-    failure, code, machine = record.failure, record.code, record.environment
+    failure, git, machine = record.failure, record.git, record.environment
     size = sum(artifact.size for artifact in record.artifacts)
     data = [(d.get("name", ""), f"{d.get('rows', '?')} rows", str(d.get("fingerprint", ""))[:16]) for d in record.data]
     cells = [(cell.heading, cell.status, format_seconds(cell.seconds)) for cell in record.cells if cell.seconds >= 0.1]
-    uncommitted = "with uncommitted changes" if code and code.uncommitted else ""
+    uncommitted = "with uncommitted changes" if git and git.uncommitted else ""
     return [
         ("failure", [("error", f"{failure.error}: {failure.message}"), ("in", failure.heading)] if failure else []),
         ("metrics", [(name, format_number(value)) for name, value in record.metrics.items()]),
-        ("parameters", [(n, v, "given" if n in record.parameters else "") for n, v in record.values.items()]),
+        (
+            "parameters",
+            [(n, v, "passed" if n in record.parameters else "") for n, v in record.effective_parameters.items()],
+        ),
         ("data", data),
         ("parents", [(parent,) for parent in record.parents]),
         ("cells", cells),
-        ("code", [(code.branch, code.commit[:12], uncommitted)] if code else []),
-        ("machine", [(machine.platform, f"Python {machine.python}", f"{machine.processors} CPUs")] if machine else []),
+        ("git", [(git.branch, git.commit[:12], uncommitted)] if git else []),
+        ("machine", [(machine.platform, f"Python {machine.python}", f"{machine.cpu_count} CPUs")] if machine else []),
         ("files", [(f"{len(record.artifacts)} files", f"{size / 1e6:.1f} MB")] if record.artifacts else []),
     ]
 
@@ -189,16 +179,15 @@ def _selected_runs(references: list[str], job: str | None, where: str | None, li
     return [store.get(summary.id) for summary in matching[:limit]]
 
 
-def _comparison_table(comparison: Any, most: int = 6) -> Table:
+def _comparison_table(comparison: "RunComparison") -> Table:
     """Runs with the parameters that differ and the metrics, the best values in green."""
-    metrics = comparison.metrics[: most if console.width > 110 else 2]
-    table = _metrics_table(metrics, "parameters")
-    best = {name: comparison.best(name) for name in metrics}
+    metrics = comparison.metrics[: 6 if console.width > 110 else 2]
+    best, rows = {name: comparison.best(name) for name in metrics}, []
     for run, label in zip(comparison.runs, comparison.labels, strict=True):
         numbers = [(format_number(run.metrics.get(name)), run.id in best[name]) for name in metrics]
         cells = [f"[bold green]{text}[/]" if is_best else text for text, is_best in numbers]
-        table.add_row(run.id, colored_status(run.status), format_seconds(run.seconds), *cells, escape(label))
-    return table
+        rows.append((run.id, colored_status(run.status), format_seconds(run.seconds), *cells, escape(label)))
+    return _runs_table(metrics, "parameters", rows)
 
 
 @runs.command("open", epilog="Example: mlkit runs open latest")
@@ -213,9 +202,10 @@ def open_run(
         raise NotFoundError(f"{run.id} has no notebook.html: it is {run.status} and was not executed as a job.")
     if as_json:
         print_json({"id": run.id, "notebook": str(page)})
-        return
-    opened = webbrowser.open(page.as_uri())
-    console.print(str(page) if opened else f"No browser was found; the notebook is at {page}")
+    elif webbrowser.open(page.as_uri()):
+        console.print(str(page))
+    else:
+        console.print(f"No browser was found; the notebook is at {page}")
 
 
 @runs.command(epilog="Example: mlkit runs delete k3f9 --yes")
@@ -226,20 +216,20 @@ def delete(
 ) -> None:
     """Delete runs with all their files."""
     store = RunStore()
-    chosen = [store.get(reference) for reference in dict.fromkeys(references)]
-    for run in chosen:
+    selected = [store.get(reference) for reference in dict.fromkeys(references)]
+    for run in selected:
         if _is_running(run):
             raise InputError(f"{run.id} is running; stop it first.")
     if not yes:
         if as_json or not sys.stdin.isatty():
             raise InputError("There is no terminal to confirm on; add --yes to delete.")
-        typer.confirm(f"Delete {', '.join(run.id for run in chosen)}?", abort=True)
-    for run in chosen:
+        typer.confirm(f"Delete {', '.join(run.id for run in selected)}?", abort=True)
+    for run in selected:
         store.delete(run)
     if as_json:
-        print_json({"deleted": [run.id for run in chosen]})
+        print_json({"deleted": [run.id for run in selected]})
     else:
-        console.print(f"Deleted {', '.join(run.id for run in chosen)}")
+        console.print(f"Deleted {', '.join(run.id for run in selected)}")
 
 
 def _is_running(run: Run) -> bool:
@@ -249,6 +239,7 @@ def _is_running(run: Run) -> bool:
         return False  # a damaged record does not prevent its deletion
 
 
+@app.command(epilog="Example: mlkit tensorboard k3f9 x7p2  (without a run: all runs)", rich_help_panel="Runs")
 def tensorboard(
     references: Annotated[
         list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs to show; all by default.")
@@ -258,16 +249,16 @@ def tensorboard(
 ) -> None:
     """Show runs in TensorBoard until Ctrl-C."""
     store = RunStore()
-    chosen = [run for reference in references or [] for run in _with_children(store.get(reference))]
-    if references and not any((run.folder / "tensorboard").is_dir() for run in chosen):
+    selected = [run for reference in references or [] for run in _with_children(store.get(reference))]
+    if references and not any((run.folder / "tensorboard").is_dir() for run in selected):
         raise NotFoundError(f"None of {', '.join(references)} has TensorBoard logs.")
-    if not chosen and not any(store.root.glob("*/tensorboard")):
+    if not selected and not any(store.root.glob("*/tensorboard")):
         raise NotFoundError(f"No run in {store.root} has TensorBoard logs. Make one: mlkit run train")
     with tempfile.TemporaryDirectory() as links:
-        for run in chosen:
+        for run in selected:
             if (run.folder / "tensorboard").is_dir():
                 Path(links, run.id).symlink_to(run.tensorboard)
-        logs = links if chosen else str(store.root)
+        logs = links if selected else str(store.root)
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs, "--port", str(port)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from mlkit.cli.app import app
 from mlkit.cli.console import JsonOption, console, print_json, print_line, text_grid, working
 from mlkit.cli.run import EngineOption
 from mlkit.config import load_settings
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
     from mlkit.serving.options import ServedPath
     from mlkit.serving.ray_serve import RayServer
     from mlkit.serving.server import Supervisor
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command of this module."""
-    app.command(epilog="Example: mlkit serve churn --processes 2", rich_help_panel="Serve")(serve)
 
 
 _NAMED = re.compile(r"(?:([A-Za-z0-9][\w.-]*)=)?(.+)", re.DOTALL)
@@ -98,22 +94,23 @@ def example_request(
 
 def _example_command(server: "Supervisor", model: "ServedPath") -> str:
     """A curl command for a prediction; "" when nothing is known about the model."""
-    plan = model.source(server.options).look()
-    body = example_request(plan.wanted[0].folder) if plan.wanted else ""
+    plan = model.source(server.options).poll()
+    body = example_request(plan.versions[0].folder) if plan.versions else ""
     if not body:
         return ""
     if len(body) > MAX_BODY or "'" in body:
         file = server.folder / f"{model.name}.json"
         file.write_text(body)
         body = f"@{file}"
-    access = server.options.access
-    key = "-H 'Authorization: Bearer KEY' " if access.keys or access.jwks else ""
+    auth = server.options.auth
+    key = "-H 'Authorization: Bearer KEY' " if auth.keys or auth.jwks else ""
     return f"curl {key}-d '{body}' {server.url}/v1/models/{model.name}:predict"
 
 
 ENGINES = ("local", "ray")
 
 
+@app.command(epilog="Example: mlkit serve churn --processes 2", rich_help_panel="Serve")
 def serve(
     models: Annotated[list[str], typer.Argument(metavar="[NAME=]MODEL...", help="In the registry, a path, or a run.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="REST port; 0 for any free port.")] = 8501,
@@ -149,7 +146,7 @@ def serve(
     for model in served if shadow else ():
         check_shadow(model, shadow)
     settings = load_settings()
-    access, tls = read_options(settings)
+    auth, tls = read_options(settings)
     options = ServerOptions(
         tuple(served),
         host,
@@ -159,24 +156,21 @@ def serve(
         runtime,
         variant,
         verify=not unsigned,
-        limits=BatchingConfig(waiting=queue_size, timeout=timeout),
+        batching=BatchingConfig(max_queued=queue_size, timeout=timeout),
         shadow=shadow,
         cache_bytes=cache * 2**20,
-        access=access,
+        auth=auth,
         tls=tls,
         logs=LogOptions.from_settings(settings),
-        origins=read_origins(settings.serving.origins),
+        cors_origins=read_origins(settings.serving.cors_origins),
     )
     with contextlib.ExitStack() as stack:
-        if settings.serving.lines != "json":  # standard error then has nothing but JSON
+        if settings.serving.log_format != "json":  # standard error then has nothing but JSON
             stack.enter_context(working(f"loading {', '.join(names)}"))
 
         def announce(server: Any) -> None:
             stack.close()
-            if engine == "local":
-                _print_json(server) if as_json else _print_server(server)
-            else:
-                _print_ray_json(server) if as_json else _print_ray(server)
+            (_print_local if engine == "local" else _print_ray)(server, as_json)
 
         if engine == "local":
             run_server(options, announce)
@@ -193,52 +187,47 @@ def _check_engine(engine: str, replicas: str) -> None:
         raise InputError("--replicas is for --engine ray. On this machine: --processes")
 
 
-def _versions(server: "Supervisor") -> dict[str, Any]:
-    """The deployed version of each model."""
-    return server.board.read()[0].get("default", {})
-
-
-def _print_json(server: "Supervisor") -> None:
-    models = {name: {"version": version} for name, version in _versions(server).items()}
-    for model in server.options.models:
-        models[model.name]["url"] = f"{server.url}/v1/models/{model.name}"
-    print_json({"url": server.url, "grpc": server.grpc_address, "pids": server.pids, "models": models})
-    sys.stdout.flush()
-
-
-def _print_server(server: "Supervisor") -> None:
-    versions = _versions(server)
-    rows = [
-        (model.name, str(versions.get(model.name)), f"{server.url}/v1/models/{model.name}")
-        for model in server.options.models
-    ]
-    console.print(text_grid(("model", "version", "url"), rows, whole=("model", "version")))
-    print_line(f"\n{_description(server)}, ready. Documentation: {server.url}/docs\n")
+def _print_local(server: "Supervisor", as_json: bool) -> None:
+    """Print the models of a server on this machine, with an example request for each."""
+    versions = server.board.read()[0].get("default", {})
+    models = {name: {"version": versions.get(name), "url": url} for name, url in _model_urls(server).items()}
+    if as_json:
+        _print_json(server, models, pids=server.pids)
+        return
+    count = server.options.processes
+    _print_models(server, models, "1 process" if count == 1 else f"{count} processes")
     for model in server.options.models:
         if command := _example_command(server, model):
             print_line(f"  {escape(command)}")
     console.print("\nCtrl-C stops the server after the requests in flight.")
 
 
-def _description(server: "Supervisor") -> str:
-    count, runtime = server.options.processes, server.options.runtime
-    processes = "1 process" if count == 1 else f"{count} processes"
-    return f"{processes}, {runtime}" + (f", gRPC on {server.grpc_address}" if server.grpc_address else "")
+def _print_ray(server: "RayServer", as_json: bool) -> None:
+    """Print the models of a server on Ray."""
+    models = {name: {"url": url} for name, url in _model_urls(server).items()}
+    low, high = server.replicas.minimum, server.replicas.maximum
+    if as_json:
+        _print_json(server, models, replicas={"minimum": low, "maximum": high})
+        return
+    replicas = "1 replica" if high == 1 else f"{low} replicas" if low == high else f"{low} to {high} replicas"
+    place = "on 1 machine" if server.machines == 1 else f"over {server.machines} machines"
+    _print_models(server, models, f"{replicas} {place}")
+    console.print("Ctrl-C stops the server after the requests in flight.")
 
 
-def _print_ray_json(server: "RayServer") -> None:
-    models = {model.name: {"url": f"{server.url}/v1/models/{model.name}"} for model in server.options.models}
-    count = {"least": server.replicas.least, "most": server.replicas.most}
-    print_json({"url": server.url, "grpc": server.grpc_address, "replicas": count, "models": models})
+def _model_urls(server: "Supervisor | RayServer") -> dict[str, str]:
+    return {model.name: f"{server.url}/v1/models/{model.name}" for model in server.options.models}
+
+
+def _print_json(server: "Supervisor | RayServer", models: dict[str, dict[str, Any]], **size: Any) -> None:
+    print_json({"url": server.url, "grpc": server.grpc_address, **size, "models": models})
     sys.stdout.flush()
 
 
-def _print_ray(server: "RayServer") -> None:
-    rows = [(model.name, f"{server.url}/v1/models/{model.name}") for model in server.options.models]
-    console.print(text_grid(("model", "url"), rows, whole=("model",)))
-    least, most, machines = server.replicas.least, server.replicas.most, server.machines
-    replicas = "1 replica" if most == 1 else f"{least} replicas" if least == most else f"{least} to {most} replicas"
-    place = "on 1 machine" if machines == 1 else f"over {machines} machines"
+def _print_models(server: "Supervisor | RayServer", models: dict[str, dict[str, Any]], size: str) -> None:
+    """Print the table of models, and the size and addresses of the server."""
+    titles = ("model", *next(iter(models.values())))
+    rows = [(name, *map(str, fields.values())) for name, fields in models.items()]
+    console.print(text_grid(titles, rows, whole=titles[:-1]))
     grpc = f", gRPC on {server.grpc_address}" if server.grpc_address else ""
-    console.print(f"\n{replicas} {place}, {server.options.runtime}{grpc}, ready. Documentation: {server.url}/docs")
-    console.print("\nCtrl-C stops the server after the requests in flight.")
+    print_line(f"\n{size}, {server.options.runtime}{grpc}, ready. Documentation: {server.url}/docs\n")

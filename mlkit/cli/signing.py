@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from mlkit.cli.app import app, command_group
 from mlkit.cli.console import DONE, JsonOption, console, print_json, print_line, text_grid
-from mlkit.cli.group import SummaryGroup
 from mlkit.config import load_settings
 from mlkit.errors import InputError, MlkitError, NotFoundError, SignatureError
 from mlkit.runs.store import RunStore
@@ -19,9 +19,7 @@ from mlkit.runs.store import RunStore
 if TYPE_CHECKING:
     from mlkit.registry.signing import Signature, Signer, TrustPolicy
 
-keys = typer.Typer(
-    cls=SummaryGroup, no_args_is_help=True, rich_markup_mode=None, help="Generate and list keys that sign models."
-)
+keys = command_group("keys", "Publish", "Generate and list keys that sign models.")
 FolderArgument = Annotated[
     str, typer.Argument(metavar="RUN|DIR", help="A run (id, part of one, 'latest' with a model), or any folder.")
 ]
@@ -29,13 +27,6 @@ AuthoritiesOption = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Certificate authorities (PEM), for a signature by certificate.")
 ]
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]*")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command(epilog="Example: mlkit sign k3f9", rich_help_panel="Publish")(sign)
-    app.command(epilog="Example: mlkit verify k3f9 --key keys/alice.pub", rich_help_panel="Publish")(verify)
-    app.add_typer(keys, name="keys", rich_help_panel="Publish")
 
 
 def _find_folder(reference: str) -> Path:
@@ -83,7 +74,7 @@ def generate(
             "for another one name its file: mlkit --set signing.key=FILE keys generate"
         )
     secret = read_passphrase(signing.passphrase) or (_prompt_passphrase("Passphrase", True) if passphrase else None)
-    public = new_key(signing.key, signing.trusted / f"{name}.pub", secret)
+    public = new_key(signing.key, signing.trusted_keys / f"{name}.pub", secret)
     if as_json:
         print_json(_key_record(public) | {"private": str(signing.key), "passphrase": bool(secret)})
         return
@@ -105,7 +96,7 @@ def list_keys(as_json: JsonOption = False) -> None:
     from mlkit.registry.signing import read_public_keys
 
     signing = load_settings().signing
-    trusted, state = read_public_keys(signing.trusted), _private_key_state(signing.key)
+    trusted, state = read_public_keys(signing.trusted_keys), _private_key_state(signing.key)
     if as_json:
         private = {"path": str(signing.key), "state": state}
         print_json({"private": private, "trusted": [_key_record(key) for key in trusted]})
@@ -115,7 +106,7 @@ def list_keys(as_json: JsonOption = False) -> None:
         rows = [(key.name, key.fingerprint[:16], str(key.path)) for key in trusted]
         console.print(text_grid(("trusted", "key", "file"), rows, whole=("trusted", "key")))
     else:
-        print_line(f"No public keys in {signing.trusted}. Generate a pair: mlkit keys generate")
+        print_line(f"No public keys in {signing.trusted_keys}. Generate a pair: mlkit keys generate")
 
 
 def _private_key_state(path: Path) -> str:
@@ -153,6 +144,7 @@ def _print_signature(signature: "Signature", prefix: str = "") -> None:
     console.print(text_grid(titles, signature.rows(), right=titles[1:]))
 
 
+@app.command(epilog="Example: mlkit sign k3f9", rich_help_panel="Publish")
 def sign(
     reference: FolderArgument = "latest",
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="Private key; by default signing.key.")] = None,
@@ -167,7 +159,7 @@ def sign(
     from mlkit.registry.signing import read_public_keys, sign_folder
 
     signature = sign_folder(_find_folder(reference), _make_signer(key, certificate, sigstore), replace)
-    trusted = load_settings().signing.trusted
+    trusted = load_settings().signing.trusted_keys
     names = {key.fingerprint: key.name for key in read_public_keys(trusted)}
     signature = dataclasses.replace(signature, signer=signature.signer or names.get(signature.fingerprint, ""))
     if as_json:
@@ -210,17 +202,18 @@ def _trust_policy(
         return TrustedIdentity(identity, issuer)
     if key:
         return TrustedKeys((read_public_key(key),))
-    folder = load_settings().signing.trusted
+    folder = load_settings().signing.trusted_keys
     keys = read_public_keys(folder)
     if not keys:
         raise InputError(f"No key is trusted yet: {folder} holds no public key (*.pub). Put one there, or use --key.")
     return TrustedKeys(tuple(keys))
 
 
+@app.command(epilog="Example: mlkit verify k3f9 --key keys/alice.pub", rich_help_panel="Publish")
 def verify(
     reference: FolderArgument = "latest",
     key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Public key; by default all in signing.trusted.")
+        Path | None, typer.Option(metavar="FILE", help="Public key; by default all in signing.trusted_keys.")
     ] = None,
     authorities: AuthoritiesOption = None,
     identity: Annotated[str | None, typer.Option(help="Signer's Sigstore identity, as alice@example.com.")] = None,

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mlkit._display import format_seconds
-from mlkit.cli.console import JsonOption, console, print_json, relative_path, text_grid
+from mlkit.cli.app import app
+from mlkit.cli.console import JsonOption, console, print_json, relative_path, split_list, text_grid
 from mlkit.config import cpu_count, load_settings
 from mlkit.errors import JobInterruptedError
 
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS = 0.2
 COLORS = {"passed": "green", "failed": "red", "skipped": "dim", "running": "cyan"}
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command of this module."""
-    app.command("test", epilog="Example: mlkit test --changed", rich_help_panel="Project")(run_tests)
 
 
 class TestProgress:
@@ -58,7 +54,7 @@ class TestProgress:
 
 
 def print_result(result: "Result") -> None:
-    """A line for a notebook, and below it why it has failed."""
+    """A line for a notebook, and below it the reason of its failure."""
     outcome = f"[{COLORS[result.outcome]}]{result.outcome:7}[/]"
     console.print(
         f"{outcome} {escape(str(relative_path(result.path)))}  {format_seconds(result.seconds)}", soft_wrap=True
@@ -86,6 +82,7 @@ def summary(results: "list[Result]", seconds: float) -> dict[str, Any]:
     return counts | {"seconds": round(seconds, 2), "notebooks": [asdict(result) for result in results]}
 
 
+@app.command("test", epilog="Example: mlkit test --changed", rich_help_panel="Project")
 def run_tests(
     paths: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="Notebooks and folders.")] = None,
     changed: Annotated[bool, typer.Option("--changed", help="Only notebooks affected by changes in git.")] = False,
@@ -97,7 +94,7 @@ def run_tests(
     as_json: JsonOption = False,
 ) -> None:
     """Run notebooks as tests; exit code 1 if any fails."""
-    from mlkit.jobs.import_graph import affected, changed_files, reach
+    from mlkit.jobs.import_graph import affected, changed_files, any_imports
     from mlkit.jobs.notebook_test import Project, find_notebooks, run_notebooks
 
     start, limits = time.monotonic(), load_settings().tests
@@ -109,11 +106,10 @@ def run_tests(
             console.print(f"Nothing to test: no notebook is affected by what has changed since {escape(base)}.")
             return
     options = {"max_parallel": max_parallel or cpu_count(), "timeout": limits.timeout if timeout is None else timeout}
-    preload = [name.strip() for name in limits.preload.split(",")]
-    options["light"] = not reach(notebooks, ("tensorflow", "keras"), Project.of(Path.cwd()).root)
+    options["light"] = not any_imports(notebooks, ("tensorflow", "keras"), Project.of(Path.cwd()).root)
     with TestProgress(as_json) as progress:
         try:
-            results = run_notebooks(notebooks, preload=preload, on_progress=progress, **options)
+            results = run_notebooks(notebooks, preload=split_list(limits.preload), on_progress=progress, **options)
         except KeyboardInterrupt as error:
             raise JobInterruptedError(
                 f"The tests were interrupted ({str(error) or 'Ctrl-C'}); no process is left."

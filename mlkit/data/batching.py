@@ -29,9 +29,8 @@ def _pack(inputs: "pl.DataFrame | np.ndarray") -> _Packed:
     with tf.device("CPU:0"):
         if isinstance(inputs, np.ndarray):
             return [(["image"], tf.convert_to_tensor(inputs))]
-        kinds = {kind: [column.name for column in inputs if column.dtype == kind] for kind in (pl.Float32, pl.String)}
-        matrices = {kind: inputs.select(names).to_numpy(order="c") for kind, names in kinds.items() if names}
-        return [(kinds[kind], tf.convert_to_tensor(matrix)) for kind, matrix in matrices.items()]
+        groups = ([column.name for column in inputs if column.dtype == dtype] for dtype in (pl.Float32, pl.String))
+        return [(names, tf.convert_to_tensor(inputs.select(names).to_numpy(order="c"))) for names in groups if names]
 
 
 def _gatherer(packed: _Packed, order: Sequence[str], *per_row: "np.ndarray | Mapping[str, np.ndarray]") -> Callable:

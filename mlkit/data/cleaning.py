@@ -7,7 +7,7 @@ __all__ = ['load_steps', 'CleaningResult', 'clean']
 
 # %% ../../nbs/library/data/06_cleaning.ipynb #9811fd91
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -18,40 +18,38 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .._display import html_table
 from .dtypes import COLUMN_TYPES, TEXT_TYPES, convert_column
-from .io import read_yaml
+from .io import check_columns, read_yaml
 from ..errors import DatasetError, did_you_mean, join_names
 
 # %% ../../nbs/library/data/06_cleaning.ipynb #fdc7cfcf
 _ROW = "_row"
-_QUARANTINE_SCHEMA = {"_row": pl.Int64(), "_column": pl.String(), "_value": pl.String(), "_reason": pl.String()}
-_NO_ENTRIES = pl.DataFrame(schema=_QUARANTINE_SCHEMA)
+_ENTRY_SCHEMA = {_ROW: pl.Int64()} | dict.fromkeys(("_column", "_value", "_reason", "_scope"), pl.String())
+_NO_ENTRIES = pl.DataFrame(schema=_ENTRY_SCHEMA)
 
 
 class _StepResult(NamedTuple):
-    """Table after a step, what the step quarantined, and how many other values it changed."""
+    """Table after a step, its quarantine entries, and the number of other values that it changed."""
 
     table: pl.DataFrame
-    rows: pl.DataFrame  # quarantined rows, in _QUARANTINE_SCHEMA
-    values: pl.DataFrame  # quarantined values of rows that stay, in _QUARANTINE_SCHEMA
+    entries: pl.DataFrame = _NO_ENTRIES
     changed: int = 0
 
 
-def _quarantine_entries(table: pl.DataFrame, bad: pl.Series, column: str | None, reason: str) -> pl.DataFrame:
+def _quarantine_entries(
+    table: pl.DataFrame, bad: pl.Series, column: str | None, reason: str, scope: str = "row"
+) -> pl.DataFrame:
     """Quarantine entry for each row of a mask."""
     value = pl.col(column).cast(pl.String) if column else pl.lit(None, pl.String)
-    entries = table.filter(bad).select(
-        pl.col(_ROW), pl.lit(column, pl.String).alias("_column"), value.alias("_value"), pl.lit(reason).alias("_reason")
-    )
-    return entries.cast(_QUARANTINE_SCHEMA)
+    constants = {"_column": pl.lit(column, pl.String), "_reason": pl.lit(reason), "_scope": pl.lit(scope)}
+    return table.filter(bad).select(pl.col(_ROW).cast(pl.Int64), _value=value, **constants).select(list(_ENTRY_SCHEMA))
 
 
 def _quarantine(table: pl.DataFrame, bad: pl.Series, column: str, reason: str, scope: str) -> _StepResult:
     """Quarantine the rows of a mask (scope "row"), or only their values in a column (scope "value")."""
-    entries = _quarantine_entries(table, bad, column, reason)
+    entries = _quarantine_entries(table, bad, column, reason, scope)
     if scope == "row":
-        return _StepResult(table.filter(~bad), entries, _NO_ENTRIES)
-    remaining = table.with_columns(pl.when(~bad).then(pl.col(column)).alias(column))
-    return _StepResult(remaining, _NO_ENTRIES, entries)
+        return _StepResult(table.filter(~bad), entries)
+    return _StepResult(table.with_columns(pl.when(~bad).then(pl.col(column)).alias(column)), entries)
 
 # %% ../../nbs/library/data/06_cleaning.ipynb #196da558
 class _Step(BaseModel):
@@ -65,11 +63,7 @@ class _Step(BaseModel):
 
 
 def _require_columns(table: pl.DataFrame, names: Sequence[str]) -> list[str]:
-    columns = [name for name in table.columns if name != _ROW]
-    for name in names:
-        if name not in columns:
-            hint = did_you_mean(name, columns)
-            raise DatasetError(f"There is no column '{name}'.{hint} Columns: {join_names(columns)}.")
+    check_columns(names, [name for name in table.columns if name != _ROW], "Column")
     return list(names)
 
 
@@ -94,7 +88,7 @@ class _Trim(_Step):
     def apply(self, table: pl.DataFrame) -> _StepResult:
         names = [c.name for c in table if c.dtype == pl.String] if self.columns is None else self.columns
         trimmed = table.with_columns(_text_column(table, name).str.strip_chars().alias(name) for name in names)
-        return _StepResult(trimmed, _NO_ENTRIES, _NO_ENTRIES, _count_changes(table, trimmed, names))
+        return _StepResult(trimmed, changed=_count_changes(table, trimmed, names))
 
 # %% ../../nbs/library/data/06_cleaning.ipynb #496f5ff7
 class _Match(_Step):
@@ -167,26 +161,26 @@ class _Convert(_Step):
 
     name = "convert"
     column: str
-    kind: Literal["integer", "number", "text", "boolean", "date", "datetime"]
+    type: Literal["integer", "number", "text", "boolean", "date", "datetime"]
     thousands: Literal["", ",", ".", " ", "'", "_"] = ""
     decimal: Literal[".", ","] = "."
     format: str | None = None
     otherwise: Literal["row", "value"] = "value"
 
     def _convert(self, column: pl.Series) -> pl.Series:
-        if column.dtype == pl.String and self.kind in ("integer", "number") and (self.thousands or self.decimal == ","):
+        if column.dtype == pl.String and self.type in ("integer", "number") and (self.thousands or self.decimal == ","):
             column = _normalize_numbers(column.str.strip_chars(), self.thousands, self.decimal)
         if column.dtype == pl.String and self.format:
-            dtype = pl.Date() if self.kind == "date" else pl.Datetime("us")
+            dtype = pl.Date() if self.type == "date" else pl.Datetime("us")
             return column.str.strip_chars().str.strptime(dtype, self.format, strict=False)
-        return convert_column(column, self.kind)
+        return convert_column(column, self.type)
 
     def apply(self, table: pl.DataFrame) -> _StepResult:
         column = table[_require_columns(table, [self.column])[0]]
         converted = self._convert(column)
         known = column.is_not_null() if column.dtype != pl.String else (column != "").fill_null(False)
         bad = known & converted.is_null()
-        result = _quarantine(table, bad, self.column, f"is no {self.kind}", self.otherwise)
+        result = _quarantine(table, bad, self.column, f"is no {self.type}", self.otherwise)
         remaining = converted.filter(~bad) if self.otherwise == "row" else converted
         changed = int((known & ~bad).sum()) if converted.dtype != column.dtype else 0
         return result._replace(table=result.table.with_columns(remaining.alias(self.column)), changed=changed)
@@ -198,7 +192,8 @@ def _missing_entries(rows: pl.DataFrame, marked: pl.DataFrame, names: Sequence[s
     entries = rows.with_columns(first.to_series().alias("_column"), pl.lit("is missing").alias("_reason"))
     columns = entries["_column"].unique().to_list()
     texts = [pl.when(pl.col("_column") == name).then(pl.col(name).cast(pl.String)) for name in columns]
-    return entries.select(_ROW, "_column", pl.coalesce(*texts, pl.lit(None, pl.String)).alias("_value"), "_reason")
+    value = pl.coalesce(*texts, pl.lit(None, pl.String))
+    return entries.select(_ROW, "_column", value.alias("_value"), "_reason", pl.lit("row").alias("_scope"))
 
 
 class _Missing(_Step):
@@ -247,10 +242,10 @@ class _Missing(_Step):
         if self.rule == "drop":
             bad = marked.select(pl.any_horizontal(pl.col(names).is_null())).to_series()
             entries = _missing_entries(table.filter(bad), marked.filter(bad), names)
-            return _StepResult(marked.filter(~bad), entries, _NO_ENTRIES)
+            return _StepResult(marked.filter(~bad), entries)
         if self.rule != "keep":
             marked = marked.with_columns(self._fill(marked[name]) for name in names if marked[name].null_count())
-        return _StepResult(marked, _NO_ENTRIES, _NO_ENTRIES, _count_changes(table, marked, names))
+        return _StepResult(marked, changed=_count_changes(table, marked, names))
 
 # %% ../../nbs/library/data/06_cleaning.ipynb #de18ced4
 class _Deduplicate(_Step):
@@ -266,7 +261,7 @@ class _Deduplicate(_Step):
         bad = ~table.select(key.is_first_distinct() if self.keep == "first" else key.is_last_distinct()).to_series()
         scope = f" in {join_names(names, 5)}" if self.columns else ""
         entries = _quarantine_entries(table, bad, None, f"repeats another row{scope}")
-        return _StepResult(table.filter(~bad), entries, _NO_ENTRIES)
+        return _StepResult(table.filter(~bad), entries)
 
 # %% ../../nbs/library/data/06_cleaning.ipynb #5289aa87
 _STEPS: dict[str, type[_Step]] = {step.name: step for step in (_Trim, _Match, _Range, _Convert, _Missing, _Deduplicate)}
@@ -281,7 +276,7 @@ def _option_problem(step: type[_Step], error: ValidationError) -> str:
         return f"'{step.name}' has no option '{option}'.{did_you_mean(option, step.model_fields)} Options: {options}."
     if first["type"] == "missing":
         return f"'{step.name}' needs the option '{option}'. Options: {options}."
-    hint = did_you_mean(str(first["input"]), COLUMN_TYPES) if option == "kind" else ""
+    hint = did_you_mean(str(first["input"]), COLUMN_TYPES) if option == "type" else ""
     return f"'{step.name}': {option} = {first['input']!r}. {first['msg']}.{hint}"
 
 
@@ -296,8 +291,7 @@ def _parse_step(number: int, config: Any) -> _Step:
     try:
         return _STEPS[name](**{str(key): value for key, value in config.items() if key != "step"})
     except ValidationError as error:
-        problem = _option_problem(_STEPS[name], error)
-    raise DatasetError(f"Step {number}: {problem}")
+        raise DatasetError(f"Step {number}: {_option_problem(_STEPS[name], error)}") from None
 
 # %% ../../nbs/library/data/06_cleaning.ipynb #33c1244e
 def load_steps(
@@ -317,7 +311,7 @@ class CleaningResult:
     """Result of cleaning: the table, the quarantine, and the counts of each step."""
 
     table: pl.DataFrame
-    quarantine: pl.DataFrame  # _row, _step, _column, _value, _reason, _taken ("row" or "value"), and the original row
+    quarantine: pl.DataFrame  # _row, _step, _column, _value, _reason, _scope ("row" or "value"), and the original row
     counts: pl.DataFrame  # a row per step: step, columns, rows_in, rows_out, values_quarantined, values_changed
     steps: tuple[dict[str, Any], ...]
 
@@ -326,7 +320,7 @@ class CleaningResult:
         return {"steps": list(self.steps), "counts": self.counts.to_dicts()}
 
     def _repr_html_(self) -> str:
-        rows = self.quarantine.filter(pl.col("_taken") == "row")["_row"].n_unique()
+        rows = self.quarantine.filter(pl.col("_scope") == "row")["_row"].n_unique()
         values = self.quarantine.height - rows
         title = f"{self.table.height:,} rows remain; in quarantine: {rows:,} rows and {values:,} values"
         reasons = self.quarantine.head(5).select("_row", "_step", "_column", "_value", "_reason")
@@ -338,17 +332,6 @@ def _as_html(table: pl.DataFrame) -> str:
     return html_table([name.strip("_").replace("_", " ") for name in table.columns], rows)
 
 # %% ../../nbs/library/data/06_cleaning.ipynb #5b42e0a2
-def _apply_steps(table: pl.DataFrame, steps: Sequence[_Step]) -> Iterator[tuple[int, _Step, pl.DataFrame, _StepResult]]:
-    """Number, step, table before and result of each step."""
-    for number, step in enumerate(steps, 1):
-        try:
-            result = step.apply(table)
-        except DatasetError as error:
-            raise DatasetError(f"Step {number} ({step.name}): {error}") from None
-        yield number, step, table, result
-        table = result.table
-
-
 def _count(label: str, step: _Step, before: pl.DataFrame, result: _StepResult) -> dict[str, Any]:
     columns = getattr(step, "columns", None) or ([step.column] if hasattr(step, "column") else [])
     return {
@@ -356,18 +339,18 @@ def _count(label: str, step: _Step, before: pl.DataFrame, result: _StepResult) -
         "columns": join_names(columns, 5) or "all",
         "rows_in": before.height,
         "rows_out": result.table.height,
-        "values_quarantined": result.values.height,
+        "values_quarantined": result.entries.filter(_scope="value").height,
         "values_changed": result.changed,
     }
 
 
-def _label_entries(entries: pl.DataFrame, label: str, scope: str) -> pl.DataFrame:
-    """Quarantine entries with the columns _step and _taken."""
-    return entries.select(_ROW, pl.lit(label).alias("_step"), pl.exclude(_ROW), pl.lit(scope).alias("_taken"))
+def _label_entries(entries: pl.DataFrame, label: str) -> pl.DataFrame:
+    """Quarantine entries with the column _step."""
+    return entries.select(_ROW, pl.lit(label).alias("_step"), pl.exclude(_ROW))
 
 
 def _check_reserved_names(table: pl.DataFrame) -> None:
-    if reserved := {*_QUARANTINE_SCHEMA, "_step", "_taken"} & set(table.columns):
+    if reserved := {*_ENTRY_SCHEMA, "_step"} & set(table.columns):
         raise DatasetError(
             f"The quarantine needs the column names {join_names(sorted(reserved))}. Rename these columns."
         )
@@ -382,11 +365,15 @@ def clean(
     parsed = [_parse_step(number, config) for number, config in enumerate(configs, 1)]
     _check_reserved_names(table)
     numbered = table.with_row_index(_ROW, offset=1).cast({_ROW: pl.Int64})
-    counts, entries, cleaned = [], [_label_entries(_NO_ENTRIES, "", "")], numbered
-    for number, step, before, result in _apply_steps(numbered, parsed):
+    counts, entries, cleaned = [], [_label_entries(_NO_ENTRIES, "")], numbered
+    for number, step in enumerate(parsed, 1):
+        try:
+            result = step.apply(cleaned)
+        except DatasetError as error:
+            raise DatasetError(f"Step {number} ({step.name}): {error}") from None
         label = f"{number} {step.name}"
-        counts.append(_count(label, step, before, result))
-        entries += [_label_entries(result.rows, label, "row"), _label_entries(result.values, label, "value")]
+        counts.append(_count(label, step, cleaned, result))
+        entries.append(_label_entries(result.entries, label))
         cleaned = result.table
     quarantine = pl.concat(entries).join(numbered, on=_ROW, how="left", maintain_order="left")
     return CleaningResult(cleaned.drop(_ROW), quarantine, pl.DataFrame(counts), tuple(configs))

@@ -173,7 +173,7 @@ def _weighted_points(column: ColumnStatistics) -> tuple[np.ndarray, np.ndarray]:
         finite = np.isfinite(points)
         points, weights = points[finite], weights[finite]
     else:
-        finite = max(column.known - column.infinite, 0)
+        finite = max(column.count - column.infinite, 0)
         points, weights = column.quantiles, np.full(len(column.quantiles), max(finite - 2, 0) / 999)
         weights[[0, -1] if len(weights) else []] = min(finite, 2) / 2
     return np.clip(points, -_FLOAT32_MAX, _FLOAT32_MAX).astype(np.float32).astype(float), weights
@@ -212,7 +212,7 @@ def _pair_texts(reference: ColumnStatistics, current: ColumnStatistics) -> Colum
     known.sort(key=lambda value: (-sum(s.counts.get(value, 0) for s in sides), str(value)))
     labels = known[:_MAX_CATEGORIES]
     counts = [np.array([side.counts.get(value, 0) for value in labels], float) for side in sides]
-    counts = [np.append(c, [side.known - c.sum(), side.missing]) for c, side in zip(counts, sides, strict=True)]
+    counts = [np.append(c, [side.count - c.sum(), side.missing]) for c, side in zip(counts, sides, strict=True)]
     names = [str(value).lower() if isinstance(value, bool) else str(value) for value in labels]
     return ColumnPair([*names, "(other)", "(missing)"], *counts)
 
@@ -225,11 +225,11 @@ def pair_columns(
     current: ColumnStatistics,  # column of a comparable type
 ) -> ColumnPair | None:  # None where types differ, unless one side has no values
     """Count the rows of two columns in common cells."""
-    first, second = (_COMPARABLE_TYPES.get(side.kind, side.kind) for side in (reference, current))
-    if first != second and reference.known and current.known:
+    first, second = (_COMPARABLE_TYPES.get(side.type, side.type) for side in (reference, current))
+    if first != second and reference.count and current.count:
         return None
-    kind = second if not reference.known else first
-    return (_pair_texts if kind in ("text", "boolean", "other") else _pair_numbers)(reference, current)
+    column_type = second if not reference.count else first
+    return (_pair_texts if column_type in ("text", "boolean", "other") else _pair_numbers)(reference, current)
 
 # %% ../../nbs/library/data/11_drift.ipynb #22313c5e
 TEXT_DISTANCES = {
@@ -356,15 +356,15 @@ DEFAULT_THRESHOLDS: dict[ColumnType, dict[str, float]] = {
     "date": {},
     "datetime": {},
 }
-DriftResult = Literal["drifted", "absent", "other kind", "unproven", "stable", "new", "not judged"]
+DriftResult = Literal["drifted", "absent", "type changed", "not significant", "stable", "new", "not tested"]
 RESULT_COLORS: dict[DriftResult, str] = {  # the worst first; red fails the comparison
     "drifted": "red",
     "absent": "red",
-    "other kind": "red",
-    "unproven": "darkorange",
+    "type changed": "red",
+    "not significant": "darkorange",
     "stable": "green",
     "new": "gray",
-    "not judged": "gray",
+    "not tested": "gray",
 }
 
 # %% ../../nbs/library/data/11_drift.ipynb #4448442a
@@ -373,7 +373,7 @@ class ColumnDrift:
     """Drift of one column."""
 
     name: str
-    verdict: DriftResult
+    result: DriftResult
     reason: str  # message
     distances: dict[str, float]  # all distances that apply to the column
     distance_name: str = ""  # name of the deciding distance
@@ -442,7 +442,7 @@ class Drift:
     @property
     def drifted(self) -> list[str]:
         """Columns that have drifted, are absent, or changed their type; the worst first."""
-        return [name for name, column in self.columns.items() if RESULT_COLORS[column.verdict] == "red"]
+        return [name for name, column in self.columns.items() if RESULT_COLORS[column.result] == "red"]
 
     @property
     def passed(self) -> bool:
@@ -470,7 +470,7 @@ class Drift:
         if any(self.columns[name].distances for name in self.drifted):
             body += f"<h3>Drifted columns</h3>{figure_svg(self.plot)}"
         body += f"<h3>Both tables</h3>{self.reference.overlay(self.current)._repr_html_()}"
-        return html_page(html.escape(f"Drift: {self.current.name} against {self.reference.name}"), body)
+        return html_page(f"Drift: {self.current.name} against {self.reference.name}", body)
 
     def _repr_html_(self) -> str:
         return _drift_table(self)
@@ -494,7 +494,7 @@ def format_p(
 
 
 def _table_row(column: ColumnDrift) -> list[str]:
-    dot = f"<span style='color:{RESULT_COLORS[column.verdict]}'>●</span>&nbsp;{column.verdict.replace(' ', '&nbsp;')}"
+    dot = f"<span style='color:{RESULT_COLORS[column.result]}'>●</span>&nbsp;{column.result.replace(' ', '&nbsp;')}"
     numbers = [f"{column.distances[name]:.3f}" if name in column.distances else "" for name in list(DISTANCES)[:-1]]
     return [
         f"<b>{html.escape(column.name)}</b>",
@@ -568,14 +568,14 @@ def _prepare_test(
     if pair is None:
         return _ColumnTest(reference.name, None, {}, {})
     distances = {name: float(distance) for name, distance in measure_distances(pair).items()}
-    kind = (reference if reference.known else current).kind
-    thresholds = DEFAULT_THRESHOLDS[kind] if thresholds is None else thresholds
-    if not (reference.known or current.known):  # a column without values has no type
+    column_type = (reference if reference.count else current).type
+    thresholds = DEFAULT_THRESHOLDS[column_type] if thresholds is None else thresholds
+    if not (reference.count or current.count):  # a column without values has no type
         thresholds = {name: threshold for name, threshold in thresholds.items() if name in distances}
     for name in thresholds:
         if name not in distances:
             raise DatasetError(
-                f"'{name}' does not apply to column '{reference.name}' of type {kind}. "
+                f"'{name}' does not apply to column '{reference.name}' of type {column_type}. "
                 f"Distances that do: {join_names(distances)}."
             )
     return _ColumnTest(reference.name, pair, distances, thresholds)
@@ -583,19 +583,19 @@ def _prepare_test(
 # %% ../../nbs/library/data/11_drift.ipynb #bbb8c0b3
 def _decide(test: _ColumnTest, p_values: Mapping[str, float], significance: float) -> ColumnDrift:
     if not test.thresholds:
-        return ColumnDrift(test.name, "not judged", "no drift threshold", test.distances)
+        return ColumnDrift(test.name, "not tested", "no drift threshold", test.distances)
     ratios = {name: test.distances[name] / max(threshold, 1e-12) for name, threshold in test.thresholds.items()}
     name = min(ratios, key=lambda name: (p_values.get(name, 2.0), -ratios[name]))
     threshold, p_value = test.thresholds[name], p_values.get(name)
-    verdict = "stable" if p_value is None else "drifted" if p_value <= significance else "unproven"
-    reason = _reason(verdict, test.pair, f"{DISTANCES[name]} {test.distances[name]:.3f}", threshold)
-    return ColumnDrift(test.name, verdict, reason, test.distances, name, threshold, p_value)
+    result = "stable" if p_value is None else "drifted" if p_value <= significance else "not significant"
+    reason = _reason(result, test.pair, f"{DISTANCES[name]} {test.distances[name]:.3f}", threshold)
+    return ColumnDrift(test.name, result, reason, test.distances, name, threshold, p_value)
 
 
-def _reason(verdict: DriftResult, pair: ColumnPair, measured: str, threshold: float) -> str:
-    if verdict == "stable":
+def _reason(result: DriftResult, pair: ColumnPair, measured: str, threshold: float) -> str:
+    if result == "stable":
         return f"{measured} is within its threshold of {threshold:g}"
-    if verdict == "drifted":
+    if result == "drifted":
         change = (_largest_share_change if pair.values is None else _median_change)(pair)
         return f"{change}; {measured} is above its threshold of {threshold:g}"
     rows = " and ".join(f"{side.sum():,.0f}" for side in (pair.reference, pair.current))
@@ -622,8 +622,8 @@ def _unmatched(name: str, reference: Statistics, current: Statistics) -> ColumnD
         return ColumnDrift(name, "absent", f"'{current.name}' does not have it", {})
     if name not in reference.columns:
         return ColumnDrift(name, "new", f"'{reference.name}' does not have it", {})
-    kinds = (reference.columns[name].kind, current.columns[name].kind)
-    return ColumnDrift(name, "other kind", f"{kinds[0]} became {kinds[1]}", {})
+    column_types = (reference.columns[name].type, current.columns[name].type)
+    return ColumnDrift(name, "type changed", f"{column_types[0]} became {column_types[1]}", {})
 
 # %% ../../nbs/library/data/11_drift.ipynb #4f2ade5e
 def measure_drift(
@@ -655,7 +655,7 @@ def measure_drift(
         for name in names
     ]
     order = list(RESULT_COLORS)
-    columns.sort(key=lambda column: (order.index(column.verdict), -column.excess))
+    columns.sort(key=lambda column: (order.index(column.result), -column.excess))
     return Drift(reference, current, {column.name: column for column in columns}, significance)
 
 # %% ../../nbs/library/data/11_drift.ipynb #a7683800

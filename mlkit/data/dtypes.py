@@ -117,12 +117,9 @@ def infer_types(
     declared: Collection[str],  # columns that are left as text because their type is declared
 ) -> pl.DataFrame:
     """Table with the type of every column inferred, except for the declared ones."""
-
-    def infer(column: pl.Series) -> pl.Series:
-        return column if column.name in declared else infer_column(column)
-
     with ThreadPoolExecutor() as pool:
-        return pl.DataFrame(list(pool.map(infer, table)))
+        inferred = pool.map(lambda column: column if column.name in declared else infer_column(column), table)
+        return pl.DataFrame(list(inferred))
 
 # %% ../../nbs/library/data/00_dtypes.ipynb #4c4546a6
 COLUMN_TYPES = ("integer", "number", "text", "boolean", "date", "datetime")
@@ -130,13 +127,6 @@ DTYPES = dict(zip(COLUMN_TYPES, (pl.Int64, pl.Float64, pl.String, pl.Boolean, pl
 _BOOLEAN_TEXTS = {
     **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
     **dict.fromkeys(("false", "no", "f", "n", "0"), False),
-}
-_CONVERTIBLE_FROM = {  # column type -> groups of dtypes that it can be converted from
-    "integer": ("numeric", "boolean"),
-    "number": ("numeric", "boolean"),
-    "boolean": ("numeric",),
-    "date": ("calendar",),
-    "datetime": ("calendar",),
 }
 
 
@@ -154,29 +144,24 @@ def _convert_text(column: pl.Series, column_type: str) -> pl.Series:
     return _nulls(column, column_type)
 
 
-def _dtype_group(dtype: pl.DataType) -> str | None:
-    if dtype.is_numeric():
-        return "numeric"
-    return {pl.Date: "calendar", pl.Datetime: "calendar", pl.Boolean: "boolean"}.get(dtype.base_type())
-
-
 def _convert_values(column: pl.Series, column_type: str) -> pl.Series:
-    if column.dtype.base_type() == DTYPES[column_type]:
+    dtype = column.dtype.base_type()
+    if dtype == DTYPES[column_type]:
         return column
-    group = _dtype_group(column.dtype)
-    if group not in _CONVERTIBLE_FROM[column_type]:
+    numeric, calendar = column.dtype.is_numeric(), dtype in (pl.Date, pl.Datetime)
+    if not (calendar if column_type in ("date", "datetime") else numeric or dtype == pl.Boolean):
         return _nulls(column, column_type)
     converted = column.cast(DTYPES[column_type], strict=False)
     if column_type == "date":
         return converted.set(column.dt.time() != time(), None)  # the time of day would be lost
-    if group == "numeric":
+    if numeric:
         return converted.set(converted.cast(pl.Float64) != column.cast(pl.Float64), None)
     return converted
 
 # %% ../../nbs/library/data/00_dtypes.ipynb #74b0911c
 def convert_column(
     column: pl.Series,  # column of any dtype but lists, structs and bytes
-    column_type: str,  # target type, one of KINDS
+    column_type: str,  # target type, one of COLUMN_TYPES
 ) -> pl.Series:  # column of that type; values that do not fit are null
     """Convert a column to another type. Raises `DatasetError` for a column of lists, structs or bytes."""
     if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object):

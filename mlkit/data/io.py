@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Source', 'find_files', 'is_database', 'is_local', 'is_delimited', 'is_splittable', 'first_line', 'is_utf8',
-           'local_files', 'read_table', 'read_errors', 'scan_table', 'write_table', 'fingerprint', 'fingerprint_images',
-           'read_yaml']
+           'check_columns', 'original_names', 'local_files', 'read_table', 'read_errors', 'scan_table', 'write_table',
+           'fingerprint', 'fingerprint_images', 'read_yaml']
 
 # %% ../../nbs/library/data/01_io.ipynb #d435b26a
 import contextlib
@@ -15,9 +15,8 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -245,17 +244,9 @@ def _has_short_rows(data: Path | bytes, separator: str, width: int) -> bool:
     return width > 1 and _has_line(data, (line.str.strip_chars() != "") & (separators != width - 1))
 
 # %% ../../nbs/library/data/01_io.ipynb #531d3e04
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _lacks_header(names: list[str], table: pl.DataFrame) -> bool:
     """Whether the first line looks like one more row of data."""
-    numeric = [_is_number(name) for name in names]
+    numeric = pl.Series(names, dtype=pl.String).str.strip_chars().cast(pl.Float64, strict=False).is_not_null().to_list()
     texts = [(name, column) for name, column, number in zip(names, table, numeric, strict=True) if not number]
     recurring = sum(column.dtype == pl.String and bool((column == name).any()) for name, column in texts)
     return (any(numeric) and (recurring > 0 or not texts)) or (not any(numeric) and recurring == len(texts))
@@ -287,18 +278,23 @@ def _check_types(types: Mapping[str, str]) -> None:
             )
 
 
-def _check_columns_exist(types: Mapping[str, str], columns: Collection[str]) -> None:
-    for name in types:
+def check_columns(
+    names: Iterable[str],  # columns that have to exist
+    columns: Collection[str],  # columns of the table
+    subject: str,  # subject of the error message: "Label column", "ignore= column"
+    table: str = "the table",  # name of the table in the error message
+) -> None:
+    """Raise `DatasetError` for the first name that is not a column."""
+    for name in names:
         if name not in columns:
-            hint = did_you_mean(name, columns)
             raise DatasetError(
-                f"types= names column '{name}', which does not exist.{hint} Columns: {join_names(columns)}."
+                f"{subject} '{name}' is not in {table}.{did_you_mean(name, columns)} Columns: {join_names(columns)}."
             )
 
 
 def _apply_types(table: pl.DataFrame, types: Mapping[str, str]) -> pl.DataFrame:
     """Table with columns converted to the declared types."""
-    _check_columns_exist(types, table.columns)
+    check_columns(types, table.columns, "types= column")
     for name, column_type in types.items():
         column, converted = table[name], convert_column(table[name], column_type)
         known = column.is_not_null() & (column != "") if column.dtype == pl.String else column.is_not_null()
@@ -410,28 +406,6 @@ def _csv_problem(file: Path, options: _CsvOptions, error: Exception) -> str:
     )
 
 # %% ../../nbs/library/data/01_io.ipynb #a434a2a9
-_JSON_CHUNK_BYTES = 16_000_000
-
-
-def _line_chunks(data: bytes) -> Iterator[bytes]:
-    start = 0
-    while start < len(data):
-        end = data.find(b"\n", start + _JSON_CHUNK_BYTES) + 1 or len(data)
-        yield data[start:end]
-        start = end
-
-
-def _parse_json_lines(data: bytes) -> pl.DataFrame:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = list(pool.map(lambda chunk: pl.read_ndjson(chunk, infer_schema_length=None), _line_chunks(data)))
-    dtypes: dict[str, set] = {}
-    for name, dtype in (item for chunk in chunks for item in chunk.schema.items()):
-        dtypes.setdefault(name, set()).add("number" if dtype.is_numeric() else dtype)
-    if any(len(different - {pl.Null}) > 1 for different in dtypes.values()):
-        return pl.read_ndjson(data, infer_schema_length=None)
-    return pl.concat(chunks, how="diagonal_relaxed") if len(chunks) > 1 else chunks[0]
-
-
 def _json_column_order(file: Path, names: Collection[str]) -> list[str]:
     """Columns in the order of the first line; Polars does not keep the order of thousands of columns."""
     lines = pl.scan_lines(file, name="line").filter(pl.col("line").str.strip_chars() != "").head(1).collect()
@@ -455,7 +429,7 @@ def _read_json_lines(file: Path) -> pl.DataFrame:
     if not data.strip():
         raise DatasetError(f"'{file}' is empty.")
     try:
-        table = _parse_json_lines(data)
+        table = pl.read_ndjson(data, infer_schema_length=None)
         return table.select(_json_column_order(file, table.columns))
     except pl.exceptions.PolarsError as error:
         raise DatasetError(_encoding_problem(file, data, "utf-8") or _json_problem(file, data, error)) from error
@@ -475,11 +449,13 @@ _SCANNERS: dict[str, Callable[[Path], pl.LazyFrame]] = {
 
 def _read_columnar(file: Path, file_format: str) -> pl.DataFrame:
     if file_format == "arrow" and not _first_bytes(file).startswith(b"ARROW1"):
-        raise DatasetError(f"'{file}' is not a whole Arrow file: it does not begin with ARROW1.")
+        raise DatasetError(f"'{file}' is not a complete Arrow file: it does not begin with ARROW1.")
     try:
         return _SCANNERS[file_format](file).collect()
     except pl.exceptions.PolarsError as error:
-        raise DatasetError(f"'{file}' is not a whole {file_format.capitalize()} file: {first_line(error)}") from error
+        raise DatasetError(
+            f"'{file}' is not a complete {file_format.capitalize()} file: {first_line(error)}"
+        ) from error
 
 
 def _read_file(file: Path, options: _CsvOptions, declared: Collection[str]) -> pl.DataFrame:
@@ -487,9 +463,8 @@ def _read_file(file: Path, options: _CsvOptions, declared: Collection[str]) -> p
     if file_format == "csv":
         return _read_csv(file, options, declared)
     options.check_unused(file)
-    if file_format == "json":
-        return _read_json_lines(file)
-    return read_tfrecord(file) if file_format == "tfrecord" else _read_columnar(file, file_format)
+    readers = {"json": _read_json_lines, "tfrecord": read_tfrecord}
+    return readers[file_format](file) if file_format in readers else _read_columnar(file, file_format)
 
 # %% ../../nbs/library/data/01_io.ipynb #4721447d
 def _check_same_columns(schemas: Sequence[Mapping[str, pl.DataType]], files: Sequence[Path]) -> None:
@@ -539,16 +514,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise DatasetError(f"'{redact_source(url)}' cannot be opened: {error}.") from None
 
 
-def _remote_paths(url: str) -> tuple[Any, list[str]]:
-    filesystem, path = _filesystem(url)
-    if "*" not in path:
-        return filesystem, [path]
-    paths = sorted(filesystem.glob(path))
-    if not paths:
-        raise DatasetError(f"No file matches '{redact_source(url)}'.")
-    return filesystem, paths
-
-
 def _download(filesystem: Any, path: str, target: Path) -> None:
     """Download one file; raises `OSError` where it arrives incomplete."""
     filesystem.get_file(path, str(target))
@@ -560,7 +525,10 @@ def _download(filesystem: Any, path: str, target: Path) -> None:
 def _download_files(url: str, folder: Path) -> list[Path]:
     """Download the files of a URL to a folder."""
     try:
-        filesystem, paths = _remote_paths(url)
+        filesystem, path = _filesystem(url)
+        paths = sorted(filesystem.glob(path)) if "*" in path else [path]
+        if not paths:
+            raise DatasetError(f"No file matches '{redact_source(url)}'.")
         files = [folder / f"{number:05d}" / PurePath(urlsplit(path).path).name for number, path in enumerate(paths)]
         for path, file in zip(paths, files, strict=True):
             _file_format(file)
@@ -578,27 +546,37 @@ def _download_files(url: str, folder: Path) -> list[Path]:
 
 # %% ../../nbs/library/data/01_io.ipynb #69c776fc
 @contextlib.contextmanager
+def original_names(
+    originals: Mapping[Path, str | Path],  # copy -> its original; may be filled in the context
+) -> Iterator[None]:
+    """Context manager whose errors name the originals instead of their copies."""
+    try:
+        yield
+    except DatasetError as error:
+        message = str(error)
+        for copy, original in originals.items():
+            message = message.replace(str(copy), str(original))
+        raise DatasetError(message) from None
+
+
+@contextlib.contextmanager
 def local_files(
     source: Source,  # path, pattern, URL, or list of them
 ) -> Iterator[list[Path]]:
     """Context manager that downloads the remote files of a source. Errors inside it name the URL, not the copy."""
+    files: list[Path] = []
+    originals: dict[Path, str] = {}
     with contextlib.ExitStack() as cleanup:
-        files, origins = [], {}
         for item in _as_list(source) or [[]]:  # find_files rejects an empty list
             if not _is_url(item):
                 files += find_files(item)
                 continue
             folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mlkit-")))
             downloaded = _download_files(item, folder)
-            origins |= {str(file): redact_source(item) for file in downloaded}
+            originals |= dict.fromkeys(downloaded, redact_source(item))
             files += downloaded
-        try:
+        with original_names(originals):
             yield files
-        except DatasetError as error:
-            message = str(error)
-            for file, origin in origins.items():
-                message = message.replace(file, origin)
-            raise DatasetError(message) from None
 
 # %% ../../nbs/library/data/01_io.ipynb #717f4c10
 def _flatten(features: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
@@ -661,7 +639,7 @@ def read_table(
     null_values: Sequence[str] = (),  # texts that mean missing in CSV and TSV, beside the empty field
     encoding: str = "utf-8",  # encoding of CSV and TSV files
     separator: str | None = None,  # separator of CSV and TSV files; None: a comma or a tab, by the suffix
-    types: Mapping[str, str] | None = None,  # column -> one of KINDS, where it should not be inferred
+    types: Mapping[str, str] | None = None,  # column -> one of COLUMN_TYPES, where it should not be inferred
 ) -> pl.DataFrame:  # types inferred over all rows
     """Read files, a database or a URL into one table. Raises `DatasetError` naming file and line."""
     types = dict(types or {})
@@ -766,7 +744,7 @@ def _apply_types_lazily(table: pl.LazyFrame, types: Mapping[str, str]) -> pl.Laz
     if not types:
         return table
     schema = table.collect_schema()
-    _check_columns_exist(types, schema)
+    check_columns(types, schema, "types= column")
     converted = {name: DTYPES[types[name]] if name in types else dtype for name, dtype in schema.items()}
     return table.map_batches(lambda chunk: _apply_types(chunk, types), schema=converted, streamable=True)
 
@@ -777,7 +755,7 @@ def scan_table(
     columns: Sequence[str] | None = None,  # names for a CSV or TSV file that has no header
     null_values: Sequence[str] = (),  # texts that mean missing in CSV and TSV, beside the empty field
     separator: str | None = None,  # separator of CSV and TSV files; None: by the suffix
-    types: Mapping[str, str] | None = None,  # column -> one of KINDS, where it should not be inferred
+    types: Mapping[str, str] | None = None,  # column -> one of COLUMN_TYPES, where it should not be inferred
 ) -> pl.LazyFrame:  # only the pass that infers the types has been read
     """Plan the reading of CSV, Parquet, Arrow or JSON Lines files of any size. Raises `DatasetError`."""
     types = dict(types or {})
@@ -799,18 +777,15 @@ def _write_file(table: pl.DataFrame, path: Path, name: str) -> None:
     """Write one file at a path, in the format of a name."""
     suffix, compression_suffix = _split_suffixes(name)
     compression = {"": "uncompressed", ".gz": "gzip", ".zst": "zstd"}[compression_suffix]
-    file_format = _file_format(name)
-    if file_format == "csv":
-        separator = "\t" if suffix == ".tsv" else ","
-        table.write_csv(path, separator=separator, compression=compression, check_extension=False)
-    elif file_format == "json":
-        table.write_ndjson(path, compression=compression, check_extension=False)
-    elif file_format == "tfrecord":
-        write_tfrecord(table, path, compress=bool(compression_suffix))
-    elif file_format == "arrow":
-        table.write_ipc(path)
-    else:
-        table.write_parquet(path)
+    text = {"compression": compression, "check_extension": False}
+    writers = {
+        "csv": lambda: table.write_csv(path, separator="\t" if suffix == ".tsv" else ",", **text),
+        "json": lambda: table.write_ndjson(path, **text),
+        "tfrecord": lambda: write_tfrecord(table, path, compress=bool(compression_suffix)),
+        "arrow": lambda: table.write_ipc(path),
+        "parquet": lambda: table.write_parquet(path),
+    }
+    writers[_file_format(name)]()
 
 
 def _shard_names(path: Path, shards: int) -> list[str]:
@@ -857,8 +832,8 @@ def write_table(
         path.parent.mkdir(parents=True, exist_ok=True)
         return _write_shards(table, path.parent, _shard_names(path, shards))
     except (OSError, pl.exceptions.PolarsError) as error:
-        problem = f"'{path}' could not be written: {getattr(error, 'strerror', None) or first_line(error)}."
-    raise DatasetError(f"{problem} Nothing was left behind.")
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DatasetError(f"'{path}' could not be written: {reason}. Nothing was left behind.") from error
 
 
 def _upload(table: pl.DataFrame, url: str, shards: int) -> list[Path]:

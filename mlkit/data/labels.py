@@ -19,6 +19,7 @@ import polars as pl
 
 from .builtin import SourceData
 from .dtypes import known_values
+from .io import check_columns
 from ..errors import DatasetError, did_you_mean, join_names
 from ..metrics import METRICS
 
@@ -36,14 +37,11 @@ def _find_labels(content: SourceData, label: str | Sequence[str] | None) -> list
     labels = [label] if isinstance(label, str) else [str(name) for name in label]
     if not labels:
         raise DatasetError(f"label=[] names no column to predict. Columns of {content.name}: {join_names(columns)}.")
-    for number, name in enumerate(labels):
-        if name not in columns:
-            hint = did_you_mean(name, columns)
-            raise DatasetError(f"Label column '{name}' is not in {content.name}. Columns: {join_names(columns)}.{hint}")
-        if name in labels[:number]:
-            raise DatasetError(
-                f"label= names '{name}' twice; a column is predicted once. Received: {join_names(labels)}"
-            )
+    check_columns(labels, columns, "Label column", content.name)
+    if repeated := next((name for name in labels if labels.count(name) > 1), None):
+        raise DatasetError(
+            f"label= names '{repeated}' twice; a column is predicted once. Received: {join_names(labels)}"
+        )
     return labels
 
 # %% ../../nbs/library/data/13_labels.ipynb #683081da
@@ -66,10 +64,10 @@ def dropped_row_warnings(
 def _drop_unlabelled(content: SourceData, labels: Sequence[str]) -> tuple[SourceData, list[str]]:
     """Rows that have all labels, and warnings about dropped rows."""
     missing = {label: missing_rows(content.table[label]) for label in labels}
-    for label, missing_any in missing.items():
-        if missing_any.all():
+    for label, rows_missing in missing.items():
+        if rows_missing.all():
             raise DatasetError(
-                f"Label column '{label}' of {content.name} has no value in any of {len(missing_any)} rows."
+                f"Label column '{label}' of {content.name} has no value in any of {len(rows_missing)} rows."
             )
     missing_any = np.any(list(missing.values()), axis=0)
     if missing_any.all():
@@ -78,9 +76,9 @@ def _drop_unlabelled(content: SourceData, labels: Sequence[str]) -> tuple[Source
         )
     complete = content.without_rows(missing_any) if missing_any.any() else content
     return complete, [
-        note
+        warning
         for label, rows_missing in missing.items()
-        for note in dropped_row_warnings(int(rows_missing.sum()), len(rows_missing), label)
+        for warning in dropped_row_warnings(int(rows_missing.sum()), len(rows_missing), label)
     ]
 
 # %% ../../nbs/library/data/13_labels.ipynb #49da350c
@@ -108,13 +106,13 @@ def _class_names(values: pl.Series) -> pl.Series:
 
 # %% ../../nbs/library/data/13_labels.ipynb #fd997c72
 def _check_label(values: pl.Series, task: str, classes: Sequence[str] | None) -> None:
-    name, kind = values.name, values.dtype
-    if kind.is_nested() or kind.is_temporal() or kind == pl.Binary:
-        raise DatasetError(f"Label column '{name}' holds {kind}; a label is text, a boolean or a number.")
+    name, dtype = values.name, values.dtype
+    if dtype.is_nested() or dtype.is_temporal() or dtype == pl.Binary:
+        raise DatasetError(f"Label column '{name}' holds {dtype}; a label is text, a boolean or a number.")
     if task not in ("auto", *_TASKS):
         raise DatasetError(f"task='{task}' is not one of auto, {', '.join(_TASKS)}.{did_you_mean(task, _TASKS)}")
-    if task == "regression" and not kind.is_numeric():
-        raise DatasetError(f"task='regression' needs numbers, but label column '{name}' holds {kind}.")
+    if task == "regression" and not dtype.is_numeric():
+        raise DatasetError(f"task='regression' needs numbers, but label column '{name}' holds {dtype}.")
     if task == "regression" and classes is not None:
         raise DatasetError("classes= and task='regression' are mutually exclusive.")
     if classes is None and values.n_unique() == 1:
@@ -266,17 +264,14 @@ def parse_sample_weight(
     return weights
 
 
-def _weight_column(content: SourceData, weight: str | None, labels: Sequence[str]) -> np.ndarray | None:
+def _weight_column(content: SourceData, sample_weight: str | None, labels: Sequence[str]) -> np.ndarray | None:
     """Sample weights from a column, if one was named."""
-    if weight is None:
+    if sample_weight is None:
         return None
-    if weight in labels:
-        raise DatasetError(f"weight='{weight}' is a label; expected another column.")
-    columns = [name for name in content.table.columns if name not in labels]
-    if weight not in columns:
-        hint = did_you_mean(weight, columns)
-        raise DatasetError(f"Weight column '{weight}' is not in {content.name}. Columns: {join_names(columns)}.{hint}")
-    return parse_sample_weight(content.table[weight])
+    if sample_weight in labels:
+        raise DatasetError(f"sample_weight='{sample_weight}' is a label; expected another column.")
+    check_columns([sample_weight], content.table.columns, "Weight column", content.name)
+    return parse_sample_weight(content.table[sample_weight])
 
 # %% ../../nbs/library/data/13_labels.ipynb #d28d97ac
 ClassWeight = Literal["balanced"] | Mapping[str, float]
@@ -288,22 +283,22 @@ def _class_name(name: Any) -> str:
 
 
 def check_class_weight(
-    given: ClassWeight,  # "balanced", or class -> weight
+    class_weight: ClassWeight,  # "balanced", or class -> weight
     classes: Sequence[str],  # class names; () for regression
 ) -> None:
     """Raise `DatasetError` unless every named class exists and has a weight of at least 0."""
     if not classes:
-        raise DatasetError("class_weight= is for classes, and the task is regression: weight= names a column.")
-    if isinstance(given, str):
-        if given != "balanced":
+        raise DatasetError("class_weight= is for classes, and the task is regression: sample_weight= names a column.")
+    if isinstance(class_weight, str):
+        if class_weight != "balanced":
             raise DatasetError(
                 f"class_weight= is 'balanced' or a weight per class, as in {{'{classes[-1]}': 2.0}}. "
-                f"Received: '{given}'.{did_you_mean(given, ['balanced'])}"
+                f"Received: '{class_weight}'.{did_you_mean(class_weight, ['balanced'])}"
             )
         return
-    if not isinstance(given, Mapping):
-        raise DatasetError(f"class_weight= is 'balanced', or a weight per class. Received: {given!r}")
-    for name, value in given.items():
+    if not isinstance(class_weight, Mapping):
+        raise DatasetError(f"class_weight= is 'balanced', or a weight per class. Received: {class_weight!r}")
+    for name, value in class_weight.items():
         if _class_name(name) not in classes:
             hint = did_you_mean(_class_name(name), classes)
             raise DatasetError(f"class_weight= names '{name}'. Classes: {join_names(classes)}.{hint}")
@@ -312,14 +307,14 @@ def check_class_weight(
 
 
 def class_weights(
-    given: ClassWeight,  # "balanced", or class -> weight; default of a class: 1
+    class_weight: ClassWeight,  # "balanced", or class -> weight; default of a class: 1
     classes: Sequence[str],  # class names in the order of their numbers
     counts: np.ndarray,  # [classes], training rows per class, or the sum of their sample weights
 ) -> np.ndarray:  # [classes], float32
     """Compute the weight of each class in training; raises `DatasetError` for an unknown class."""
-    check_class_weight(given, classes)
-    if isinstance(given, Mapping):
-        named = {_class_name(name): value for name, value in given.items()}
+    check_class_weight(class_weight, classes)
+    if isinstance(class_weight, Mapping):
+        named = {_class_name(name): value for name, value in class_weight.items()}
         return np.array([named.get(name, 1.0) for name in classes], np.float32)
     return np.where(counts > 0, counts.sum() / (len(classes) * np.maximum(counts, 1e-9)), 1.0).astype(np.float32)
 

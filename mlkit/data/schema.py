@@ -37,7 +37,7 @@ RULES: dict[str, Severity] = {  # rule -> default severity
     "rows": "error",  # too few or too many rows
     "absent": "error",  # missing column
     "unexpected": "warning",  # column that is not in the schema
-    "kind": "error",  # wrong column type
+    "type": "error",  # wrong column type
     "presence": "error",  # too many missing values
     "shape": "error",  # wrong shape of lists or arrays
     "finite": "error",  # infinite numbers
@@ -54,7 +54,7 @@ class ColumnSchema:
     """Expectations of one column; raises `DatasetError` when they contradict each other."""
 
     name: str
-    kind: ColumnType = "other"  # column type; "other" is not checked
+    type: ColumnType = "other"  # column type; "other" is not checked
     required: float = 0.0  # minimum share of rows with a value
     required_rows: int = 0  # minimum number of rows with a value
     domain: tuple[str, ...] | tuple[int, ...] | None = None  # all allowed values
@@ -90,9 +90,9 @@ class ColumnSchema:
 # %% ../../nbs/library/data/09_schema.ipynb #be5d2092
 def _find_contradiction(column: ColumnSchema) -> str:
     """Description of the first contradiction; empty when there is none."""
-    if column.kind not in get_args(ColumnType):
-        suggestion = did_you_mean(column.kind, get_args(ColumnType))
-        return f"kind is one of {join_names(get_args(ColumnType))}. Received: {column.kind!r}.{suggestion}"
+    if column.type not in get_args(ColumnType):
+        suggestion = did_you_mean(column.type, get_args(ColumnType))
+        return f"type is one of {join_names(get_args(ColumnType))}. Received: {column.type!r}.{suggestion}"
     if not (0 <= column.required <= 1 and 0 <= column.domain_share <= 1):
         return f"required and domain_share are from 0 to 1. Received: {column.required}, {column.domain_share}"
     for name in ("distinct", "values"):
@@ -103,25 +103,25 @@ def _find_contradiction(column: ColumnSchema) -> str:
 
 
 def _check_domain(column: ColumnSchema) -> str:
-    value_type = {"text": str, "integer": int}.get(column.kind)
+    value_type = {"text": str, "integer": int}.get(column.type)
     if column.domain is None:
         return ""
     if value_type is None:
-        return f"a domain is for text and integers, not for kind '{column.kind}'."
+        return f"a domain is for text and integers, not for type '{column.type}'."
     if invalid := [value for value in column.domain if type(value) is not value_type]:
-        return f"its kind is '{column.kind}', but the domain has {invalid[0]!r}."
+        return f"its type is '{column.type}', but the domain has {invalid[0]!r}."
     return "" if column.domain else "its domain is empty; None allows any value."
 
 
 def _check_range(column: ColumnSchema) -> str:
     bounds = [bound for bound in (column.minimum, column.maximum) if bound is not None]
-    types = {"integer": int, "number": (int, float), "date": datetime.date, "datetime": datetime.date}.get(column.kind)
+    types = {"integer": int, "number": (int, float), "date": datetime.date, "datetime": datetime.date}.get(column.type)
     if bounds and types is None:
-        return f"minimum and maximum are for numbers and dates, not for kind '{column.kind}'."
+        return f"minimum and maximum are for numbers and dates, not for type '{column.type}'."
     for bound in bounds:
         if not isinstance(bound, types) or isinstance(bound, bool | datetime.datetime) or bound != bound:
-            expected = {"integer": "whole numbers", "number": "numbers"}.get(column.kind, "dates (datetime.date)")
-            return f"minimum and maximum of kind '{column.kind}' are {expected}. Received: {bound!r}"
+            expected = {"integer": "whole numbers", "number": "numbers"}.get(column.type, "dates (datetime.date)")
+            return f"minimum and maximum of type '{column.type}' are {expected}. Received: {bound!r}"
     if len(bounds) == 2 and column.minimum > column.maximum:
         return f"its minimum {column.minimum} is above its maximum {column.maximum}."
     return ""
@@ -260,7 +260,7 @@ class Schema:
         return f"Schema of {len(self):,} columns{version}"
 
 # %% ../../nbs/library/data/09_schema.ipynb #cb40fe2e
-_HEADINGS = ("column", "kind", "required", "values", "constraints")
+_HEADINGS = ("column", "type", "required", "values", "constraints")
 
 
 def _table_row(column: ColumnSchema) -> tuple[str, ...]:
@@ -269,7 +269,7 @@ def _table_row(column: ColumnSchema) -> tuple[str, ...]:
         if column.required
         else f"{column.required_rows} or more" * bool(column.required_rows)
     )
-    return column.name, column.kind, required, _values_text(column), "; ".join(_constraints(column))
+    return column.name, column.type, required, _values_text(column), "; ".join(_constraints(column))
 
 
 def _values_text(column: ColumnSchema) -> str:
@@ -337,25 +337,20 @@ _FORMATS = {  # column type -> domain field, formats of dates and times in text
     "time": ("time_of_day_domain", ("%H:%M:%S", "%H:%M")),
 }
 _DOMAINS = {"text": "string_domain", "integer": "int_domain", "number": "float_domain", "boolean": "bool_domain"}
-_DOMAINS |= {kind: domain for kind, (domain, _) in _FORMATS.items()}
+_DOMAINS |= {column_type: domain for column_type, (domain, _) in _FORMATS.items()}
 _TYPES = {"text": 1, "integer": 2, "number": 3, "boolean": 2, "date": 1, "datetime": 1, "time": 1, "duration": 2}
 _COMPARATORS = {"l_infinity": "infinity_norm", "jensen_shannon": "jensen_shannon_divergence"}
-_UNCHECKED_STAGES = (
-    1,
-    2,
-    5,
-    6,
-    7,
-)  # planned, alpha, deprecated, debug only, disabled: TFDV does not validate these either
+# Planned, alpha, deprecated, debug only, disabled: TFDV does not validate these either.
+_UNCHECKED_STAGES = (1, 2, 5, 6, 7)
 
 
-def _read_kind(feature: "schema_pb2.Feature", tags: Mapping[str, str]) -> ColumnType:
-    if "kind" in tags:
-        return tags["kind"]
+def _read_type(feature: "schema_pb2.Feature", tags: Mapping[str, str]) -> ColumnType:
+    if "type" in tags:
+        return tags["type"]
     domain = feature.WhichOneof("domain_info") or ""
-    for kind, (name, formats) in _FORMATS.items():
+    for column_type, (name, formats) in _FORMATS.items():
         if domain == name and getattr(feature, name).string_format in formats:
-            return kind
+            return column_type
     if domain == "bool_domain":
         return "boolean"
     if domain in ("image_domain", "audio_domain", "video_domain", "content_chunk_domain", "struct_domain"):
@@ -368,11 +363,13 @@ def _read_tags(annotation: Any) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 # %% ../../nbs/library/data/09_schema.ipynb #c3c802e2
-def _read_bound(domain: Any, name: str, kind: ColumnType, tags: Mapping[str, str]) -> float | datetime.date | None:
+def _read_bound(
+    domain: Any, name: str, column_type: ColumnType, tags: Mapping[str, str]
+) -> float | datetime.date | None:
     exact = tags.get({"min": "minimum", "max": "maximum"}[name])
-    if kind in ("date", "datetime"):
+    if column_type in ("date", "datetime"):
         return datetime.date.fromisoformat(exact) if exact else None
-    if kind not in ("integer", "number") or domain is None or name not in domain.DESCRIPTOR.fields_by_name:
+    if column_type not in ("integer", "number") or domain is None or name not in domain.DESCRIPTOR.fields_by_name:
         return None
     if not domain.HasField(name):
         return None
@@ -389,11 +386,11 @@ def _to_float32(number: float) -> np.float32:
         return np.float32(number)
 
 
-def _read_domain(domain: Any, kind: ColumnType, tags: Mapping[str, str]) -> tuple | None:
+def _read_domain(domain: Any, column_type: ColumnType, tags: Mapping[str, str]) -> tuple | None:
     if "domain" in tags:
         return tuple(_parse_tag(tags, "domain"))
     values = tuple(getattr(domain, "value", ()))
-    return values if values and kind == "text" else None
+    return values if values and column_type == "text" else None
 
 
 def _read_pair(constraint: Any) -> tuple[int, int | None]:
@@ -413,17 +410,17 @@ def _strip_prefix(tags: Mapping[str, str], prefix: str) -> dict[str, str]:
 
 def _read_shape(feature: "schema_pb2.Feature") -> tuple[tuple[int, ...] | None, tuple[int, int | None] | None]:
     """Shape, and length of lists; tensorflow-metadata writes a scalar in three ways."""
-    kind = feature.WhichOneof("shape_type")
-    if kind == "value_count":
+    shape = feature.WhichOneof("shape_type")
+    if shape == "value_count":
         pair = _read_pair(feature.value_count)
         return ((), None) if pair == (1, 1) else (None, pair)
-    if kind == "shape":
+    if shape == "shape":
         sizes = tuple(dim.size for dim in feature.shape.dim)
         return (() if sizes == (1,) else sizes), None
     return None, None
 
 # %% ../../nbs/library/data/09_schema.ipynb #9ae98132
-_KNOWN_TAGS = ("kind", "unit", "unique", "domain", "domain_share", "minimum", "maximum", "distinct")
+_KNOWN_TAGS = ("type", "unit", "unique", "domain", "domain_share", "minimum", "maximum", "distinct")
 
 
 def _parse_tag(tags: Mapping[str, str], key: str) -> Any:
@@ -448,19 +445,19 @@ def _read_column(feature: "schema_pb2.Feature", shared: Mapping[str, Any]) -> Co
     domain = getattr(feature, domain_field) if domain_field else None
     if domain_field == "domain":
         domain = shared[feature.domain]
-    kind = _read_kind(feature, tags)
+    column_type = _read_type(feature, tags)
     shape, values = _read_shape(feature)
     distinct = _read_pair(feature.unique_constraints) if feature.HasField("unique_constraints") else None
     return ColumnSchema(
         feature.name,
-        kind,
+        column_type,
         required=feature.presence.min_fraction,
         required_rows=feature.presence.min_count,
-        domain=_read_domain(domain, kind, tags),
+        domain=_read_domain(domain, column_type, tags),
         domain_share=float(tags.get("domain_share", feature.distribution_constraints.min_domain_mass)),
-        minimum=_read_bound(domain, "min", kind, tags),
-        maximum=_read_bound(domain, "max", kind, tags),
-        finite=kind == "number" and getattr(domain, "disallow_inf", False),
+        minimum=_read_bound(domain, "min", column_type, tags),
+        maximum=_read_bound(domain, "max", column_type, tags),
+        finite=column_type == "number" and getattr(domain, "disallow_inf", False),
         unique="unique" in tags,
         distinct=_parse_tag(tags, "distinct") if "distinct" in tags else distinct,
         shape=shape,
@@ -514,8 +511,8 @@ def _set_field(message: Any, name: str, value: Any) -> None:
 
 def _write_values(feature: "schema_pb2.Feature", column: ColumnSchema, shared: Mapping[str, Any]) -> None:
     """Write column type, domain and range. A shared domain is copied before it is changed."""
-    _set_field(feature, "type", _TYPES.get(column.kind))
-    name = _DOMAINS.get(column.kind)
+    _set_field(feature, "type", _TYPES.get(column.type))
+    name = _DOMAINS.get(column.type)
     shared_domain = shared.get(feature.domain) if feature.WhichOneof("domain_info") == "domain" else None
     if shared_domain is not None:
         feature.ClearField("domain")
@@ -529,21 +526,21 @@ def _write_values(feature: "schema_pb2.Feature", column: ColumnSchema, shared: M
 
 def _write_domain(feature: "schema_pb2.Feature", name: str, column: ColumnSchema) -> None:
     domain = getattr(feature, name)
-    if column.kind == "text":
+    if column.type == "text":
         del domain.value[:]
         domain.value.extend(column.domain or ())
-    elif column.kind in ("integer", "number"):
+    elif column.type in ("integer", "number"):
         _set_field(domain, "min", column.minimum)
         _set_field(domain, "max", column.maximum)
-        if column.kind == "number":
+        if column.type == "number":
             _set_field(domain, "disallow_inf", True if column.finite else None)
         else:
             _set_field(domain, "is_categorical", True if column.domain else None)
-    elif column.kind in _FORMATS and domain.string_format not in _FORMATS[column.kind][1]:
-        domain.string_format = _FORMATS[column.kind][1][0]
+    elif column.type in _FORMATS and domain.string_format not in _FORMATS[column.type][1]:
+        domain.string_format = _FORMATS[column.type][1][0]
     else:
         domain.SetInParent()  # a boolean domain has no fields
-    if column.kind in ("text", "integer", "number") and not domain.ByteSize():
+    if column.type in ("text", "integer", "number") and not domain.ByteSize():
         feature.ClearField(name)
 
 # %% ../../nbs/library/data/09_schema.ipynb #b70363f2
@@ -571,11 +568,11 @@ def _write_distinct(feature: "schema_pb2.Feature", column: ColumnSchema) -> None
 
 def _is_plain_distinct(column: ColumnSchema) -> bool:
     """Whether TFDV can check the limits: it counts distinct texts only, and reads an absent maximum as zero."""
-    return column.kind == "text" and column.distinct is not None and column.distinct[1] is not None
+    return column.type == "text" and column.distinct is not None and column.distinct[1] is not None
 
 
 def _write_domain_share(feature: "schema_pb2.Feature", column: ColumnSchema) -> None:
-    if column.kind == "integer" or column.domain_share == 1:  # TFDV rejects the constraint for integers
+    if column.type == "integer" or column.domain_share == 1:  # TFDV rejects the constraint for integers
         feature.ClearField("distribution_constraints")
     else:
         feature.distribution_constraints.min_domain_mass = column.domain_share
@@ -601,14 +598,14 @@ def _write_checked(feature: "schema_pb2.Feature", column: ColumnSchema) -> None:
 # %% ../../nbs/library/data/09_schema.ipynb #d4daf57e
 def _tags(column: ColumnSchema) -> dict[str, str]:
     tags = {
-        "kind": column.kind if column.kind == "duration" else None,
+        "type": column.type if column.type == "duration" else None,
         "unit": column.unit or None,
         "unique": "true" if column.unique else None,
-        "domain": json.dumps(column.domain) if column.domain and column.kind == "integer" else None,
+        "domain": json.dumps(column.domain) if column.domain and column.type == "integer" else None,
         "minimum": _bound_tag(column.minimum),
         "maximum": _bound_tag(column.maximum),
         "distinct": json.dumps(column.distinct) if column.distinct and not _is_plain_distinct(column) else None,
-        "domain_share": repr(column.domain_share) if column.kind == "integer" and column.domain_share < 1 else None,
+        "domain_share": repr(column.domain_share) if column.type == "integer" and column.domain_share < 1 else None,
         **{f"severity.{rule}": level for rule, level in column.severity.items()},
         **{f"drift.{name}": repr(limit) for name, limit in column.drift.items() if name not in _COMPARATORS},
         **{f"skew.{name}": repr(limit) for name, limit in column.skew.items() if name not in _COMPARATORS},
@@ -635,15 +632,15 @@ def _write_column(feature: "schema_pb2.Feature", column: ColumnSchema, shared: M
     def changed(*names: str) -> bool:
         return any(getattr(column, name) != getattr(stored, name) for name in names)
 
-    if changed("kind", "domain", "minimum", "maximum", "finite"):
+    if changed("type", "domain", "minimum", "maximum", "finite"):
         _write_values(feature, column, shared)
     if changed("required", "required_rows"):
         _write_presence(feature, column)
-    if changed("domain_share", "kind"):
+    if changed("domain_share", "type"):
         _write_domain_share(feature, column)
     if changed("shape", "values"):
         _write_shape(feature, column)
-    if changed("distinct", "kind"):
+    if changed("distinct", "type"):
         _write_distinct(feature, column)
     if changed("in_environment", "not_in_environment"):
         _write_environments(feature, column)
@@ -792,15 +789,15 @@ def _range(column: ColumnStatistics) -> tuple[float | None, float | None]:
 
 # %% ../../nbs/library/data/09_schema.ipynb #5e0f5372
 def _bounds(column: ColumnStatistics) -> dict[str, Any]:
-    if column.kind in ("date", "datetime"):
+    if column.type in ("date", "datetime"):
         return _date_bounds(column)
-    if column.kind not in ("integer", "number"):
+    if column.type not in ("integer", "number"):
         return {}
     low, high = _range(column)
-    if column.kind == "integer" and low is not None:
+    if column.type == "integer" and low is not None:
         inside = low >= -(2**63) and high < 2**63
         low, high = (int(low), int(high)) if inside else (None, None)
-    return {"minimum": low, "maximum": high, "finite": column.kind == "number" and not column.infinite}
+    return {"minimum": low, "maximum": high, "finite": column.type == "number" and not column.infinite}
 
 
 def _date_bounds(column: ColumnStatistics) -> dict[str, Any]:
@@ -813,9 +810,9 @@ def _date_bounds(column: ColumnStatistics) -> dict[str, Any]:
 
 
 def _domain(column: ColumnStatistics, max_domain: int) -> dict[str, Any]:
-    limit = {"text": max_domain, "integer": min(max_domain, _MAX_INTEGER_DOMAIN)}.get(column.kind, 0)
+    limit = {"text": max_domain, "integer": min(max_domain, _MAX_INTEGER_DOMAIN)}.get(column.type, 0)
     once = sum(rows == 1 for rows in column.counts.values()) if 0 < column.unique <= limit else 0
-    if not (column.complete and 0 < column.unique <= limit and once < _UNKNOWN_SHARE * column.known):
+    if not (column.complete and 0 < column.unique <= limit and once < _UNKNOWN_SHARE * column.count):
         return {}
     return {"domain": tuple(sorted(column.counts)), "domain_share": 1 - _UNKNOWN_SHARE}
 
@@ -826,13 +823,13 @@ def _presence(column: ColumnStatistics) -> dict[str, Any]:
 
 
 def _infer_column(column: ColumnStatistics, max_domain: int) -> ColumnSchema:
-    if not column.known:  # without values there are no expectations
+    if not column.count:  # without values there are no expectations
         return ColumnSchema(column.name)
-    shape = () if column.kind != "other" else None
-    key = column.unique_exact and column.unique == column.known >= _MIN_KEY_ROWS and column.kind in ("text", "integer")
+    shape = () if column.type != "other" else None
+    key = column.unique_exact and column.unique == column.count >= _MIN_KEY_ROWS and column.type in ("text", "integer")
     varies = (2, None) if column.unique > 1 else None
     rules = _presence(column) | _domain(column, max_domain) | ({} if key else _bounds(column))
-    return ColumnSchema(column.name, column.kind, unique=key, distinct=varies, shape=shape, **rules)
+    return ColumnSchema(column.name, column.type, unique=key, distinct=varies, shape=shape, **rules)
 
 # %% ../../nbs/library/data/09_schema.ipynb #3ce4b918
 def infer_schema(
@@ -843,8 +840,8 @@ def infer_schema(
 ) -> Schema:
     """Infer a first schema, to be reviewed. Raises `DatasetError` for an empty table or an unknown label."""
     if not isinstance(statistics, Statistics):
-        kind = type(statistics).__name__
-        raise DatasetError(f"Expected statistics, as in infer_schema(describe(table)). Received: {kind}")
+        received = type(statistics).__name__
+        raise DatasetError(f"Expected statistics, as in infer_schema(describe(table)). Received: {received}")
     if not statistics.rows:
         raise DatasetError(f"'{statistics.name}' has no rows; a schema is inferred from trusted data.")
     columns = {name: _infer_column(column, max_domain) for name, column in statistics.columns.items()}

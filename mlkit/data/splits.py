@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from .builtin import SourceData
+from .io import check_columns
 from .labels import missing_rows
 from ..errors import DatasetError, did_you_mean, join_names
 
@@ -27,8 +28,7 @@ def check_fractions(
     fractions: Sequence[float],  # fractions of train, validation, test
 ) -> tuple[float, ...]:  # the same fractions
     """Validate fractions; raises `DatasetError` unless there are three with sum 1."""
-    valid = len(fractions) == 3 and all(0 <= share <= 1 for share in fractions) and math.isclose(sum(fractions), 1)
-    if not valid:
+    if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
         raise DatasetError(f"fractions= are three numbers (train, validation, test) with sum 1. Received: {fractions}")
     return tuple(fractions)
 
@@ -38,8 +38,7 @@ def assign_splits(
     fractions: Sequence[float],  # fractions of train, validation, test
 ) -> np.ndarray:  # split numbers 0, 1 or 2, in the same shape
     """Assign positions to splits."""
-    borders = np.round(np.cumsum(fractions)[:2], 12)
-    return np.searchsorted(borders, position, side="right")
+    return np.searchsorted(np.round(np.cumsum(fractions)[:2], 12), position, side="right")
 
 
 def assign_group_splits(
@@ -152,29 +151,25 @@ class SplitConfig:
                 )
             return self
         columns = content.table.columns
-        key = self.key or content.keys.get(self.rule)
+        key = self.key or content.default_keys.get(self.rule)
         if content.images is not None or key is None:
             raise DatasetError(
                 f"split='{self.rule}' needs a column of a table: set key=... Columns: {join_names(columns)}."
             )
-        if key not in columns:
-            suggestion = did_you_mean(key, columns)
-            raise DatasetError(
-                f"Key column '{key}' is not in {content.name}. Columns: {join_names(columns)}.{suggestion}"
-            )
+        check_columns([key], columns, "Key column", content.name)
         if key in labels:
             raise DatasetError(f"key='{key}' is a label: the splits would have no label value in common.")
         if missing := int(missing_rows(content.table[key]).sum()):
             raise DatasetError(f"Key column '{key}' lacks a value in {missing} rows; split='{self.rule}' needs all.")
         return replace(self, key=key)
 
-    def describe(self, content: SourceData) -> str:
+    def describe(self) -> str:
         """The rule in words."""
         shares = " / ".join(f"{share:g}" for share in self.fractions)
         if self.rule == "time":
             return f"split by time ({self.key}), {shares}"
         rule = f"split by hash of {self.key}" if self.rule == "hash" else "split at random"
-        return f"{rule}, {shares}, seed {self.seed}" + (", published test set" if content.published_test else "")
+        return f"{rule}, {shares}, seed {self.seed}"
 
     def assign(
         self, content: SourceData, inputs: "pl.DataFrame | np.ndarray", strata: np.ndarray
@@ -185,7 +180,7 @@ class SplitConfig:
         for (name, rows), fraction in zip(splits.items(), self.fractions, strict=True):
             if not len(rows) and fraction:
                 raise DatasetError(
-                    f"The {name} split would be empty: {len(assigned)} rows, {self.describe(content)}, "
+                    f"The {name} split would be empty: {len(assigned)} rows, {self.describe()}, "
                     f"fractions={self.fractions}. Use more rows, other fractions or another key."
                 )
         return splits | {"all": np.arange(len(assigned))}
@@ -199,10 +194,10 @@ class SplitConfig:
         if self.rule == "time":
             return _time_split(content.table[self.key], self.fractions)
         first_duplicate = _duplicate_rows(inputs)
-        if not content.published_test or self.fractions[2] == 1:
+        if not content.published_test_rows or self.fractions[2] == 1:
             return _random_split(first_duplicate, strata, self.fractions, self.seed)
-        remaining = len(strata) - content.published_test
+        remaining = len(strata) - content.published_test_rows
         share = self.fractions[0] / (self.fractions[0] + self.fractions[1])
         fractions = (share, 1 - share, 0.0)
         assigned = _random_split(first_duplicate[:remaining], strata[:remaining], fractions, self.seed)
-        return np.concatenate([assigned, np.full(content.published_test, 2)])
+        return np.concatenate([assigned, np.full(content.published_test_rows, 2)])

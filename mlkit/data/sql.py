@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 
@@ -162,13 +162,6 @@ def _concat_batches(name: str, batches: Sequence[pl.Series]) -> pl.Series:
 _BATCH_ROWS = 20_000
 
 
-class _ResultColumns(NamedTuple):
-    """Columns of a result, known before its first row."""
-
-    names: tuple[str, ...]
-    dtypes: tuple[pl.DataType | None, ...]  # None: not declared
-
-
 def _execute(connection: Any, query: str, parameters: Mapping[str, Any] | None) -> Any:
     streaming = connection.execution_options(stream_results=True, yield_per=_BATCH_ROWS, no_parameters=not parameters)
     if parameters:
@@ -176,19 +169,21 @@ def _execute(connection: Any, query: str, parameters: Mapping[str, Any] | None) 
     return streaming.exec_driver_sql(query)
 
 
-def _result_columns(cursor: Any, driver: str) -> _ResultColumns:
+def _result_names(cursor: Any) -> list[str]:
+    """Columns of a result, known before its first row."""
     if not cursor.returns_rows:
         raise DatasetError("The query returns no rows; query= is for a SELECT.")
-    names = tuple(cursor.keys())
+    names = list(cursor.keys())
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise DatasetError(f"The query returns more than one column named {join_names(map(repr, repeated))}. Use AS.")
-    return _ResultColumns(names, tuple(_declared_dtype(driver, column) for column in cursor.cursor.description))
+    return names
 
 
-def _batches(cursor: Any, columns: _ResultColumns) -> Iterator[list[pl.Series]]:
+def _batches(cursor: Any, names: Sequence[str], driver: str) -> Iterator[pl.DataFrame]:
+    dtypes = [_declared_dtype(driver, column) for column in cursor.cursor.description]
     for batch in cursor.partitions(_BATCH_ROWS):
-        values = zip(*batch, strict=True)
-        yield [_batch_column(*column) for column in zip(columns.names, values, columns.dtypes, strict=True)]
+        columns = zip(names, zip(*batch, strict=True), dtypes, strict=True)
+        yield pl.DataFrame([_batch_column(*column) for column in columns])
 
 # %% ../../nbs/library/data/02_sql.ipynb #223eac07
 def _driver_message(error: Exception, source: str) -> str:
@@ -209,10 +204,6 @@ def _error_text(error: Exception, source: str, rows: int | None) -> str:
         return f"The connection to '{place}' was lost after {rows:,} rows; none are kept. Run it again. {message}"
     return f"The query failed{f' after {rows:,} rows' if rows else ''}: {message}"
 
-
-def _driver_errors(engine: Any) -> tuple[type[Exception], ...]:
-    return (engine.dialect.loaded_dbapi.Error, pl.exceptions.PolarsError, OverflowError, ValueError)
-
 # %% ../../nbs/library/data/02_sql.ipynb #91cf33f4
 def stream_query(
     source: str,  # URL of a database: "postgresql://me@host/shop", "sqlite:///shop.db"
@@ -228,18 +219,24 @@ def stream_query(
         with engine.connect() as connection:
             rows = 0
             cursor = _execute(connection, query, parameters)
-            columns = _result_columns(cursor, engine.driver)
-            for batch in _batches(cursor, columns):
-                yield pl.DataFrame(batch)
-                rows += len(batch[0])
+            names = _result_names(cursor)
+            for batch in _batches(cursor, names, engine.driver):
+                yield batch
+                rows += batch.height
     except DatasetError:
         raise
-    except (_sqlalchemy().exc.SQLAlchemyError, *_driver_errors(engine)) as error:
+    except (
+        _sqlalchemy().exc.SQLAlchemyError,
+        engine.dialect.loaded_dbapi.Error,
+        pl.exceptions.PolarsError,
+        OverflowError,
+        ValueError,
+    ) as error:
         problem = _error_text(error, source, rows)
     else:
         if rows:
             return
-        problem = f"The query returned no rows (columns: {join_names(columns.names)})."
+        problem = f"The query returned no rows (columns: {join_names(names)})."
     raise DatasetError(problem)
 
 

@@ -33,14 +33,14 @@ _ALL_ROWS = "All Examples"  # TFDV's name of the unsliced statistics
 
 
 def _add_common_statistics(common: "statistics_pb2.CommonStatistics", column: ColumnStatistics) -> None:
-    common.num_non_missing, common.num_missing = column.known, column.missing
-    if column.known:
+    common.num_non_missing, common.num_missing = column.count, column.missing
+    if column.count:
         common.min_num_values = common.max_num_values = 1
-        common.avg_num_values, common.tot_num_values = 1.0, column.known
+        common.avg_num_values, common.tot_num_values = 1.0, column.count
         _add_buckets(
             common.num_values_histogram,
             np.ones(_BUCKET_COUNT + 1),
-            np.full(_BUCKET_COUNT, column.known / _BUCKET_COUNT),
+            np.full(_BUCKET_COUNT, column.count / _BUCKET_COUNT),
         )
         common.num_values_histogram.type = 1  # QUANTILES
 
@@ -53,9 +53,9 @@ def _add_buckets(histogram: "statistics_pb2.Histogram", edges: np.ndarray, count
 def _add_numeric_statistics(numbers: "statistics_pb2.NumericStatistics", column: ColumnStatistics) -> None:
     if not len(column.quantiles):
         return
-    numbers.mean, numbers.std_dev, numbers.num_zeros = column.mean, column.deviation, column.zeros
+    numbers.mean, numbers.std_dev, numbers.num_zeros = column.mean, column.std, column.zeros
     numbers.min, numbers.median, numbers.max = column.minimum, column.quantile(0.5), column.maximum
-    finite = column.known - column.infinite
+    finite = column.count - column.infinite
     edges = _equal_bins(column.minimum, column.maximum, _BUCKET_COUNT)
     constant = column.maximum == column.minimum
     counts = np.array([finite] + [0] * (_BUCKET_COUNT - 1)) if constant else column.histogram(edges)
@@ -67,7 +67,7 @@ def _add_numeric_statistics(numbers: "statistics_pb2.NumericStatistics", column:
 # %% ../../nbs/library/data/08_statistics_proto.ipynb #94bca15e
 def _add_string_statistics(texts: "statistics_pb2.StringStatistics", column: ColumnStatistics) -> None:
     texts.unique = column.unique
-    if column.known:
+    if column.count:
         texts.avg_length = column.mean_length
     for rank, (value, rows) in enumerate(list(column.counts.items())[:_MAX_RANKS]):
         texts.rank_histogram.buckets.add(low_rank=rank, high_rank=rank, label=value, sample_count=rows)
@@ -77,15 +77,15 @@ def _add_string_statistics(texts: "statistics_pb2.StringStatistics", column: Col
 
 def _add_feature(feature: "statistics_pb2.FeatureNameStatistics", column: ColumnStatistics) -> None:
     feature.path.step.append(column.name)
-    kinds = {"integer": "INT", "boolean": "INT", "text": "STRING", "other": "STRUCT"}
-    feature.type = feature.Type.Value(kinds.get(column.kind, "FLOAT"))
-    member = {"text": feature.string_stats, "other": feature.struct_stats}.get(column.kind, feature.num_stats)
+    column_types = {"integer": "INT", "boolean": "INT", "text": "STRING", "other": "STRUCT"}
+    feature.type = feature.Type.Value(column_types.get(column.type, "FLOAT"))
+    member = {"text": feature.string_stats, "other": feature.struct_stats}.get(column.type, feature.num_stats)
     _add_common_statistics(member.common_stats, column)
-    if column.kind == "text":
+    if column.type == "text":
         _add_string_statistics(member, column)
     elif column.is_numeric:
         _add_numeric_statistics(member, column)
-    feature.custom_stats.add(name="mlkit.kind", str=column.kind)
+    feature.custom_stats.add(name="mlkit.type", str=column.type)
     feature.custom_stats.add(name="mlkit.unique", num=column.unique)
     feature.custom_stats.add(name="mlkit.infinite", num=column.infinite)
 
@@ -122,18 +122,18 @@ def _read_quantiles(numbers: "statistics_pb2.NumericStatistics") -> dict[str, An
 
 def _read_numbers(numbers: "statistics_pb2.NumericStatistics") -> dict[str, Any]:
     fields = {"mean": numbers.mean, "zeros": numbers.num_zeros} | _read_quantiles(numbers)
-    return fields | {"deviation": numbers.std_dev if math.isfinite(numbers.mean) else math.nan}
+    return fields | {"std": numbers.std_dev if math.isfinite(numbers.mean) else math.nan}
 
 
-def _read_texts(texts: "statistics_pb2.StringStatistics", kind: ColumnType, known: int) -> dict[str, Any]:
+def _read_texts(texts: "statistics_pb2.StringStatistics", column_type: ColumnType, known: int) -> dict[str, Any]:
     ranked = [(bucket.label, bucket.sample_count) for bucket in texts.rank_histogram.buckets]
     ranked = ranked or [(top.value, top.frequency) for top in texts.top_values]
-    parse = int if kind == "integer" else str
+    parse = int if column_type == "integer" else str
     counts = {parse(value): round(rows) for value, rows in ranked if value}
     empty = sum(value == "" for value, _ in ranked)
-    fields = {"counts": _truncate_counts(kind, counts), "unique": texts.unique - empty, "unique_exact": True}
-    if kind == "integer" or sum(counts.values()) == known:
-        return fields | _fields_from_counts(kind, counts)
+    fields = {"counts": _truncate_counts(column_type, counts), "unique": texts.unique - empty, "unique_exact": True}
+    if column_type == "integer" or sum(counts.values()) == known:
+        return fields | _fields_from_counts(column_type, counts)
     return fields | {"mean_length": texts.avg_length}
 
 # %% ../../nbs/library/data/08_statistics_proto.ipynb #10506acd
@@ -144,9 +144,9 @@ def _read_column(feature: "statistics_pb2.FeatureNameStatistics", rows: int) -> 
     name, member = feature.name or ".".join(feature.path.step), feature.WhichOneof("stats")
     stats = getattr(feature, member) if member else feature.struct_stats
     custom_stats = {entry.name: entry.str or entry.num for entry in feature.custom_stats}
-    kind = _COLUMN_TYPES.get(feature.Type.Name(feature.type), "other")
-    if custom_stats.get("mlkit.kind") in get_args(ColumnType):
-        kind = custom_stats["mlkit.kind"]
+    column_type = _COLUMN_TYPES.get(feature.Type.Name(feature.type), "other")
+    if custom_stats.get("mlkit.type") in get_args(ColumnType):
+        column_type = custom_stats["mlkit.type"]
     common, fields = stats.common_stats, {"unique": int(custom_stats.get("mlkit.unique", 0)), "unique_exact": False}
     known = common.num_non_missing
     if member == "num_stats":
@@ -154,11 +154,11 @@ def _read_column(feature: "statistics_pb2.FeatureNameStatistics", rows: int) -> 
     elif member == "string_stats":
         known -= round(sum(top.frequency for top in stats.top_values if not top.value))
     if common.max_num_values > 1 or member not in ("num_stats", "string_stats"):
-        kind = "other"
+        column_type = "other"
     elif known:
-        fields |= _read_numbers(stats) if member == "num_stats" else _read_texts(stats, kind, known)
+        fields |= _read_numbers(stats) if member == "num_stats" else _read_texts(stats, column_type, known)
         fields["infinite"] = int(custom_stats.get("mlkit.infinite", fields.get("infinite", 0)))
-    return ColumnStatistics(name, kind, rows, rows - known, **fields)
+    return ColumnStatistics(name, column_type, rows, rows - known, **fields)
 
 # %% ../../nbs/library/data/08_statistics_proto.ipynb #8fb5f129
 def statistics_from_proto(

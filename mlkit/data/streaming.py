@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import polars as pl
 
+from .._files import file_sha256
 from .._tensorflow import import_tensorflow
-from .builtin import short_name
-from .dataset import Dataset, DatasetSummaryMixin, WeightConfig
+from .builtin import SourceData, short_name
+from .dataset import Dataset, DatasetSummaryMixin
 from .feature_specs import FeatureSpec, cast_columns, plan_features, read_features, to_feature_values
-from .io import find_files, read_errors
+from .io import check_columns, find_files, read_errors
 from mlkit.data.labels import (
     ClassWeight,
     check_class_weight,
@@ -32,11 +33,11 @@ from mlkit.data.labels import (
     number_labels,
     parse_sample_weight,
 )
-from .splits import SPLITS, assign_group_splits, assign_splits, check_fractions, check_split, hash_split
+from .splits import SPLITS, SplitConfig, assign_group_splits, assign_splits, check_split, hash_split
 from .sql import redact_source
-from .statistics import Statistics, describe
+from .statistics import Statistics, describe, splitmix64
 from .tfrecord import read_tfrecord
-from ..errors import DatasetError, did_you_mean, join_names
+from ..errors import DatasetError, join_names
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -57,30 +58,26 @@ def _scan(files: Sequence[Path]) -> pl.LazyFrame:
 
 # %% ../../nbs/library/data/17_streaming.ipynb #2b9752c3
 def _hash_row_numbers(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """Positions from 0 to 1 of row numbers: SplitMix64 (Steele et al., 2014, doi:10.1145/2660193.2660195)."""
-    state = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.random.Philox(seed).random_raw(1)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (state ^ (state >> np.uint64(31))) / 2.0**64
+    """Positions from 0 to 1 of row numbers: outputs of SplitMix64."""
+    states = (numbers.astype(np.uint64) - np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    return splitmix64(states + np.random.Philox(seed).random_raw(1)) / 2.0**64
 
 # %% ../../nbs/library/data/17_streaming.ipynb #8d192c98
 @dataclass(frozen=True)
 class _SplitAssigner:
     """Assignment of the rows of a chunk to the splits."""
 
-    rule: str  # random, hash or time
-    key: str | None = None
-    fractions: tuple[float, ...] = (0.8, 0.1, 0.1)  # fractions of train, validation, test
-    seed: int = 42
+    config: SplitConfig
     boundaries: tuple[Any, ...] = ()  # for time: first values of validation and test
 
     def __call__(self, table: pl.DataFrame, first: int) -> np.ndarray:
         """Split number of each row, [rows]: 0, 1 or 2. `first` is the row number of the chunk's first row."""
-        if self.rule == "hash":
-            return hash_split(table[self.key], self.fractions, self.seed)
-        if self.rule == "time":
-            return sum(((table[self.key] >= start).to_numpy().astype(int) for start in self.boundaries), start=0)
-        return assign_splits(_hash_row_numbers(np.arange(first, first + table.height), self.seed), self.fractions)
+        config = self.config
+        if config.rule == "hash":
+            return hash_split(table[config.key], config.fractions, config.seed)
+        if config.rule == "time":
+            return sum(((table[config.key] >= start).to_numpy().astype(int) for start in self.boundaries), start=0)
+        return assign_splits(_hash_row_numbers(np.arange(first, first + table.height), config.seed), config.fractions)
 
 
 def _time_boundaries(lazy: pl.LazyFrame, key: str, fractions: Sequence[float]) -> tuple[Any, ...]:
@@ -99,12 +96,12 @@ class _RowSource:
     columns: tuple[str, ...]  # feature columns
     declared: Mapping[str, Mapping[str, Any]]  # feature -> its options
     splitter: _SplitAssigner
-    weight: str | None = None  # sample weight column
+    sample_weight: str | None = None  # sample weight column
 
     @property
     def targets(self) -> list[str]:
         """Label column, and sample weight column if there is one."""
-        return [self.label, *([self.weight] if self.weight else [])]
+        return [self.label, *([self.sample_weight] if self.sample_weight else [])]
 
     def read_columns(
         self,
@@ -112,8 +109,8 @@ class _RowSource:
         columns: Sequence[str],  # columns to read in addition to the label and the key
     ) -> tuple[pl.DataFrame, np.ndarray]:  # columns as stored; split number of each row, -1 without a label
         """Read some columns of a chunk. Raises `DatasetError` when a file cannot be read any more."""
-        first, key = chunk * _CHUNK_ROWS, [self.splitter.key] if self.splitter.key else []
-        needed = list(dict.fromkeys([*columns, self.label, *key]))
+        first, key = chunk * _CHUNK_ROWS, self.splitter.config.key
+        needed = list(dict.fromkeys([*columns, self.label, *([key] if key else [])]))
         with read_errors(self.files):
             table = _scan(self.files).select(needed).slice(first, _CHUNK_ROWS).collect()
         return table, np.where(missing_rows(table[self.label]), -1, self.splitter(table, first))
@@ -124,9 +121,9 @@ class _RowSource:
     ) -> tuple[pl.DataFrame, np.ndarray]:  # declared features, label, weight; split number, -1 without a label
         """Read features, label and sample weight of a chunk."""
         table, splits = self.read_columns(chunk, (*self.columns, *self.targets))
-        if self.weight:
-            weights = parse_sample_weight(table[self.weight], chunk * _CHUNK_ROWS)
-            table = table.with_columns(pl.Series(self.weight, weights))
+        if self.sample_weight:
+            weights = parse_sample_weight(table[self.sample_weight], chunk * _CHUNK_ROWS)
+            table = table.with_columns(pl.Series(self.sample_weight, weights))
         features = cast_columns(table.select(self.columns), self.declared)
         return features.with_columns(table[name] for name in self.targets), splits
 
@@ -165,7 +162,8 @@ class _Profile:
             self.label_moments += [len(labels), labels.sum(), (labels**2).sum()]
         if self.classes:
             numbers = number_labels(training[source.label], self.classes)
-            totals = np.bincount(numbers, source.weight and training[source.weight], minlength=len(self.classes))
+            weights = source.sample_weight and training[source.sample_weight]
+            totals = np.bincount(numbers, weights, minlength=len(self.classes))
             self.class_totals = totals if self.class_totals is None else self.class_totals + totals
 
     def label_scale(self) -> tuple[float, float]:
@@ -185,18 +183,16 @@ def _profile(source: _RowSource, rows: int, classes: tuple[str, ...] = ()) -> _P
     return profile
 
 # %% ../../nbs/library/data/17_streaming.ipynb #cf2ff93c
-def _chunk_order(chunks: int, seed: int | None, epoch: int) -> np.ndarray:
-    return np.arange(chunks) if seed is None else np.random.default_rng([seed, epoch]).permutation(chunks)
-
-
 def _windows(
     dataset: "StreamedDataset", split: int | None, seed: int | None, epoch: int, skip: int
 ) -> Iterator[pl.DataFrame]:
     """Windows of the rows of a split, shuffled where there is a seed, without the first `skip` rows."""
-    order = _chunk_order(len(dataset.counts), seed, epoch)
+    order = np.arange(len(dataset.split_counts))
+    if seed is not None:
+        order = np.random.default_rng([seed, epoch]).permutation(order)
     for number, start in enumerate(range(0, len(order), _WINDOW_CHUNKS)):
         chunks = order[start : start + _WINDOW_CHUNKS]
-        counts = dataset.counts[chunks]
+        counts = dataset.split_counts[chunks]
         rows = int(counts.sum() if split is None else counts[:, split].sum())
         if skip >= rows:
             skip -= rows
@@ -301,17 +297,17 @@ class StreamedDataset(DatasetSummaryMixin):
     statistics: Statistics  # statistics of the training rows' features
     split_rule: str  # description of the split
     source_rows: _RowSource
-    counts: np.ndarray  # [chunks, splits], rows
-    notes: tuple[str, ...] = ()  # warnings about dropped rows
+    split_counts: np.ndarray  # [chunks, splits], rows
+    warnings: tuple[str, ...] = ()  # about dropped rows, one sentence each
     arguments: dict[str, Any] = field(default_factory=dict)  # arguments of `open_dataset`, to open the data set again
-    cleaned: None = None  # streamed rows are not cleaned
+    cleaning_result: None = None  # streamed rows are not cleaned
     anomalies: None = None  # streamed rows are not validated
     class_weights: tuple[float, ...] = ()  # weight of each class in training; (): not weighted
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Number of rows of each split, and of all."""
-        totals = self.counts.sum(axis=0)
+        totals = self.split_counts.sum(axis=0)
         return {name: int(total) for name, total in zip(SPLITS, totals, strict=True)} | {"all": int(totals.sum())}
 
     @cached_property
@@ -322,23 +318,20 @@ class StreamedDataset(DatasetSummaryMixin):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the files' bytes."""
-        digests = []
-        for file in self.source_rows.files:
-            with file.open("rb") as stream:
-                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        digests = map(file_sha256, self.source_rows.files)
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     @property
     def split_digest(self) -> str:
         """SHA-256 of the assignment to training and validation, and of the sample weights."""
         parts = [self.fingerprint, self.split_rule]
-        parts += [str(self.source_rows.weight), str(self.class_weights)] if self.weighted else []
+        parts += [str(self.source_rows.sample_weight), str(self.class_weights)] if self.weighted else []
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @property
     def weighted(self) -> bool:
         """Whether batches contain sample weights."""
-        return bool(self.source_rows.weight or self.class_weights)
+        return bool(self.source_rows.sample_weight or self.class_weights)
 
     def _split(self, name: str) -> tuple[int | None, int]:
         """Number of a split, None for all, and its rows; raises `DatasetError` for an unknown name."""
@@ -362,7 +355,7 @@ class StreamedDataset(DatasetSummaryMixin):
 
     def _sample_weight(self, table: pl.DataFrame, labels: np.ndarray, splits: np.ndarray) -> np.ndarray:
         """Weights by their column, multiplied by the class weights in training."""
-        name = self.source_rows.weight
+        name = self.source_rows.sample_weight
         weights = table[name].to_numpy() if name else np.ones(len(labels), np.float32)
         if not self.class_weights:
             return weights
@@ -375,7 +368,7 @@ class StreamedDataset(DatasetSummaryMixin):
     ) -> Iterator[dict[str, np.ndarray]]:
         """Features of a split as arrays, in batches, in the order of its rows."""
         number, _ = self._split(split)
-        for chunk in range(len(self.counts)):
+        for chunk in range(len(self.split_counts)):
             for batch in self.read(chunk, number).select(list(self.features)).iter_slices(batch_size):
                 yield {column.name: column.to_numpy() for column in batch}
 
@@ -385,7 +378,7 @@ class StreamedDataset(DatasetSummaryMixin):
     ) -> np.ndarray:  # [rows], int32 class numbers or float32 targets
         """Labels of a split, in the order of its rows."""
         number, _ = self._split(split)
-        chunks = map(self.source_rows.read_labels, range(len(self.counts)))
+        chunks = map(self.source_rows.read_labels, range(len(self.split_counts)))
         return np.concatenate(
             [number_labels(y.filter(_in_split(splits, number)), self.classes) for y, splits in chunks]
         )
@@ -396,7 +389,7 @@ class StreamedDataset(DatasetSummaryMixin):
     ) -> np.ndarray:  # [rows], int64
         """Row numbers of a split, in ascending order."""
         number, _ = self._split(split)
-        splits = [self.source_rows.read_labels(chunk)[1] for chunk in range(len(self.counts))]
+        splits = [self.source_rows.read_labels(chunk)[1] for chunk in range(len(self.split_counts))]
         return np.flatnonzero(_in_split(np.concatenate(splits), number))
 
     def columns(
@@ -408,7 +401,7 @@ class StreamedDataset(DatasetSummaryMixin):
         """Columns of the rows of a split as stored in the files; texts as categories."""
         number, _ = self._split(split)
         tables, first = [], 0
-        for chunk in range(len(self.counts)):
+        for chunk in range(len(self.split_counts)):
             table, splits = self.source_rows.read_columns(chunk, names)
             table = table.filter(_in_split(splits, number)).select(names)
             last = first + table.height
@@ -480,26 +473,17 @@ def _resolve_labels(
 
 
 def _check_arguments(
-    lazy: pl.LazyFrame,
-    label: str,
-    split: str = "random",
-    key: str | None = None,
-    ignore: Sequence[str] = (),
-    weight: str | None = None,
+    lazy: pl.LazyFrame, label: str, splitting: SplitConfig, ignore: Sequence[str], sample_weight: str | None
 ) -> None:
     """Raise `DatasetError` for column names that do not exist, and for a key that does not fit the split rule."""
-    columns, rules = lazy.collect_schema().names(), ("random", "hash", "time")
-    named = [("label", label), ("key", key), ("weight", weight), *(("ignore", name) for name in ignore)]
-    for argument, name in named:
-        if name is not None and name not in columns:
-            hint = did_you_mean(name, columns)
-            raise DatasetError(f"{argument}= names '{name}', which is no column. Columns: {join_names(columns)}.{hint}")
-    if split not in rules:
-        raise DatasetError(f"split='{split}' is not one of {join_names(rules)}.{did_you_mean(split, rules)}")
-    if (key is None) != (split == "random"):
-        raise DatasetError(f"split='{split}' does not fit key={key!r}: hash and time need a key, random takes none.")
+    head = SourceData("the files", "", lazy.head(0).collect())
+    check_columns([label], head.table.columns, "label= column", head.name)
+    check_columns(ignore, head.table.columns, "ignore= column", head.name)
+    if sample_weight is not None:
+        check_columns([sample_weight], head.table.columns, "sample_weight= column", head.name)
+    key = splitting.resolve(head, [label]).key
     if key and (missing := lazy.select(pl.col(key).null_count()).collect().item()):
-        raise DatasetError(f"Key column '{key}' lacks a value in {missing} rows; split='{split}' needs it in all.")
+        raise DatasetError(f"Key column '{key}' lacks a value in {missing} rows; split='{splitting.rule}' needs all.")
 
 # %% ../../nbs/library/data/17_streaming.ipynb #31674d85
 def _source_paths(files: Sequence[Path]) -> list[str]:
@@ -519,14 +503,15 @@ def open_dataset(
     ignore: str | Sequence[str] = (),  # columns that are not features
     features: Mapping[str, Any] | str | Path | None = None,  # options of features, see `mlkit.data.feature_specs`
     max_vocabulary: int = 10_000,  # number of most frequent texts in the vocabulary of a feature
-    weight: str | None = None,  # sample weight column; it is no feature
+    sample_weight: str | None = None,  # sample weight column; it is no feature
     class_weight: ClassWeight | None = None,  # weight of a class in training: "balanced", or class -> number
 ) -> StreamedDataset:
     """Open files larger than memory for training. Raises `DatasetError` for rows or arguments that do not fit."""
     if not isinstance(label, str):
         raise DatasetError(f"Streamed rows have one label; load_dataset takes several. Received: label={label!r}")
     overrides, ignore = read_features(features), [ignore] if isinstance(ignore, str) else list(ignore)
-    fractions, files = check_fractions(fractions), tuple(find_files(source))
+    weighting = {"sample_weight": sample_weight, "class_weight": class_weight}
+    splitting, files = SplitConfig(split, key, tuple(fractions), seed), tuple(find_files(source))
     arguments = {
         "source": _source_paths(files),
         "label": label,
@@ -538,21 +523,19 @@ def open_dataset(
         "ignore": ignore,
         "max_vocabulary": max_vocabulary,
         "features": overrides,
-        **WeightConfig(weight, class_weight).record(),
+        **{name: value for name, value in weighting.items() if value is not None},
     }
     lazy = _scan(files)
     with read_errors(files):
-        _check_arguments(lazy, label, split, key, ignore, weight)
+        _check_arguments(lazy, label, splitting, ignore, sample_weight)
         task, classes = _resolve_labels(lazy, label, task, classes)
         boundaries = _time_boundaries(lazy, key, fractions) if split == "time" else ()
         total = lazy.select(pl.len()).collect().item()
     if class_weight is not None:
         check_class_weight(class_weight, classes)
-    columns = tuple(name for name in lazy.collect_schema().names() if name not in (label, key, weight, *ignore))
-    splitter = _SplitAssigner(split, key, fractions, seed, boundaries)
-    source_rows = _RowSource(files, label, columns, overrides, splitter, weight)
+    columns = tuple(name for name in lazy.collect_schema().names() if name not in (label, key, sample_weight, *ignore))
+    source_rows = _RowSource(files, label, columns, overrides, _SplitAssigner(splitting, boundaries), sample_weight)
     profile = _profile(source_rows, total, classes)
-    shares = " / ".join(f"{fraction:g}" for fraction in fractions)
     return StreamedDataset(
         name=short_name(files),
         source=str(source),
@@ -562,10 +545,10 @@ def open_dataset(
         label_scale=profile.label_scale(),
         features=plan_features(profile.statistics, overrides, max_vocabulary),
         statistics=profile.statistics,
-        split_rule=f"split by {key or 'row number'}, {shares}, seed {seed}",
+        split_rule=splitting.describe(),
         source_rows=source_rows,
-        counts=np.array(profile.split_counts),
-        notes=tuple(dropped_row_warnings(profile.dropped, total, label)),
+        split_counts=np.array(profile.split_counts),
+        warnings=tuple(dropped_row_warnings(profile.dropped, total, label)),
         arguments=arguments,
         class_weights=()
         if class_weight is None
@@ -583,13 +566,8 @@ def _check_compatible(record: Mapping[str, Any], lazy: pl.LazyFrame, label: str)
             "Evaluate it on loaded rows, or prepare the file first: mlkit data clean, mlkit data convert."
         )
     schema = lazy.collect_schema()
-    _check_arguments(lazy, label)
-    for name in record["features"]:
-        if name not in schema:
-            hint = did_you_mean(name, schema)
-            raise DatasetError(
-                f"The model needs column '{name}', which does not exist.{hint} Columns: {join_names(schema)}."
-            )
+    check_columns([label], schema, "label= column", "the files")
+    check_columns(record["features"], schema, "The model's feature", "the files")
     if record["classes"]:
         _resolve_labels(lazy, label, record["task"], record["classes"])
     elif not schema[label].is_numeric():
@@ -607,9 +585,9 @@ def open_rows(
     with read_errors(files):
         _check_compatible(record, lazy, label)
         total = lazy.select(pl.len()).collect().item()
-    declared = {name: {"kind": kind} for name, kind in record["features"].items()}
-    all_training = _SplitAssigner("random", fractions=(1.0, 0.0, 0.0), seed=0)
-    source_rows = _RowSource(files, label, tuple(declared), declared, all_training)
+    declared = {name: {"type": feature_type} for name, feature_type in record["features"].items()}
+    all_training, all_test = (SplitConfig("random", None, shares, seed=0) for shares in ((1, 0, 0), (0, 0, 1)))
+    source_rows = _RowSource(files, label, tuple(declared), declared, _SplitAssigner(all_training))
     profile = _profile(source_rows, total, classes)  # of all rows, as it describes training rows
     counts = np.array(profile.split_counts).reshape(-1, len(SPLITS))[:, ::-1]  # training rows become test rows
     if not counts.sum() or not np.isfinite(profile.label_moments).all():
@@ -621,12 +599,12 @@ def open_rows(
         label=label,
         classes=classes,
         label_scale=profile.label_scale(),
-        features={name: FeatureSpec(name, kind) for name, kind in record["features"].items()},
+        features={name: FeatureSpec(name, feature_type) for name, feature_type in record["features"].items()},
         statistics=profile.statistics,
         split_rule="all test",
-        source_rows=replace(source_rows, splitter=replace(all_training, fractions=(0.0, 0.0, 1.0))),
-        counts=counts,
-        notes=tuple(dropped_row_warnings(profile.dropped, total, label)),
+        source_rows=replace(source_rows, splitter=_SplitAssigner(all_test)),
+        split_counts=counts,
+        warnings=tuple(dropped_row_warnings(profile.dropped, total, label)),
         arguments={"source": _source_paths(files), "label": label},
     )
 

@@ -14,12 +14,12 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 import polars as pl
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
 from ..errors import DatasetError, join_names
@@ -231,7 +231,7 @@ def gunzip(
     try:
         return gzip.decompress(file.read_bytes())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DatasetError(f"'{file}' is not a whole gzip file: {error}. Download or write it again.") from error
+        raise DatasetError(f"'{file}' is not a complete gzip file: {error}. Download or write it again.") from error
 
 
 def _map_file(file: Path) -> bytes | mmap.mmap:
@@ -267,11 +267,6 @@ def _iterate_spans(file: Path, data: bytes | mmap.mmap) -> Iterator[tuple[int, i
             )
         yield start, end
         count, position = count + 1, end + 4
-
-
-def _record_spans(file: Path, data: bytes | mmap.mmap, limit: int | None = None) -> list[tuple[int, int]]:
-    """Start and end of the records, up to a limit."""
-    return list(itertools.islice(_iterate_spans(file, data), limit))
 
 # %% ../../nbs/library/data/03_tfrecord.ipynb #4a2f7a03
 class _UnsupportedLayoutError(Exception):
@@ -377,10 +372,6 @@ def _parse_values(data: np.ndarray, kind: int, starts: np.ndarray, ends: np.ndar
     return pl.Series(value.view(np.int64))
 
 
-def _nulls(count: int) -> pl.Series:
-    return pl.Series([None]).new_from_index(0, count)
-
-
 def _parse_column(data: np.ndarray, entries: list[_Entries], count: int) -> tuple[set[int], pl.Series]:
     """Kinds of a column in a block, and its values."""
     rows, starts, ends = (np.concatenate(arrays) for arrays in zip(*entries, strict=True))
@@ -389,7 +380,7 @@ def _parse_column(data: np.ndarray, entries: list[_Entries], count: int) -> tupl
     kinds = {int(tag) for tag in np.unique(data[starts])}
     _require(kinds <= set(_KINDS) and len(kinds) < 2)
     if not kinds:
-        return kinds, _nulls(count)
+        return kinds, pl.repeat(None, count, eager=True)
     starts, stops = _enter_field(data, starts, ends, min(kinds))
     _require(stops == ends)
     filled = stops > starts
@@ -412,34 +403,40 @@ def _decode_vectorized(blob: bytes, starts: np.ndarray, ends: np.ndarray) -> dic
     return columns
 
 # %% ../../nbs/library/data/03_tfrecord.ipynb #f8294fc2
-def _describe_message(file: descriptor_pb2.FileDescriptorProto, name: str, *fields: tuple) -> Any:
-    message = file.message_type.add(name=name)
-    for number, (field, kind, repeated) in enumerate(fields, 1):
-        entry = message.field.add(name=field, number=number, label=3 if repeated else 1)
-        if isinstance(kind, int):
-            entry.type = kind
-        else:
-            entry.type, entry.type_name = 11, f".mlkit.{kind}"
-    return message
+_EXAMPLE_PROTO = """
+name: "mlkit/example.proto" package: "mlkit" syntax: "proto3"
+message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type {
+  name: "Feature"
+  field { name: "bytes_list" number: 1 type: TYPE_MESSAGE type_name: ".mlkit.BytesList" oneof_index: 0 }
+  field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".mlkit.FloatList" oneof_index: 0 }
+  field { name: "int64_list" number: 3 type: TYPE_MESSAGE type_name: ".mlkit.Int64List" oneof_index: 0 }
+  oneof_decl { name: "kind" }
+}
+message_type {
+  name: "Features"
+  field {
+    name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".mlkit.Features.FeatureEntry"
+  }
+  nested_type {
+    name: "FeatureEntry"
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".mlkit.Feature" }
+    options { map_entry: true }
+  }
+}
+message_type {
+  name: "Example" field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".mlkit.Features" }
+}
+"""
 
 
 @functools.cache
 def _example_class() -> type:
-    """A class that reads what `tf.train.Example` writes."""
-    file = descriptor_pb2.FileDescriptorProto(name="mlkit/example.proto", package="mlkit", syntax="proto3")
-    for name, kind in {"BytesList": 12, "FloatList": 2, "Int64List": 3}.items():
-        _describe_message(file, name, ("value", kind, True))
-    lists = [("bytes_list", "BytesList", False), ("float_list", "FloatList", False), ("int64_list", "Int64List", False)]
-    feature = _describe_message(file, "Feature", *lists)
-    feature.oneof_decl.add(name="kind")
-    for field in feature.field:
-        field.oneof_index = 0
-    features = _describe_message(file, "Features", ("feature", "Features.FeatureEntry", True))
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.field.add(name="key", number=1, label=1, type=9)
-    entry.field.add(name="value", number=2, label=1, type=11, type_name=".mlkit.Feature")
-    entry.options.map_entry = True
-    _describe_message(file, "Example", ("features", "Features", False))
+    """Message class that reads what `tf.train.Example` writes."""
+    file = text_format.Parse(_EXAMPLE_PROTO, descriptor_pb2.FileDescriptorProto())
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("mlkit.Example"))
@@ -483,15 +480,27 @@ def _decode_block(file: Path, data: bytes | mmap.mmap, spans: list[tuple[int, in
         return _decode_with_protobuf([data[start:end] for start, end in spans], place)
 
 
+def _decode_blocks(file: Path, limit: int | None = None) -> Iterator[tuple[int, dict]]:
+    """Number of records and their columns, block by block."""
+    data, first = _map_file(file), 0
+    spans = itertools.islice(_iterate_spans(file, data), limit)
+    while block := list(itertools.islice(spans, _BLOCK_ROWS)):
+        yield len(block), _decode_block(file, data, block, first)
+        first += len(block)
+        if isinstance(data, mmap.mmap):
+            data.madvise(mmap.MADV_DONTNEED)  # releases the pages that have been read
+
+
 def _concat_column(file: Path, name: str, blocks: list[tuple[str, pl.Series]]) -> pl.Series:
     kinds = {kind for kind, _ in blocks if kind}
     if len(kinds) > 1:
         raise DatasetError(f"Column '{name}' of '{file}' holds {join_names(sorted(kinds))}. Expected a single kind.")
     dtype = _DTYPES[min(kinds, default="")]
-    if any(values.dtype == pl.List for _, values in blocks):
-        blocks = [(kind, _as_lists(values, dtype)) for kind, values in blocks]
+    series = [values for _, values in blocks]
+    if any(values.dtype == pl.List for values in series):
+        series = [_as_lists(values, dtype) for values in series]
         dtype = pl.List(dtype)
-    column = pl.concat([values.cast(dtype) for _, values in blocks]).alias(name)
+    column = pl.concat([values.cast(dtype) for values in series]).alias(name)
     if dtype in (pl.Binary, pl.Null):
         try:
             return column.cast(pl.String)
@@ -512,16 +521,14 @@ def read_tfrecord(
     limit: int | None = None,  # number of records to read from the beginning; None: all
 ) -> pl.DataFrame:  # Int64, Float32, String, Binary, or lists of them; columns in order of first occurrence
     """Read a TFRecord file of `tf.Example`. Raises `DatasetError` naming the record that is damaged or does not fit."""
-    file = Path(file)
-    data = _map_file(file)
-    spans = _record_spans(file, data, limit)
+    file, first = Path(file), 0
     blocks_of: dict[str, list[tuple[str, pl.Series]]] = {}
-    for first in range(0, len(spans), _BLOCK_ROWS):
-        block = spans[first : first + _BLOCK_ROWS]
-        columns = _decode_block(file, data, block, first)
-        for name in [*blocks_of, *(name for name in columns if name not in blocks_of)]:
-            earlier = [("", _nulls(first))] if first and name not in blocks_of else []
-            blocks_of.setdefault(name, earlier).append(columns.get(name) or ("", _nulls(len(block))))
+    for rows, columns in _decode_blocks(file, limit):
+        for name in dict.fromkeys([*blocks_of, *columns]):
+            earlier = [("", pl.repeat(None, first, eager=True))] if first and name not in blocks_of else []
+            column = columns.get(name) or ("", pl.repeat(None, rows, eager=True))
+            blocks_of.setdefault(name, earlier).append(column)
+        first += rows
     return pl.DataFrame([_concat_column(file, name, blocks) for name, blocks in blocks_of.items()])
 
 # %% ../../nbs/library/data/03_tfrecord.ipynb #bfc835b8
@@ -529,12 +536,5 @@ def stream_tfrecord(
     file: str | Path,  # one file; a compressed one is decompressed in memory first
 ) -> Iterator[pl.DataFrame]:  # columns as for `read_tfrecord`
     """Read a TFRecord file of `tf.Example` block by block. Raises `DatasetError` at the record that is damaged."""
-    file = Path(file)
-    data = _map_file(file)
-    spans, first = _iterate_spans(file, data), 0
-    while block := list(itertools.islice(spans, _BLOCK_ROWS)):
-        columns = _decode_block(file, data, block, first)
-        yield pl.DataFrame([_concat_column(file, name, [column]) for name, column in columns.items()])
-        first += len(block)
-        if isinstance(data, mmap.mmap):
-            data.madvise(mmap.MADV_DONTNEED)  # releases the pages that have been read
+    for _, columns in _decode_blocks(Path(file)):
+        yield pl.DataFrame([_concat_column(Path(file), name, [column]) for name, column in columns.items()])

@@ -123,7 +123,7 @@ class Anomalies:
 
     def to_html(self) -> str:
         """Self-contained HTML page."""
-        return html_page(html.escape(self.title), _anomaly_table(self))
+        return html_page(self.title, _anomaly_table(self))
 
     def __str__(self) -> str:
         lines = [self.title]
@@ -166,20 +166,17 @@ def _anomaly_table(anomalies: Anomalies) -> str:
     return html_table(("severity", "column", "rule", "message", "suggestion"), rows) if rows else ""
 
 # %% ../../nbs/library/data/10_validation.ipynb #f65977e5
-def _convert(known: pl.Series, kind: ColumnType) -> pl.Series | None:
+def _convert(known: pl.Series, column_type: ColumnType) -> pl.Series | None:
     """Values converted to another column type, null where one cannot be; None where none can."""
     source = column_type_of(known.dtype)
-    if (
-        source not in COLUMN_TYPES or kind not in COLUMN_TYPES or (source, kind) == ("number", "text")
-    ):  # 3.0 was not text
-        return None
-    return convert_column(known, kind)
+    convertible = {source, column_type} <= set(COLUMN_TYPES) and (source, column_type) != ("number", "text")
+    return convert_column(known, column_type) if convertible else None  # 3.0 was not text
 
 
-def _convert_if_lossless(column: pl.Series, kind: ColumnType) -> pl.Series:
+def _convert_if_lossless(column: pl.Series, column_type: ColumnType) -> pl.Series:
     """Column cast to a type where every value can be converted; otherwise unchanged."""
     known = known_values(column.alias("value"))  # Polars reads a name such as ^a.*$ as a pattern
-    converted = None if column_type_of(column.dtype) == kind else _convert(known, kind)
+    converted = None if column_type_of(column.dtype) == column_type else _convert(known, column_type)
     return column if converted is None or converted.null_count() > known.null_count() else converted
 
 
@@ -188,30 +185,30 @@ def conform(
     schema: Schema,  # schema with the expected column types
 ) -> pl.DataFrame:  # columns cast where every value can be converted, otherwise unchanged
     """Cast columns to the types of a schema, wherever no value is lost."""
-    converted = {name: _convert_if_lossless(table[name], schema[name].kind) for name in table.columns if name in schema}
+    converted = {name: _convert_if_lossless(table[name], schema[name].type) for name in table.columns if name in schema}
     return pl.DataFrame({name: converted.get(name, table[name]) for name in table.columns})
 
 # %% ../../nbs/library/data/10_validation.ipynb #a6b1aead
-def _comparable(values: pl.Expr, kind: ColumnType) -> pl.Expr:
+def _comparable(values: pl.Expr, column_type: ColumnType) -> pl.Expr:
     """Values that can be compared, null where they are missing."""
-    if kind == "text":
+    if column_type == "text":
         values = values.cast(pl.String)
         return pl.when(values != "").then(values)
-    if kind == "number":
+    if column_type == "number":
         return values.cast(pl.Float64).fill_nan(None)
-    return values.dt.date() if kind == "datetime" else values
+    return values.dt.date() if column_type == "datetime" else values
 
 
-def _value_masks(column: ColumnSchema, kind: ColumnType, values: pl.Expr) -> dict[str, pl.Expr]:
+def _value_masks(column: ColumnSchema, column_type: ColumnType, values: pl.Expr) -> dict[str, pl.Expr]:
     """Rule -> whether a comparable value breaks it."""
     violations = [values < column.minimum] if column.minimum is not None else []
     violations += [values > column.maximum] if column.maximum is not None else []
     outside = pl.any_horizontal(violations) if violations else pl.lit(False)
     masks = {}
-    if kind == "number" and column.finite:
+    if column_type == "number" and column.finite:
         masks["finite"] = values.is_infinite()
     if violations:
-        masks["range"] = outside & values.is_finite() if kind == "number" else outside
+        masks["range"] = outside & values.is_finite() if column_type == "number" else outside
     if column.domain:
         masks["domain"] = ~values.is_in(list(column.domain)) & ~outside  # a value outside the range is reported once
     return masks
@@ -239,24 +236,24 @@ def _row_masks(column: ColumnSchema, dtype: pl.DataType, values: pl.Expr) -> dic
     """Rule -> whether a row breaks it."""
     if dtype.is_nested():
         return _length_masks(column, dtype, values)
-    kind = column_type_of(dtype)
-    if not _is_compatible(column, kind) or dtype == pl.Object:
+    column_type = column_type_of(dtype)
+    if not _is_compatible(column, column_type) or dtype == pl.Object:
         return {}
-    comparable = _comparable(values, kind)
+    comparable = _comparable(values, column_type)
     duplicated = {"unique": comparable.is_not_null() & comparable.is_duplicated()} if column.unique else {}
-    return _value_masks(column, kind, comparable) | duplicated
+    return _value_masks(column, column_type, comparable) | duplicated
 
 
-def _is_compatible(column: ColumnSchema, kind: ColumnType) -> bool:
+def _is_compatible(column: ColumnSchema, column_type: ColumnType) -> bool:
     """Whether a type is allowed for a column; integers are numbers."""
-    return column.kind in (kind, "other") or (column.kind, kind) == ("number", "integer")
+    return column.type in (column_type, "other") or (column.type, column_type) == ("number", "integer")
 
 # %% ../../nbs/library/data/10_validation.ipynb #78e46f3e
 @dataclass
 class _ColumnObservation:
     """Rows, values and examples of one column that break its rules."""
 
-    kind: ColumnType  # column type; of lists the type of the elements
+    type: ColumnType  # column type; of lists the type of the elements
     rows: int
     missing: int
     distinct: int | None = None  # number of distinct values, where a rule needs it
@@ -267,18 +264,18 @@ class _ColumnObservation:
     extremes: tuple[Any, ...] = ()  # smallest and largest value outside the range
 
     @property
-    def known(self) -> int:
+    def count(self) -> int:
         return self.rows - self.missing
 
     def lacks(self, column: ColumnSchema) -> bool:
         """Whether too many values are missing."""
-        return self.known < max(column.required * self.rows, column.required_rows)
+        return self.count < max(column.required * self.rows, column.required_rows)
 
 # %% ../../nbs/library/data/10_validation.ipynb #d3807681
-def _unconvertible(values: pl.Series, kind: ColumnType) -> pl.Series:
+def _unconvertible(values: pl.Series, column_type: ColumnType) -> pl.Series:
     """Whether a value is present and cannot be converted to a type."""
     known = known_values(values)
-    converted = _convert(known, kind)
+    converted = _convert(known, column_type)
     return known.is_not_null() if converted is None else known.is_not_null() & converted.is_null()
 
 # %% ../../nbs/library/data/10_validation.ipynb #77df78c3
@@ -313,14 +310,16 @@ def _observe_columns(
         pl.DataFrame(series).select(expression.alias(str(n)) for n, expression in enumerate(expressions)).row(0)
     )
     broken = [key for key, count in zip(masks, counts, strict=False) if count]
-    kinds = [column_type_of(_element_type(values.dtype)) for values in series]
-    observations = [_ColumnObservation(kind, table.height, next(counts), next(counts)) for kind in kinds]
+    column_types = [column_type_of(_element_type(values.dtype)) for values in series]
+    observations = [
+        _ColumnObservation(column_type, table.height, next(counts), next(counts)) for column_type in column_types
+    ]
     for index, rule in broken:
         mask = series[index].to_frame().select(masks[index, rule]).to_series()
         _add_examples(table, observations[index], columns[index].name, rule, mask)
     for column, values, observation in zip(columns, series, observations, strict=True):
-        if not _is_compatible(column, observation.kind) and observation.known:
-            _add_examples(table, observation, column.name, "kind", _unconvertible(values, column.kind))
+        if not _is_compatible(column, observation.type) and observation.count:
+            _add_examples(table, observation, column.name, "type", _unconvertible(values, column.type))
         if observation.lacks(column):
             observation.examples["presence"] = _example_rows(
                 table, column.name, known_values(values).is_null().arg_true().head(_MAX_EXAMPLES)
@@ -362,32 +361,32 @@ def _example_rows(table: pl.DataFrame, name: str, row_numbers: pl.Series) -> pl.
 
 # %% ../../nbs/library/data/10_validation.ipynb #1f0fe3b8
 def _observe_statistics(column: ColumnStatistics, expected: ColumnSchema) -> _ColumnObservation:
-    observed = _ColumnObservation(column.kind, column.rows, column.missing, column.unique)
-    if column.kind == "other" or not column.known:
+    observed = _ColumnObservation(column.type, column.rows, column.missing, column.unique)
+    if column.type == "other" or not column.count:
         in_lists = expected.values or expected.shape  # statistics do not have the type of elements
-        if column.known and not in_lists and not _is_compatible(expected, column.kind):
-            observed.broken["kind"] = column.known
+        if column.count and not in_lists and not _is_compatible(expected, column.type):
+            observed.broken["type"] = column.count
         return observed
     counted = _counted_values(column)
-    if not _is_compatible(expected, column.kind):
-        _add_value_counts(observed, "kind", counted.filter(_unconvertible(counted["value"], expected.kind)))
-        observed.broken.setdefault("kind", 0)
+    if not _is_compatible(expected, column.type):
+        _add_value_counts(observed, "type", counted.filter(_unconvertible(counted["value"], expected.type)))
+        observed.broken.setdefault("type", 0)
         return observed
-    masks = _value_masks(expected, column.kind, _comparable(pl.col("value"), column.kind))
+    masks = _value_masks(expected, column.type, _comparable(pl.col("value"), column.type))
     for rule, mask in masks.items():
         _add_value_counts(observed, rule, counted.filter(mask))
     if expected.finite and column.infinite and "finite" not in observed.broken:
         observed.broken["finite"] = column.infinite
     if "range" in masks and "range" not in observed.broken and (violations := _estimate_outside(column, expected)):
         observed.broken["range"], observed.estimated = violations, True
-        observed.extremes = (column.minimum, column.maximum) if column.kind in ("integer", "number") else ()
+        observed.extremes = (column.minimum, column.maximum) if column.type in ("integer", "number") else ()
     if expected.unique:
         _add_value_counts(observed, "unique", counted.filter(pl.col("rows") > 1))
     return observed
 
 
 def _counted_values(column: ColumnStatistics) -> pl.DataFrame:
-    value_type = datetime.date if column.kind in ("date", "datetime") else object  # dates beyond Python's are numbers
+    value_type = datetime.date if column.type in ("date", "datetime") else object  # dates beyond Python's are numbers
     counts = {value: rows for value, rows in column.counts.items() if isinstance(value, value_type)}
     return pl.DataFrame(
         {"value": pl.Series(list(counts), strict=False), "rows": pl.Series(list(counts.values()), dtype=pl.Int64)}
@@ -405,11 +404,11 @@ def _add_value_counts(observed: _ColumnObservation, rule: str, counted: pl.DataF
 def _estimate_outside(column: ColumnStatistics, expected: ColumnSchema) -> int:
     """Estimated number of values outside the range; 0 where there is none."""
     low = -math.inf if expected.minimum is None else value_as_number(expected.minimum)
-    high = math.inf if expected.maximum is None else value_as_number(expected.maximum) + (column.kind == "datetime")
+    high = math.inf if expected.maximum is None else value_as_number(expected.maximum) + (column.type == "datetime")
     if column.minimum >= low and column.maximum <= high:
         return 0
     share = float(column.cumulative(low)) + 1 - float(column.cumulative(high))
-    return max(1, round(share * (column.known - column.infinite)))
+    return max(1, round(share * (column.count - column.infinite)))
 
 # %% ../../nbs/library/data/10_validation.ipynb #4365ef5c
 def _closest_value(value: Any, domain: Sequence[Any]) -> str | None:
@@ -472,24 +471,24 @@ def _order_fixes(data: str, schema: str, share: float) -> str:
     return "\n".join(line for line in fixes if line)
 
 # %% ../../nbs/library/data/10_validation.ipynb #89450c0d
-def _describe_kind(column: ColumnSchema, observed: _ColumnObservation) -> tuple[str, str]:
-    mismatch = f"expected {column.kind}, received {observed.kind}"
-    if not observed.broken["kind"]:
+def _describe_type(column: ColumnSchema, observed: _ColumnObservation) -> tuple[str, str]:
+    mismatch = f"expected {column.type}, received {observed.type}"
+    if not observed.broken["type"]:
         return f"{mismatch}; every value can be converted", "table = conform(table, schema)"
-    values = _list_values(observed.values.get("kind", {}))
-    failures = f"{_format_share(observed.broken['kind'], observed.known)} cannot be converted{values}"
-    data = _cleaning_step(step="convert", column=column.name, kind=column.kind) if column.kind in COLUMN_TYPES else ""
+    values = _list_values(observed.values.get("type", {}))
+    failures = f"{_format_share(observed.broken['type'], observed.count)} cannot be converted{values}"
+    data = _cleaning_step(step="convert", column=column.name, type=column.type) if column.type in COLUMN_TYPES else ""
     return f"{mismatch}; {failures}", _order_fixes(
-        data, _schema_change(column, kind=observed.kind), observed.broken["kind"] / observed.known
+        data, _schema_change(column, type=observed.type), observed.broken["type"] / observed.count
     )
 
 
 def _describe_presence(column: ColumnSchema, observed: _ColumnObservation) -> tuple[str, str]:
     share = observed.missing / observed.rows
     allowed = f"at most {_percent(1 - column.required)} may" if column.required < 1 else "none may"
-    if observed.known < column.required_rows:
+    if observed.count < column.required_rows:
         allowed = f"{column.required_rows:,} are needed"
-        return f"{_pluralize(observed.known, 'row')} with a value, {allowed}", _schema_change(
+        return f"{_pluralize(observed.count, 'row')} with a value, {allowed}", _schema_change(
             column, required=0.0, required_rows=0
         )
     message = f"{observed.missing:,} of {_pluralize(observed.rows, 'row')} ({_percent(share)}) have no value, {allowed}"
@@ -497,18 +496,18 @@ def _describe_presence(column: ColumnSchema, observed: _ColumnObservation) -> tu
 
 
 def _describe_finite(column: ColumnSchema, observed: _ColumnObservation) -> tuple[str, str]:
-    share = observed.broken["finite"] / observed.known
+    share = observed.broken["finite"] / observed.count
     data = _range_step(column)
-    message = f"{_format_share(observed.broken['finite'], observed.known)} are infinite"
+    message = f"{_format_share(observed.broken['finite'], observed.count)} are infinite"
     return message, _order_fixes(data, _schema_change(column, finite=False), share)
 
 # %% ../../nbs/library/data/10_validation.ipynb #32f51f92
 def _describe_range(column: ColumnSchema, observed: _ColumnObservation) -> tuple[str, str]:
     count, values = observed.broken["range"], observed.values.get("range", {})
     about = "about " * observed.estimated
-    message = f"{about}{_format_share(count, observed.known)} are {_describe_limits(column)}{_list_values(values)}"
+    message = f"{about}{_format_share(count, observed.count)} are {_describe_limits(column)}{_list_values(values)}"
     data = _range_step(column, minimum=column.minimum, maximum=column.maximum)
-    return message, _order_fixes(data, _widen_range(column, observed.extremes), count / observed.known)
+    return message, _order_fixes(data, _widen_range(column, observed.extremes), count / observed.count)
 
 
 def _describe_limits(column: ColumnSchema) -> str:
@@ -521,7 +520,7 @@ def _describe_limits(column: ColumnSchema) -> str:
 
 def _widen_range(column: ColumnSchema, extremes: Sequence[Any]) -> str:
     comparable = [value.date() if isinstance(value, datetime.datetime) else value for value in extremes]
-    comparable = [int(value) for value in comparable] if column.kind == "integer" else comparable
+    comparable = [int(value) for value in comparable] if column.type == "integer" else comparable
     changes = {}
     if column.minimum is not None and comparable and comparable[0] < column.minimum:
         changes["minimum"] = comparable[0]
@@ -533,7 +532,7 @@ def _widen_range(column: ColumnSchema, extremes: Sequence[Any]) -> str:
 def _describe_domain(column: ColumnSchema, observed: _ColumnObservation) -> tuple[str, str]:
     values = observed.values["domain"]
     outside = (
-        f"{_format_share(observed.broken['domain'], observed.known)} are not among the {len(column.domain):,} known"
+        f"{_format_share(observed.broken['domain'], observed.count)} are not among the {len(column.domain):,} known"
     )
     matches = {value: _closest_value(value, column.domain) for value in values}
     corrections = {value: closest for value, closest in matches.items() if closest}
@@ -547,7 +546,7 @@ def _describe_domain(column: ColumnSchema, observed: _ColumnObservation) -> tupl
 
 def _describe_unique(column: ColumnSchema, observed: _ColumnObservation) -> tuple[str, str]:
     values = _list_values(observed.values["unique"])
-    message = f"{_format_share(observed.broken['unique'], observed.known)} occur more than once{values}"
+    message = f"{_format_share(observed.broken['unique'], observed.count)} occur more than once{values}"
     return message, _cleaning_step(step="deduplicate", columns=[column.name])
 
 
@@ -563,13 +562,13 @@ def _describe_shape(column: ColumnSchema, observed: _ColumnObservation) -> tuple
     minimum, maximum = column.values or (1, 1)
     length = f"{minimum} value" if maximum == 1 else f"{minimum} to {maximum} values"
     shape = f"shape {column.shape}" if column.shape else length
-    return f"{_format_share(observed.broken['shape'], observed.known)} do not have {shape}", _schema_change(
+    return f"{_format_share(observed.broken['shape'], observed.count)} do not have {shape}", _schema_change(
         column, shape=None, values=None
     )
 
 
 _DESCRIPTIONS = {
-    "kind": _describe_kind,
+    "type": _describe_type,
     "presence": _describe_presence,
     "shape": _describe_shape,
     "finite": _describe_finite,
@@ -584,17 +583,17 @@ def _check_presence_and_distinct(column: ColumnSchema, observed: _ColumnObservat
     """Check the rules about the column itself: its missing and its distinct values."""
     if observed.lacks(column):
         observed.broken["presence"] = observed.missing
-    if column.distinct and observed.known and observed.distinct is not None:
+    if column.distinct and observed.count and observed.distinct is not None:
         minimum, maximum = column.distinct
         if observed.distinct < minimum or (maximum is not None and observed.distinct > maximum):
-            observed.broken["distinct"] = observed.known
+            observed.broken["distinct"] = observed.count
 
 
 def _find_anomalies(column: ColumnSchema, observed: _ColumnObservation, schema: Schema) -> Iterator[Anomaly]:
     _check_presence_and_distinct(column, observed)
     for rule in [rule for rule in _DESCRIPTIONS if rule in observed.broken]:
         message, suggestion = _DESCRIPTIONS[rule](column, observed)
-        count, total = observed.broken[rule], observed.rows if rule == "presence" else observed.known
+        count, total = observed.broken[rule], observed.rows if rule == "presence" else observed.count
         severity = schema.severity_of(rule, column.name)
         if rule == "domain" and severity == "error" and count <= (1 - column.domain_share) * total:
             severity = "warning"

@@ -15,7 +15,7 @@ from scipy import stats
 
 from .._display import format_number, html_table
 from ..errors import DatasetError
-from .slices import CERTAIN_ROWS, Slice, bold_if
+from .slices import MIN_SLICE_ROWS, Slice, bold_if
 from ..metrics import CONFIDENCE, LabelledScores, MetricEstimate, Task, compute_metrics
 
 # %% ../../nbs/library/evaluation/02_fairness.ipynb #45321c56
@@ -23,7 +23,7 @@ from ..metrics import CONFIDENCE, LabelledScores, MetricEstimate, Task, compute_
 class FairnessGap:
     """The largest difference of a metric between two groups."""
 
-    measure: str  # metric
+    metric: str
     highest: str  # group with the highest value
     lowest: str  # group with the lowest value
     difference: MetricEstimate
@@ -72,9 +72,9 @@ def find_fairness_gaps(
     threshold: float = 0.5,  # for two classes
 ) -> list[FairnessGap]:
     """The largest gap of each rate; raises DatasetError where fewer than two groups are large enough."""
-    parts = {group.name: rows.take(group.rows) for group in groups if len(group.rows) >= CERTAIN_ROWS}
+    parts = {group.name: rows.take(group.rows) for group in groups if len(group.rows) >= MIN_SLICE_ROWS}
     if len(parts) < 2:
-        raise DatasetError(f"To compare groups takes two of at least {CERTAIN_ROWS} rows; there are {len(parts)}.")
+        raise DatasetError(f"To compare groups takes two of at least {MIN_SLICE_ROWS} rows; there are {len(parts)}.")
     if task == "binary":
         rates = {name: group_rates(part, threshold) for name, part in parts.items()}
     else:
@@ -96,7 +96,7 @@ def fairness_gaps_html(
     """Fairness gaps as an HTML table; statistically significant ones are bold."""
     rows = [
         (
-            html.escape(gap.measure.replace("_", " ")),
+            html.escape(gap.metric.replace("_", " ")),
             bold_if(gap.difference.value, gap.is_significant),
             *map(format_number, gap.difference[1:]),
             html.escape(gap.highest),

@@ -75,17 +75,17 @@ class Predictions:
         return f"Predictions({self.name!r}, {self.task}, {len(self):,} rows)"
 
     @cached_property
-    def measures(self) -> dict[str, MetricEstimate]:
+    def metrics(self) -> dict[str, MetricEstimate]:
         """Metrics of the task, with confidence intervals."""
         return compute_metrics(self.task, self.rows)
 
     def by_slice(
         self,
         by: Sequence[str | Sequence[str]],  # columns, or pairs of columns
-        borders: Mapping[str, Sequence[float]] | None = None,  # column -> limits of its bins
+        bin_edges: Mapping[str, Sequence[float]] | None = None,  # column -> edges between its bins
     ) -> SlicedMetrics:
         """Metrics by slice; raises DatasetError for a column that is not stored."""
-        return measure_slices(self.task, self.rows, make_slices(self.table, by, borders))
+        return measure_slices(self.task, self.rows, make_slices(self.table, by, bin_edges))
 
     def weak_slices(
         self,
@@ -95,25 +95,25 @@ class Predictions:
         """Slices with a significantly larger loss than the other rows."""
         return find_weak_slices(self.table, per_row_loss(self.rows), columns, limit)
 
-    def disparities(
+    def fairness_gaps(
         self,
         column: str,  # column that defines the groups
-        borders: Sequence[float] = (),  # limits of its bins
+        bin_edges: Sequence[float] = (),  # edges between its bins
     ) -> list[FairnessGap]:
         """The largest fairness gaps; raises DatasetError where fewer than two groups are large enough."""
-        groups = make_slices(self.table, [column], {column: borders} if borders else None)
+        groups = make_slices(self.table, [column], {column: bin_edges} if bin_edges else None)
         return find_fairness_gaps(self.task, self.rows, groups)
 
     def ranking(
         self,
         column: str,  # rows with the same value form one ranked list
-        first: int = 10,  # cut-off rank
+        k: int = 10,  # cut-off rank
     ) -> dict[str, MetricEstimate]:
         """Ranking metrics with intervals over lists; raises ValueError where no list has a relevant row."""
         check_columns(self.table, [column])
         if self.task == "multiclass":
             raise DatasetError("A list is ordered by one score; a classifier with many classes gives many.")
-        return ranking_metrics(ranking_values(self.rows, self.table[column].to_numpy(), first))
+        return ranking_metrics(ranking_values(self.rows, self.table[column].to_numpy(), k))
 
     def thresholds(self) -> list[ThresholdMetrics]:
         """Precision and recall by decision threshold; [] unless there are two classes."""
@@ -171,16 +171,16 @@ class Report:
             "task": self.predictions.task,
             "classes": list(self.predictions.classes),
             "rows": len(self.predictions),
-            "measures": _metrics_record(self.predictions.measures),
+            "metrics": _metrics_record(self.predictions.metrics),
             "slices": [
-                {"slice": part.name, "rows": part.rows, "uncertain": part.uncertain}
-                | {"measures": _metrics_record(part.measures)}
+                {"slice": part.name, "rows": part.rows, "uncertain": part.is_uncertain}
+                | {"metrics": _metrics_record(part.metrics)}
                 for part in (self.sliced.slices if self.sliced else [])
             ],
             "weak_slices": [_null_if_not_finite(asdict(part)) for part in self.weak or ()],
-            "disparities": [
-                {"measure": gap.measure, "highest": gap.highest, "lowest": gap.lowest}
-                | {"sure": bool(gap.is_significant)}
+            "fairness_gaps": [
+                {"metric": gap.metric, "highest": gap.highest, "lowest": gap.lowest}
+                | {"is_significant": bool(gap.is_significant)}
                 | _null_if_not_finite(gap.difference._asdict())
                 for gap in self.gaps
             ],
@@ -193,7 +193,16 @@ class Report:
         }
 
     def _repr_html_(self) -> str:
-        return "".join(f"<h4>{title}</h4>{body}" for title, body in _report_sections(self) if body)
+        ranking = [(name.replace("_", " "), *map(format_number, estimate)) for name, estimate in self.ranking.items()]
+        thresholds = self.predictions.thresholds()
+        sections = {
+            "Slices": self.sliced._repr_html_() if self.sliced else "",
+            "Weak slices": "" if self.weak is None else weak_slices_html(self.weak),
+            "Fairness gaps": fairness_gaps_html(self.gaps) if self.gaps else "",
+            "Ranking": html_table(("metric", "value", "from", "to"), ranking) if ranking else "",
+            "Decision thresholds": threshold_html(thresholds) if thresholds else "",
+        }
+        return "".join(f"<h4>{title}</h4>{body}" for title, body in sections.items() if body)
 
 
 def _null_if_not_finite(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,38 +214,25 @@ def _null_if_not_finite(values: Mapping[str, Any]) -> dict[str, Any]:
 def _metrics_record(metrics: Mapping[str, MetricEstimate]) -> dict[str, dict[str, float | None]]:
     return {name: _null_if_not_finite(estimate._asdict()) for name, estimate in metrics.items()}
 
-
-def _report_sections(report: Report) -> list[tuple[str, str]]:
-    """Titles and HTML tables of a report; "" for an empty section."""
-    ranking = [(name.replace("_", " "), *map(format_number, estimate)) for name, estimate in report.ranking.items()]
-    thresholds = report.predictions.thresholds()
-    return [
-        ("Slices", report.sliced._repr_html_() if report.sliced else ""),
-        ("Weak slices", "" if report.weak is None else weak_slices_html(report.weak)),
-        ("Fairness gaps", fairness_gaps_html(report.gaps) if report.gaps else ""),
-        ("Ranking", html_table(("metric", "value", "from", "to"), ranking) if ranking else ""),
-        ("Decision thresholds", threshold_html(thresholds) if thresholds else ""),
-    ]
-
 # %% ../../nbs/library/evaluation/00_predictions.ipynb #d86112b0
 def make_report(
-    answers: Predictions,  # predictions, with the columns that are named here
+    predictions: Predictions,  # predictions, with the columns that are named here
     by: Sequence[str | Sequence[str]] = (),  # columns to slice by, or pairs of columns
-    borders: Mapping[str, Sequence[float]] | None = None,  # column -> limits of its bins
+    bin_edges: Mapping[str, Sequence[float]] | None = None,  # column -> edges between its bins
     *,
     group: str | None = None,  # column that defines the groups of the fairness gaps
     lists: str | None = None,  # column that defines the ranked lists
     weak: Sequence[WeakSlice] | None = None,  # result of `weak_slices`; None: not searched
 ) -> Report:
     """Evaluate predictions; raises DatasetError for a column that is not stored or groups that are too small."""
-    borders = borders or {}
-    slice_borders = {name: cuts for name, cuts in borders.items() if name != group or name in slice_columns(by)}
+    bin_edges = bin_edges or {}
+    slice_edges = {name: cuts for name, cuts in bin_edges.items() if name != group or name in slice_columns(by)}
     return Report(
-        answers,
-        answers.by_slice(by, slice_borders) if by or slice_borders else None,
+        predictions,
+        predictions.by_slice(by, slice_edges) if by or slice_edges else None,
         weak,
-        answers.disparities(group, borders.get(group, ())) if group else (),
-        answers.ranking(lists) if lists else {},
+        predictions.fairness_gaps(group, bin_edges.get(group, ())) if group else (),
+        predictions.ranking(lists) if lists else {},
     )
 
 # %% ../../nbs/library/evaluation/00_predictions.ipynb #10f139e8
@@ -252,24 +248,24 @@ def differences_html(
     return html_table(("metric", "difference", "from", "to"), rows)
 
 # %% ../../nbs/library/evaluation/00_predictions.ipynb #b281d99a
-_FORMAT = "mlkit answers 1"
+_FORMAT = "mlkit predictions 1"
 _HEADER = ("name", "task", "label", "classes", "identity", "model")
 
 
 def save_predictions(
-    answers: Predictions,
+    predictions: Predictions,
     path: Path,
 ) -> None:
     """Write predictions to a Parquet file atomically; raises StorageError when the disk is full."""
-    scores = np.asarray(answers.rows.scores, "float32")
+    scores = np.asarray(predictions.rows.scores, "float32")
     columns = {
-        "label": answers.rows.labels,
+        "label": predictions.rows.labels,
         "score": scores if scores.ndim == 1 else pl.Series(scores, dtype=pl.Array(pl.Float32, scores.shape[1])),
     }
     frame = pl.DataFrame(columns)
-    if answers.table.width:
-        frame = frame.with_columns(answers.table.select(row=pl.struct(pl.all())))
-    header = json.dumps({name: getattr(answers, name) for name in _HEADER})
+    if predictions.table.width:
+        frame = frame.with_columns(predictions.table.select(row=pl.struct(pl.all())))
+    header = json.dumps({name: getattr(predictions, name) for name in _HEADER})
     try:
         with new_file(path) as temporary, temporary.open("wb") as file:
             frame.write_parquet(file, metadata={"format": _FORMAT, "about": header})

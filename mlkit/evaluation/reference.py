@@ -8,7 +8,7 @@ __all__ = ['reference_statistics']
 # %% ../../nbs/library/evaluation/04_reference.ipynb #795b662c
 from typing import Any
 
-from ..data.builtin import BUILTIN_SOURCES, looks_like_file, open_table
+from ..data.builtin import BUILTIN_SOURCES, is_path_or_url, open_table
 from ..data.schema import Schema
 from ..data.sql import redact_source
 from ..data.statistics import Statistics, describe
@@ -22,7 +22,7 @@ def reference_statistics(
     **options: Any,  # options of the source
 ) -> Statistics:
     """Statistics of a table or of a run's training data; raises DatasetError or NotFoundError."""
-    if reference in BUILTIN_SOURCES or looks_like_file(reference):
+    if reference in BUILTIN_SOURCES or is_path_or_url(reference):
         return describe(conform(open_table(reference, **options), schema), name=redact_source(reference))
     run = RunStore().get(reference, having="statistics.json")
     return Statistics.from_json((run.folder / "statistics.json").read_text(encoding="utf-8"))

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ORIGINAL', 'LITERT_KINDS', 'MAIN_METRIC', 'MIN_ROWS', 'MIN_FRACTION', 'TITLES', 'VARIANTS_FILE',
-           'check_methods', 'check_kept_method', 'compress', 'save_variants', 'FolderSize', 'folder_size',
-           'variant_slices', 'WorstSlice', 'worst_slice', 'Variant', 'Variants', 'pareto_front', 'plot_variants',
-           'measure_variants', 'read_variants', 'keep_variant']
+           'check_methods', 'check_kept_method', 'compress', 'save_variants', 'folder_size', 'variant_slices',
+           'WorstSlice', 'worst_slice', 'Variant', 'Variants', 'pareto_front', 'plot_variants', 'measure_variants',
+           'read_variants', 'keep_variant']
 
 # %% ../../nbs/library/export/11_compression_report.ipynb #6cc0c9af
 import html
 import json
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from .._files import write_atomic
 from ..errors import ModelError, NotFoundError, ParameterError, did_you_mean, join_names
 from ..evaluation.predictions import Predictions
 from ..evaluation.slices import MAX_VALUES, Slice, make_slices
+from .formats import Size, packed_size
 from ..metrics import lower_is_better, metric_values
 from ..runs.run import Run
 
@@ -42,7 +42,7 @@ METHODS = {  # method -> its effect
     "int8": "weights of dense layers and embeddings in eight bits",
     "int4": "the same in four bits",
     "cluster": "a few distinct values for all weights of a layer",
-    "distil": "a small model distilled from the original",
+    "distill": "a small model distilled from the original",
 }
 ORIGINAL = "original"
 LITERT_KINDS = {  # LiteRT kinds to convert each variant to; Keras's quantized weights cannot be converted
@@ -50,7 +50,7 @@ LITERT_KINDS = {  # LiteRT kinds to convert each variant to; Keras's quantized w
     "prune": ("float32", "int8"),
     "quantize_aware": ("int8",),
     "cluster": ("float32", "int8"),
-    "distil": ("float32", "int8"),
+    "distill": ("float32", "int8"),
 }
 
 
@@ -86,8 +86,8 @@ def compress(
     *,
     sparsity: float = 0.8,  # fraction of zeros, for prune
     values: int = 16,  # distinct weights of a kernel, for cluster
-    temperature: float = 3.0,  # divisor of the teacher's logits, for distil
-    student: str = "auto",  # family, for distil; auto is the family of the model
+    temperature: float = 3.0,  # divisor of the teacher's logits, for distill
+    student: str = "auto",  # family, for distill; auto is the family of the model
     student_options: Mapping[str, Any] | None = None,  # hyperparameters of the student
     student_training: Mapping[str, Any]
     | None = None,  # arguments of fit that differ for a student: epochs, learning_rate
@@ -104,7 +104,7 @@ def compress(
         )
     compression.check_compressible(model)
     small = None
-    if "distil" in methods:
+    if "distill" in methods:
         options = {"seed": training.get("seed", 42)} | dict(student_options or {})
         small = compression.build_student(model, dataset, student, **options)
     distillation = {"temperature": temperature} | training | dict(student_training or {})
@@ -114,7 +114,7 @@ def compress(
         "int8": lambda: compression.quantize_weights(model, 8),
         "int4": lambda: compression.quantize_weights(model, 4),
         "cluster": lambda: compression.cluster_weights(model, values),
-        "distil": lambda: compression.distill(model, dataset, small, **distillation),
+        "distill": lambda: compression.distill(model, dataset, small, **distillation),
     }
     return {ORIGINAL: model} | {name: make[name]() for name in methods}
 
@@ -138,20 +138,13 @@ def save_variants(
             run.log_artifact(file)
 
 # %% ../../nbs/library/export/11_compression_report.ipynb #b5dc8565
-class FolderSize(NamedTuple):
-    """Size of the files of a model."""
-
-    bytes: int
-    packed: int  # each file compressed with zlib, the algorithm of gzip
-
-
 def folder_size(
     folder: Path,  # version folder of a SavedModel, or folder of a LiteRT kind
-) -> FolderSize:
+) -> Size:  # each file is compressed by itself
     """The size of the files that are loaded for prediction."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "assets.extra" not in path.parts]
-    contents = [path.read_bytes() for path in files]
-    return FolderSize(sum(map(len, contents)), sum(len(zlib.compress(content, 6)) for content in contents))
+    sizes = [packed_size(path.read_bytes()) for path in files]
+    return Size(sum(size.bytes for size in sizes), sum(size.packed for size in sizes))
 
 # %% ../../nbs/library/export/11_compression_report.ipynb #6b984832
 MAIN_METRIC = {"binary": "auc", "multiclass": "accuracy", "regression": "root_mean_squared_error"}
@@ -161,13 +154,13 @@ MIN_ROWS, MIN_FRACTION = 10, 0.02  # smallest slice: rows, and fraction of all r
 def variant_slices(
     predictions: Predictions,  # of any variant
     by: Sequence[str | Sequence[str]] = (),  # columns, or pairs of columns; by default all that can be sliced by
-    borders: Mapping[str, Sequence[float]] | None = None,  # column -> limits of its bins
+    bin_edges: Mapping[str, Sequence[float]] | None = None,  # column -> edges between its bins
 ) -> list[Slice]:
     """The slices on which variants are compared; raises DatasetError for an unknown column."""
     table, labels = predictions.table, predictions.rows.labels
-    if not by and not borders:
+    if not by and not bin_edges:
         by = [column.name for column in table if _is_sliceable(column)]
-    slices = make_slices(table, by, borders) if by or borders else []
+    slices = make_slices(table, by, bin_edges) if by or bin_edges else []
     if not slices and predictions.classes:
         slices = [
             Slice(f"{predictions.label}={name}", (), np.flatnonzero(labels == index))
@@ -212,23 +205,23 @@ class Variant:
     """The results of a method in a format."""
 
     method: str  # one of METHODS, or original
-    form: str  # "SavedModel", or "LiteRT int8"
+    model_format: str  # "SavedModel", or "LiteRT int8"
     folder: str  # path in the run
     bytes: int
     packed: int  # compressed size, bytes
     milliseconds: float  # latency of a prediction for one row
-    measures: dict[str, tuple[float, float, float]]  # by metric: value, and its 95 % confidence interval
+    metrics: dict[str, tuple[float, float, float]]  # by metric: value, and its 95 % confidence interval
     worst: WorstSlice | None  # worst slice by the main metric
 
     @property
     def name(self) -> str:
         """Display name: method and format."""
-        return f"{self.method}, {self.form}"
+        return f"{self.method}, {self.model_format}"
 
     @property
     def key(self) -> str:
         """Prefix of its metrics in a run: prune, prune_litert_int8."""
-        kind = self.form.lower().replace(" ", "_")
+        kind = self.model_format.lower().replace(" ", "_")
         return self.method if kind == "savedmodel" else f"{self.method}_{kind}"
 
 
@@ -237,17 +230,17 @@ class Variants:
     """All variants of a model, measured on the same rows."""
 
     model: str  # ID of the run of the original
-    measure: str  # main metric
+    metric: str  # main metric
     rows: int  # number of test rows
     variants: list[Variant]
-    kept: str | None = None  # method whose model became the run's own
+    kept_method: str | None = None  # method whose model became the run's own
 
     @property
     def run_metrics(self) -> dict[str, float]:
         """Metrics under their names in a run: prune_test_accuracy, prune_packed, prune_milliseconds."""
         metrics = {}
         for variant in self.variants:
-            metrics[f"{variant.key}_test_{self.measure}"] = variant.measures[self.measure][0]
+            metrics[f"{variant.key}_test_{self.metric}"] = variant.metrics[self.metric][0]
             metrics[f"{variant.key}_packed"] = variant.packed
             metrics[f"{variant.key}_milliseconds"] = variant.milliseconds
         return metrics
@@ -257,7 +250,7 @@ class Variants:
         cost: str,  # "packed", "bytes" or "milliseconds"
     ) -> list[Variant]:  # the cheapest first
         """The Pareto front of the main metric and a cost."""
-        return pareto_front(self.variants, cost, self.measure)
+        return pareto_front(self.variants, cost, self.metric)
 
     def plot(self) -> "Figure":
         """Plot the main metric over size and over latency, with the Pareto fronts."""
@@ -267,9 +260,9 @@ class Variants:
         """The variants as JSON-compatible values; null for a limit that is NaN."""
         record = asdict(self)
         for variant in record["variants"]:
-            variant["measures"] = {
+            variant["metrics"] = {
                 name: [value if np.isfinite(value) else None for value in estimate]
-                for name, estimate in variant["measures"].items()
+                for name, estimate in variant["metrics"].items()
             }
         return record
 
@@ -279,7 +272,7 @@ class Variants:
 
     def titles(self) -> list[str]:
         """Column titles of the table."""
-        return [title.format(self.measure.replace("_", " ")) for title in TITLES]
+        return [title.format(self.metric.replace("_", " ")) for title in TITLES]
 
     def _repr_html_(self) -> str:
         return html_table(self.titles(), [[html.escape(cell) for cell in line] for line in self.lines()])
@@ -292,9 +285,9 @@ def _line(variant: Variant, variants: Variants) -> list[str]:
     worst = variant.worst
     slice_cells = [worst.name, f"{worst.rows:,}", format_number(worst.value)] if worst else ["", "", ""]
     sizes = [f"{size / 1000:,.1f}" for size in (variant.bytes, variant.packed)]
-    estimate = [format_number(value) for value in variant.measures[variants.measure]]
-    kept = " (kept)" if variant.method == variants.kept else ""
-    return [variant.method + kept, variant.form, *sizes, f"{variant.milliseconds:.3f}", *estimate, *slice_cells]
+    estimate = [format_number(value) for value in variant.metrics[variants.metric]]
+    kept = " (kept)" if variant.method == variants.kept_method else ""
+    return [variant.method + kept, variant.model_format, *sizes, f"{variant.milliseconds:.3f}", *estimate, *slice_cells]
 
 # %% ../../nbs/library/export/11_compression_report.ipynb #8edfbaa2
 def pareto_front(
@@ -305,8 +298,8 @@ def pareto_front(
     """Variants that no other one dominates."""
     sign = -1 if lower_is_better(metric) else 1
     front: list[Variant] = []
-    for variant in sorted(variants, key=lambda v: (getattr(v, cost), -sign * v.measures[metric][0])):
-        if not front or sign * variant.measures[metric][0] > sign * front[-1].measures[metric][0]:
+    for variant in sorted(variants, key=lambda v: (getattr(v, cost), -sign * v.metrics[metric][0])):
+        if not front or sign * variant.metrics[metric][0] > sign * front[-1].metrics[metric][0]:
             front.append(variant)
     return front
 
@@ -320,14 +313,14 @@ def _plot_front(variants: Variants, cost: str, title: str, axes: "Axes") -> None
     scale = 1000 if cost == "packed" else 1
     front = variants.front(cost)
     xs = [getattr(variant, cost) / scale for variant in front]
-    ys = [variant.measures[variants.measure][0] for variant in front]
+    ys = [variant.metrics[variants.metric][0] for variant in front]
     axes.plot(xs, ys, drawstyle="steps-post", color="grey", linewidth=1, linestyle=":", zorder=1)
     for variant in variants.variants:
-        value, low, high = variant.measures[variants.measure]
+        value, low, high = variant.metrics[variants.metric]
         x, on_front = getattr(variant, cost) / scale, variant in front
         color, alpha = _COLORS[variant.method], 1.0 if on_front else 0.45
         axes.plot([x, x], [low, high], linewidth=0.8, color=color, alpha=0.35)
-        axes.plot(x, value, _MARKERS[variant.form], markersize=9 if on_front else 6, color=color, alpha=alpha)
+        axes.plot(x, value, _MARKERS[variant.model_format], markersize=9 if on_front else 6, color=color, alpha=alpha)
     axes.set(xscale="log", xlabel=title)
 
 
@@ -341,9 +334,9 @@ def plot_variants(
     figure, (size_axes, time_axes) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     _plot_front(variants, "packed", "KB compressed", size_axes)
     _plot_front(variants, "milliseconds", "milliseconds for one row", time_axes)
-    size_axes.set_ylabel(variants.measure.replace("_", " "))
+    size_axes.set_ylabel(variants.metric.replace("_", " "))
     methods = dict.fromkeys(variant.method for variant in variants.variants)
-    formats = {variant.form for variant in variants.variants}
+    formats = {variant.model_format for variant in variants.variants}
     handles = [Line2D([], [], color=_COLORS[name], linewidth=4, label=name) for name in methods]
     handles += [
         Line2D([], [], color="grey", marker=marker, linestyle="", label=name)
@@ -386,21 +379,21 @@ def measure_variants(
     data: "Dataset",  # measured on its test split
     model: str = "",  # ID of the run of the original
     *,
-    measure: str | None = None,  # main metric; by default that of the task, see MAIN_METRIC
+    metric: str | None = None,  # main metric; by default that of the task, see MAIN_METRIC
     slices: Sequence[str | Sequence[str]] = (),  # columns, or pairs of columns; by default all that can be sliced by
-    borders: Mapping[str, Sequence[float]] | None = None,  # column -> limits of its bins
+    bin_edges: Mapping[str, Sequence[float]] | None = None,  # column -> edges between its bins
 ) -> Variants:
     """Measure all variants of a run and record the results; raises NotFoundError, DatasetError, ParameterError."""
     from mlkit.evaluation.evaluator import evaluate, time_request
 
-    loaded, metric = list(_load_variants(run)), measure or MAIN_METRIC[data.task]
+    loaded, metric = list(_load_variants(run)), metric or MAIN_METRIC[data.task]
     evaluations = [evaluate(predictor, data, "test") for *_, predictor in loaded]
-    known = evaluations[0].measures
+    known = evaluations[0].metric_estimates
     if metric not in known:
         raise ParameterError(
             f"There is no metric '{metric}' here.{did_you_mean(metric, known)} There is {join_names(known)}."
         )
-    parts = variant_slices(evaluations[0].answers(), slices, borders)
+    parts = variant_slices(evaluations[0].predictions(), slices, bin_edges)
     rounds = [[time_request(predictor, data, repeats=20) for *_, predictor in loaded] for _ in range(_ROUNDS)]
     variants = [
         Variant(
@@ -409,8 +402,8 @@ def measure_variants(
             str(folder.relative_to(run.folder)),
             *folder_size(folder),
             1000 * float(seconds),
-            {name: tuple(estimate) for name, estimate in evaluation.measures.items()},
-            worst_slice(evaluation.answers(), parts, metric),
+            {name: tuple(estimate) for name, estimate in evaluation.metric_estimates.items()},
+            worst_slice(evaluation.predictions(), parts, metric),
         )
         for (method, format_name, folder, _), seconds, evaluation in zip(
             loaded, np.min(rounds, axis=0), evaluations, strict=True
@@ -423,8 +416,8 @@ def measure_variants(
 # %% ../../nbs/library/export/11_compression_report.ipynb #57a8b68f
 def _parse_variant(record: Mapping[str, Any]) -> Variant:
     """A variant from JSON, with NaN for null."""
-    measures = {name: tuple(np.array(value, "float64").tolist()) for name, value in record["measures"].items()}
-    return Variant(**{**record, "worst": record["worst"] and WorstSlice(*record["worst"]), "measures": measures})
+    metrics = {name: tuple(np.array(value, "float64").tolist()) for name, value in record["metrics"].items()}
+    return Variant(**{**record, "worst": record["worst"] and WorstSlice(*record["worst"]), "metrics": metrics})
 
 
 def read_variants(
@@ -461,8 +454,8 @@ def keep_variant(
         shutil.copytree(source / "litert", run.folder / "litert")
         for file in sorted(path for path in (run.folder / "litert").rglob("*") if path.is_file()):
             run.log_artifact(file)
-    updated = replace(variants, kept=method)
+    updated = replace(variants, kept_method=method)
     saved_model = next(variant for variant in updated.variants if variant.method == method)
-    run.log_metrics({f"test_{name}": value for name, (value, _, _) in saved_model.measures.items()})
+    run.log_metrics({f"test_{name}": value for name, (value, _, _) in saved_model.metrics.items()})
     _write_record(updated, run)
     return updated

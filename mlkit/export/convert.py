@@ -8,6 +8,7 @@ __all__ = ['parse_formats', 'ExportResult', 'export_run']
 # %% ../../nbs/library/export/13_convert.ipynb #08ae3ca6
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,20 @@ class ExportResult:
     """The result of exporting one format."""
 
     name: str  # one of mlkit.export.formats.FORMATS
-    state: str  # made, kept (it existed), failed
-    form: ModelFormat | None = None
+    state: str  # exported, existing or failed
+    model_format: ModelFormat | None = None
     reason: str = ""  # why it failed, and what to do
 
     def record(self) -> dict[str, Any]:
         """The result as JSON-compatible values."""
         record = {"target": self.name, "state": self.state, "reason": self.reason}
-        if not self.form:
+        if not self.model_format:
             return record
-        return record | {"path": str(self.form.path), "files": len(self.form.files), "bytes": self.form.bytes}
+        return record | {
+            "path": str(self.model_format.path),
+            "files": len(self.model_format.files),
+            "bytes": self.model_format.bytes,
+        }
 
 
 class _Exporter:
@@ -56,16 +61,14 @@ class _Exporter:
 
     def __init__(self, run: Run, replace: bool, installed: Path | None, on_progress: Callable[[str], None]):
         self.run, self.replace, self.installed, self.on_progress = run, replace, installed, on_progress
-        self._restored: Any = None
 
+    @cached_property
     def model(self) -> tuple[Any, Any]:
         """The Keras model and its data set; raises as restore_model."""
-        if self._restored is None:
-            from mlkit.training.transfer import restore_model
+        from mlkit.training.transfer import restore_model
 
-            self.on_progress("the model")
-            self._restored = restore_model(self.run)
-        return self._restored
+        self.on_progress("the model")
+        return restore_model(self.run)
 
     def export(self, names: Sequence[str]) -> dict[str, str]:
         """Export formats; returns the reasons of those that failed, by name."""
@@ -96,21 +99,20 @@ class _Exporter:
         from mlkit.export.litert import convert_model
 
         kinds = [Path(FORMATS[name][0]).name for name in names]
-        convert_model(*self.model(), self.run.folder / "litert", kinds, self.replace)
+        convert_model(*self.model, self.run.folder / "litert", kinds, self.replace)
 
     def _savedmodel(self) -> None:
         from mlkit.export.litert import publish, staging_folder
         from mlkit.export.saved_model import export_saved_model
 
-        model, data = self.model()
         existing = find_format(self.run.folder, "savedmodel")
         with staging_folder(existing.path.parent) as temporary:
-            publish(export_saved_model(model, data, temporary), existing.path)
+            publish(export_saved_model(*self.model, temporary), existing.path)
 
     def _tfjs(self) -> None:
         from mlkit.export.tfjs import convert_tfjs
 
-        convert_tfjs(*self.model(), self.run.folder / "tfjs", self.replace)
+        convert_tfjs(*self.model, self.run.folder / "tfjs", self.replace)
 
     def _litertjs(self) -> None:
         from mlkit.export.web_page import write_page
@@ -166,7 +168,7 @@ def export_run(
         to_export = to_export if find_format(run.folder, "litert") else ["litert", *to_export]
     exporter = _Exporter(run, replace, installed, on_progress)
     if set(to_export) - {"litertjs"}:
-        exporter.model()
+        _ = exporter.model  # an error here is the error of the command
     failed = exporter.export(to_export)
     listed = {artifact.path for artifact in run.record.artifacts}
     results = []
@@ -175,7 +177,7 @@ def export_run(
         files = {file.relative_to(run.folder).as_posix() for file in model.files} if model else set()
         if model and (name in to_export or not files <= listed):
             _log_files(run, model)
-        state = "failed" if name in failed else "made" if name in to_export else "kept"
+        state = "failed" if name in failed else "exported" if name in to_export else "existing"
         results.append(ExportResult(name, state, model, failed.get(name, "")))
     write_card(run)
     return results

@@ -135,13 +135,13 @@ class ParityResult:
 
     target: str
     signature: str
-    largest: float | None = None  # largest difference
-    mean: float | None = None  # mean difference
-    agreement: float | None = None  # fraction of rows with the same predicted class; None without classes
+    max_difference: float | None = None  # largest difference
+    mean_difference: float | None = None  # mean difference
+    agreement_rate: float | None = None  # fraction of rows with the same predicted class; None without classes
     tolerance: float | None = None  # allowed largest difference; a tenth of it is allowed for the mean
     passed: bool | None = None  # None: was not run
     reason: str = ""
-    worst: str = ""  # case with the largest difference
+    worst_row: str = ""  # case with the largest difference
 
 
 def compare_outputs(
@@ -163,35 +163,35 @@ def compare_outputs(
             agreements.append(np.asarray(outputs[name]) == expected)
             is_wrong |= _wrong_classes(outputs[name], expected, scores, tolerance)
     agreement = float(np.mean(agreements)) if agreements else None
-    largest, mean, worst = float(rows.max()), float(rows.mean()), int(rows.argmax())
+    largest, mean = float(rows.max()), float(rows.mean())
     differences = (target, signature, largest, mean, agreement, tolerance)
     is_within = largest <= tolerance and mean <= tolerance / 10
     if is_within and is_wrong.any():
-        return ParityResult(*differences, False, "another class is predicted", golden.cases[int(is_wrong.argmax())])
-    return ParityResult(*differences, is_within, "", golden.cases[worst])
+        return ParityResult(*differences, False, "another class is predicted", golden.cases[is_wrong.argmax()])
+    return ParityResult(*differences, is_within, "", golden.cases[rows.argmax()])
 
 # %% ../../nbs/library/export/01_golden.ipynb #2ce217eb
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "int8": 5e-2, "full_int8": 5e-2, "int4": 8e-2}  # by number type
 
 # %% ../../nbs/library/export/01_golden.ipynb #f708614a
 def check_outputs(
-    answers: Mapping[str, np.ndarray],  # outputs for the golden requests, by name
+    outputs: Mapping[str, np.ndarray],  # outputs for the golden requests, by name
     golden: Golden,
     tolerance: float,  # one of TOLERANCES
 ) -> None:
     """Raise ModelError for outputs beyond the tolerance; the message names the output with the largest difference."""
-    result = compare_outputs("", "", answers, golden.outputs, golden, tolerance)
+    result = compare_outputs("", "", outputs, golden.outputs, golden, tolerance)
     if result.passed:
         return
     if result.reason:
-        raise ModelError(f"{result.reason} in the row '{result.worst}', though its numbers are right")
+        raise ModelError(f"{result.reason} in the row '{result.worst_row}', though its numbers are right")
     differences = {
-        name: float((row_differences(answers[name], expected) / golden.scales.get(name, 1.0)).max())
+        name: float((row_differences(outputs[name], expected) / golden.scales.get(name, 1.0)).max())
         for name, expected in golden.outputs.items()
         if expected.dtype != object
     }
     name = max(differences, key=differences.__getitem__)
     raise ModelError(
-        f"'{name}' differs by {result.largest:.2g}, and all of them by {result.mean:.2g} on average, where "
-        f"{tolerance:g} and {tolerance / 10:g} are allowed; most in the row '{result.worst}'"
+        f"'{name}' differs by {result.max_difference:.2g}, and all of them by {result.mean_difference:.2g} on average, "
+        f"where {tolerance:g} and {tolerance / 10:g} are allowed; most in the row '{result.worst_row}'"
     )

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['MAX_ROWS', 'MAX_BYTES', 'edge_cases', 'choose_requests', 'golden_requests', 'as_csv_row', 'as_json_row',
-           'predict_log', 'example_log', 'as_records']
+           'predict_log', 'example_log']
 
 # %% ../../nbs/library/export/03_golden_sampling.ipynb #8a373286
 import base64
 import json
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
 from ..data.dataset import Dataset
@@ -38,7 +36,7 @@ def edge_cases(
     spec: FeatureSpec,
 ) -> dict[str, Any]:  # value by the name of its case, the most important first
     """Edge cases of a feature."""
-    if spec.kind == "image":
+    if spec.type == "image":
         brightness = {"all dark": spec.minimum, "all bright": spec.maximum}
         return {name: np.full(spec.shape, value, "float32") for name, value in brightness.items()}
     if spec.dtype == "string":
@@ -186,17 +184,3 @@ def example_log(
     request.model_spec.signature_name = signature
     request.input.example_list.examples.extend(map(parse, examples))
     return log.SerializeToString(deterministic=True)
-
-# %% ../../nbs/library/export/03_golden_sampling.ipynb #75787e66
-def _masked_crc(data: bytes) -> bytes:
-    """TFRecord's masked CRC-32C."""
-    value = google_crc32c.value(data)
-    return struct.pack("<I", ((value >> 15 | value << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def as_records(
-    messages: Iterable[bytes],
-) -> bytes:  # content of a TFRecord file
-    """Messages as TFRecords: each with its length and two checksums."""
-    heads = ((struct.pack("<Q", len(message)), message) for message in messages)
-    return b"".join(head + _masked_crc(head) + message + _masked_crc(message) for head, message in heads)

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +23,9 @@ from typing import Any
 import numpy as np
 import psutil
 
+from .._compat.keras import iter_layers, tensor_source
 from .._files import as_storage_error, write_atomic
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras, silence_stderr, tf
 from ..data.dataset import Dataset
 from ..data.feature_specs import FeatureSpec
 from ..errors import MissingDependencyError, ModelError, ParameterError, did_you_mean, join_names
@@ -34,28 +34,21 @@ from .saved_model import check_exportable, describe_model
 from ..models.preprocessing import CYCLES, SeededLayers, encode_table, normalization_constants
 from ..runs.run import Run
 
-# %% ../../nbs/library/export/06_litert.ipynb #b90f2a9c
-import_tensorflow()  # quietly, and before Keras
-
 # %% ../../nbs/library/export/06_litert.ipynb #23c3f1c5
-import keras
-import tensorflow as tf
-from keras import tree
-
-from .._compat.keras import iter_layers, tensor_source
+from keras import tree  # after the quiet import of TensorFlow
 
 # %% ../../nbs/library/export/06_litert.ipynb #3735c497
 def _row_encoder_record(spec: FeatureSpec) -> dict[str, Any]:
     """How a value becomes a row number."""
-    record = {"kind": spec.kind, "feature": spec.name}
-    if spec.kind == "bucket":
+    record = {"type": spec.type, "feature": spec.name}
+    if spec.type == "bucket":
         return record | {"boundaries": list(spec.boundaries) or [0.0]}
-    if spec.kind == "text":
+    if spec.type == "text":
         record |= {"length": spec.options.length, "empty": 0}
     if spec.buckets:
         return record | {"buckets": spec.buckets, "empty": 0, "salt": getattr(spec.options, "salt", None)}
     unknown, vocabulary = spec.options.unknown, list(spec.vocabulary)
-    if spec.kind == "text":
+    if spec.type == "text":
         return (
             record | {"vocabulary": vocabulary or ["-"], "first": unknown + 1} | {"unknown": unknown, "unknown_from": 1}
         )
@@ -77,7 +70,7 @@ def _moment_records(spec: FeatureSpec) -> Iterator[dict[str, Any]]:
     for part in spec.options.parts:
         if part == "days":
             whole = float(np.floor(spec.mean))
-            options = {"whole": whole, "rest": spec.mean - whole, "scale": 1 / spec.deviation}
+            options = {"whole": whole, "rest": spec.mean - whole, "scale": 1 / spec.std}
         else:
             first, count = CYCLES[part]
             options = {"first": first, "count": count, "cyclic": spec.options.cyclic}
@@ -88,18 +81,18 @@ def _moment_records(spec: FeatureSpec) -> Iterator[dict[str, Any]]:
 
 def _column_records(features: Mapping[str, FeatureSpec]) -> list[dict[str, Any]]:
     """All columns of numbers and dates, in the order of `mlkit.models.preprocessing.encode_table`."""
-    columns = list(_number_records([spec for spec in features.values() if spec.kind == "number"]))
+    columns = list(_number_records([spec for spec in features.values() if spec.type == "number"]))
     return columns + [
-        column for spec in features.values() if spec.kind == "datetime" for column in _moment_records(spec)
+        column for spec in features.values() if spec.type == "datetime" for column in _moment_records(spec)
     ]
 
 
 def _row_records(features: Mapping[str, FeatureSpec]) -> dict[str, dict[str, Any]]:
     """Encoders of row numbers, for each feature that has them and each cross."""
-    kinds = ("category", "hash", "bucket", "text")
+    types = ("category", "hash", "bucket", "text")
     crosses = {cross.name: cross for spec in features.values() for cross in spec.crosses}
-    return {name: _row_encoder_record(spec) for name, spec in features.items() if spec.kind in kinds} | {
-        name: {"kind": "cross", "columns": list(cross.columns), "buckets": cross.options.buckets}
+    return {name: _row_encoder_record(spec) for name, spec in features.items() if spec.type in types} | {
+        name: {"type": "cross", "columns": list(cross.columns), "buckets": cross.options.buckets}
         for name, cross in crosses.items()
     }
 
@@ -137,7 +130,7 @@ def _rebuild_preprocessing(
     features: Mapping[str, FeatureSpec],
 ) -> tuple[dict[str, keras.KerasTensor], list[tuple[Any, dict]]]:
     """Inputs and output tensors of the preprocessing, each tensor with its input specification for the record."""
-    if any(spec.kind == "image" for spec in features.values()):
+    if any(spec.type == "image" for spec in features.values()):
         return {}, []
     table = encode_table(features, SeededLayers(0))
     tensors = [(table.numeric, {"columns": _column_records(features)})] if table.numeric is not None else []
@@ -300,21 +293,6 @@ def save_network(
         tf.saved_model.save(module, str(folder), signatures=module.predict.get_concrete_function())
 
 
-@contextlib.contextmanager
-def _silence_stderr() -> Iterator[None]:
-    """Context manager that discards warnings and what libraries write to the file descriptor of standard error."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    try:
-        with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
-            os.dup2(sink.fileno(), 2)
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-
 def _conversion_error(error: Exception) -> ModelError:
     """The exception of the converter in a sentence."""
     names = sorted(set(re.findall(r"'(?:tf|tfl)\.(\w+)' op", str(error))) or set(re.findall(r"tf\.(\w+)", str(error))))
@@ -363,7 +341,7 @@ def _convert(split: SplitModel, dataset: Dataset, kinds: Sequence[str]) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_network(split, list(dataset.outputs), Path(folder))
-            with _silence_stderr():
+            with silence_stderr(), warnings.catch_warnings(action="ignore"):
                 for kind in dict.fromkeys(["float32", *(kind for kind in kinds if kind != "int4")]):
                     contents[kind] = _make_converter(kind, Path(folder), split, dataset).convert()
         except Exception as error:  # the converter raises several types
@@ -400,12 +378,12 @@ def preprocessing_record(
 
 def _form_defaults(spec: FeatureSpec) -> dict[str, Any]:
     """Range and usual value of a feature, for an input form."""
-    if spec.kind == "image":
+    if spec.type == "image":
         return {"range": [spec.minimum, spec.maximum]}
-    if spec.kind == "datetime":
+    if spec.type == "datetime":
         moment = np.datetime_as_string(np.datetime64(round(spec.mean * 1440), "m"))
         return {"usual": moment if {"hour", "minute"} & set(spec.options.parts) else moment[:10]}
-    if spec.kind not in ("number", "bucket"):
+    if spec.type not in ("number", "bucket"):
         return {}
     log = getattr(spec.options, "normalise", "") == "log"
     usual = float(np.sign(spec.mean) * np.expm1(abs(spec.mean))) if log else spec.mean
@@ -416,7 +394,7 @@ def _check_record(record: Mapping[str, Any], split: SplitModel, dataset: Dataset
     """Raise ModelError where the preprocessing record and the model's layers give different network inputs."""
     rows, features = next(dataset.batches("all", 256)), dataset.features
     edge_values = {"string": ["", "never seen"], "float32": [np.nan, -1e6]}
-    if all(spec.kind != "image" for spec in features.values()):
+    if all(spec.type != "image" for spec in features.values()):
         rows = {
             name: np.concatenate([rows[name], np.array(edge_values[spec.dtype], rows[name].dtype)])
             for name, spec in features.items()
@@ -480,7 +458,7 @@ def _write_kinds(root: Path, contents: Mapping[str, bytes], record: Mapping[str,
             model["sha256"] = hashlib.sha256(content).hexdigest()
             folder.mkdir()
             write_atomic(folder / "model.tflite", content)
-            write_atomic(folder / "host.json", json.dumps({**record, "model": model}, ensure_ascii=False))
+            write_atomic(folder / "preprocessing.json", json.dumps({**record, "model": model}, ensure_ascii=False))
         return {kind: publish(temporary / kind, root / kind) for kind in contents}
 
 # %% ../../nbs/library/export/06_litert.ipynb #e15ec97e

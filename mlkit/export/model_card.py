@@ -10,37 +10,29 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from .._display import format_number, format_seconds
-from .._files import write_atomic
+from .._display import format_number, format_seconds, render
+from .._files import read_json, write_atomic
 from ..errors import join_names
-from .formats import FORMATS, find_format, find_formats
+from .formats import FORMATS, find_formats
 from ..metrics import lower_is_better
 from ..runs.record import RUN_FILE, read_record
-from ..runs.run import Run, check_unsigned
+from ..runs.run import Run, check_unsigned, find_model_version
 from ..runs.store import RunStore
 
 # %% ../../nbs/library/export/12_model_card.ipynb #85103cd9
-def _read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def find_evaluation(
     run: Run,  # run with the model
-) -> dict[str, Any]:  # see mlkit.registry.gate.keep_reports; {} where there is none
+) -> dict[str, Any]:  # see mlkit.registry.gate.save_reports; {} where there is none
     """The newest evaluation of a model, preferably on its own test rows."""
-    if evaluation := _read_json(run.folder / "evaluation.json"):
+    if evaluation := read_json(run.folder / "evaluation.json"):
         return evaluation
     runs = RunStore(run.folder.parent).list(job="evaluate", status="completed")
-    evaluations = [_read_json(run.folder.parent / summary.id / "evaluation.json") for summary in runs]
+    evaluations = [read_json(run.folder.parent / summary.id / "evaluation.json") for summary in runs]
     own = [evaluation for evaluation in evaluations if evaluation.get("run") == run.id]
-    return max(own, key=lambda evaluation: evaluation["measured"], default={})
+    return max(own, key=lambda evaluation: evaluation["evaluated"], default={})
 
 
 class _RunFacts:
@@ -48,39 +40,14 @@ class _RunFacts:
 
     def __init__(self, run: Run):
         self.run, self.record = run, run.record
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """Record of the training data; {} where there is none."""
-        return self.record.data[0] if self.record.data else {}
-
-    @cached_property
-    def model(self) -> dict[str, Any]:
-        """Family, features and weights of the exported model."""
-        saved_model = find_format(self.run.folder, "savedmodel")
-        return _read_json(saved_model.path / "assets.extra" / "continuing.json") if saved_model else {}
-
-    @cached_property
-    def evaluation(self) -> dict[str, Any]:
-        return find_evaluation(self.run)
-
-    @cached_property
-    def gate(self) -> dict[str, Any]:
-        return _read_json(self.run.folder / "gate.json")
-
-    @cached_property
-    def parity(self) -> dict[str, Any]:
-        return _read_json(self.run.folder / "parity.json")
-
-    @property
-    def reports(self) -> dict[str, dict[str, Any]]:
-        """Evaluation reports by label."""
-        return self.evaluation.get("labels", {})
-
-    @property
-    def labels(self) -> list[str]:
+        self.data: dict[str, Any] = self.record.data[0] if self.record.data else {}  # record of the training data
         label = self.data.get("label", [])
-        return [label] if isinstance(label, str) else list(label)
+        self.labels = [label] if isinstance(label, str) else list(label)
+        version = find_model_version(run.folder) or run.folder
+        self.model = read_json(version / "assets.extra" / "warm_start.json")  # family, features and weights
+        self.evaluation = find_evaluation(run)
+        self.reports: dict[str, dict[str, Any]] = self.evaluation.get("labels", {})  # by label
+        self.gate, self.parity = (read_json(run.folder / f"{name}.json") for name in ("gate", "parity"))
 
     def task(self, label: str) -> str:
         """The task of a label: binary, multiclass or regression."""
@@ -164,7 +131,7 @@ def _headline(facts: _RunFacts, label: str) -> str:
     """What the model predicts for a label and how well, in a sentence."""
     task, report = facts.task(label), facts.reports.get(label, {})
     sentence = _TASK_SENTENCES.get(task, "It predicts `{label}`").format(label=label, count=len(facts.classes(label)))
-    if metrics := report.get("measures"):
+    if metrics := report.get("metrics"):
         name, rows = _main_metric(task, metrics), report.get("rows", 0)
         return f"{sentence}: {_display_name(name)} {_format_estimate(metrics[name])} on {rows:,} unseen rows."
     if not (metrics := facts.test_metrics(label)):
@@ -181,8 +148,8 @@ def _details(facts: _RunFacts) -> str:
     packages = ("mlkit", "tensorflow", "tensorflow-cpu", "keras")
     software = [f"{name} {versions[name]}" for name in packages if name in versions]
     code = ""
-    if record.code:
-        code = record.code.commit[:10] + (", with uncommitted changes" if record.code.uncommitted else "")
+    if record.git:
+        code = record.git.commit[:10] + (", with uncommitted changes" if record.git.uncommitted else "")
     shapes = [weight["shape"] for weight in facts.model.get("weights", ())]
     rows = {
         "run": f"`{record.id}`, job `{record.job}`",
@@ -218,10 +185,10 @@ def _usual_value(spec: Mapping[str, Any]) -> str:
     """Python code for one usual value of a feature."""
     if spec.get("shape"):
         return f"np.zeros({(1, *spec['shape'])})"
-    if spec["kind"] in ("number", "bucket"):
+    if spec["type"] in ("number", "bucket"):
         return f"[{format_number(spec.get('mean', 0.0))}]"
     words = [word for word in spec.get("vocabulary", ()) if word]
-    return json.dumps(words[:1] or ["2026-01-31" if spec["kind"] == "datetime" else "?"], ensure_ascii=False)
+    return json.dumps(words[:1] or ["2026-01-31" if spec["type"] == "datetime" else "?"], ensure_ascii=False)
 
 
 def _example_call(features: Sequence[Mapping[str, Any]]) -> str:
@@ -263,9 +230,9 @@ def _formats(facts: _RunFacts) -> str:
 # %% ../../nbs/library/export/12_model_card.ipynb #242de4fb
 def _training_values(spec: Mapping[str, Any]) -> str:
     """The values of a feature in the training rows."""
-    if spec["kind"] in ("image", "number", "bucket"):
+    if spec["type"] in ("image", "number", "bucket"):
         text = f"from {format_number(spec['minimum'])} to {format_number(spec['maximum'])}"
-        return f"{' x '.join(map(str, spec['shape']))}, {text}" if spec["kind"] == "image" else text
+        return f"{' x '.join(map(str, spec['shape']))}, {text}" if spec["type"] == "image" else text
     if words := [word for word in spec.get("vocabulary", ()) if word]:
         return f"{len(words):,} values: {', '.join(words[:4])}{', ...' if len(words) > 4 else ''}"
     return f"in {spec['buckets']:,} buckets" if spec.get("buckets") else ""
@@ -288,7 +255,7 @@ def _features(facts: _RunFacts) -> str:
     return _table(
         ("feature", "type", "values in training", "may be missing"),
         [
-            (f"`{spec['name']}`", spec["kind"], _training_values(spec), "yes" if spec.get("missing") else "")
+            (f"`{spec['name']}`", spec["type"], _training_values(spec), "yes" if spec.get("missing") else "")
             for spec in facts.model.get("features", ())
         ],
     )
@@ -301,7 +268,7 @@ def _evaluation_data(facts: _RunFacts) -> str:
     data = evaluation["data"]
     rows = "".join(f"{report['rows']:,} rows of " for report in list(facts.reports.values())[:1])
     source = f" from `{data['source']}`" if data.get("source") else ""
-    return f"{rows}`{data['name']}`{source}, by the run `{evaluation['evaluation']}` on {evaluation['measured'][:10]}."
+    return f"{rows}`{data['name']}`{source}, by the run `{evaluation['evaluation']}` on {evaluation['evaluated'][:10]}."
 
 
 def _slice_columns(facts: _RunFacts) -> str:
@@ -313,7 +280,7 @@ def _slice_columns(facts: _RunFacts) -> str:
 # %% ../../nbs/library/export/12_model_card.ipynb #f6b86a00
 def _metrics_table(facts: _RunFacts, label: str) -> str:
     if report := facts.reports.get(label):
-        estimates = report["measures"] | report["ranking"]
+        estimates = report["metrics"] | report["ranking"]
         rows = [(_display_name(n), _format_estimate(value), MEANINGS.get(n, "")) for n, value in estimates.items()]
         return _table(("metric", "value (95 %)", "meaning"), rows)
     metrics = facts.test_metrics(label).items()
@@ -324,7 +291,7 @@ def _metrics_table(facts: _RunFacts, label: str) -> str:
 def _weak_slices_table(report: Mapping[str, Any]) -> str:
     titles = ("slice", "rows", "loss", "loss of other rows")
     rows = [
-        (part["name"], f"{part['rows']:,}", format_number(part["loss"]), format_number(part["others"]))
+        (part["name"], f"{part['rows']:,}", format_number(part["loss"]), format_number(part["loss_elsewhere"]))
         for part in report.get("weak_slices", ())[:10]
     ]
     return _table(titles, rows, right=titles[1:])
@@ -332,15 +299,15 @@ def _weak_slices_table(report: Mapping[str, Any]) -> str:
 
 def _slice_rows(report: Mapping[str, Any], limit: int = 15) -> tuple[str, list[tuple[str, ...]]]:
     """The main metric, and the requested slices: the worst first, the uncertain ones last."""
-    metric = _main_metric(report["task"], report["measures"])
-    known = [part for part in report.get("slices", ()) if part.get("measures", {}).get(metric)]
-    known.sort(key=lambda part: part["measures"][metric]["value"], reverse=lower_is_better(metric))
+    metric = _main_metric(report["task"], report["metrics"])
+    known = [part for part in report.get("slices", ()) if part.get("metrics", {}).get(metric)]
+    known.sort(key=lambda part: part["metrics"][metric]["value"], reverse=lower_is_better(metric))
     known.sort(key=lambda part: part["uncertain"])
     rows = [
         (
             part["slice"],
             f"{part['rows']:,}",
-            _format_estimate(part["measures"][metric]),
+            _format_estimate(part["metrics"][metric]),
             "too few rows" if part["uncertain"] else "",
         )
         for part in known[:limit]
@@ -351,9 +318,9 @@ def _slice_rows(report: Mapping[str, Any], limit: int = 15) -> tuple[str, list[t
 def _gaps_table(report: Mapping[str, Any]) -> str:
     """Fairness gaps; statistically significant ones are bold."""
     rows = []
-    for gap in report.get("disparities", ()):
-        text = f"**{_format_estimate(gap)}**" if gap["sure"] else _format_estimate(gap)
-        rows.append((_display_name(gap["measure"]), gap["highest"], gap["lowest"], text))
+    for gap in report.get("fairness_gaps", ()):
+        text = f"**{_format_estimate(gap)}**" if gap["is_significant"] else _format_estimate(gap)
+        rows.append((_display_name(gap["metric"]), gap["highest"], gap["lowest"], text))
     return _table(("rate", "highest in", "lowest in", "difference (95 %)"), rows)
 
 
@@ -393,7 +360,7 @@ def _parity_targets(facts: _RunFacts) -> str:
             target["target"],
             target.get("signature", ""),
             words[target["passed"]],
-            format_number(target.get("largest")),
+            format_number(target.get("max_difference")),
             target.get("reason", ""),
         )
         for target in facts.parity.get("targets", ())
@@ -414,7 +381,7 @@ def _missing_evaluations(facts: _RunFacts) -> Iterator[str]:
         yield "Only the metrics on all test rows are known, without confidence intervals and slices: `mlkit evaluate`."
     elif not any(report.get("slices") for report in reports):
         yield "No slices were requested. To evaluate slices: `mlkit evaluate --slice COLUMN`."
-    if reports and not any(report.get("disparities") for report in reports):
+    if reports and not any(report.get("fairness_gaps") for report in reports):
         yield "The performance by group was not evaluated."
     if "at random" in facts.data.get("split_rule", ""):
         yield "The test rows were split off at random: on later data the performance may be worse."
@@ -441,16 +408,16 @@ def _known_limitations(facts: _RunFacts) -> Iterator[str]:
         names = join_names(dict.fromkeys(failed))
         yield f"Formats whose predictions differ from the trained model by more than the tolerance: {names}."
     yield from _better_baselines(facts)
-    if any(spec["kind"] == "number" for spec in facts.model.get("features", ())):
+    if any(spec["type"] == "number" for spec in facts.model.get("features", ())):
         yield "Numbers outside of the range in training are accepted, and nothing is known about such predictions."
-    if facts.record.code and facts.record.code.uncommitted:
+    if facts.record.git and facts.record.git.uncommitted:
         yield "It was trained by code with uncommitted changes; the difference is in the run (`uncommitted.patch`)."
 
 
 def _better_baselines(facts: _RunFacts) -> Iterator[str]:
     """Baselines that are as good as the model or better."""
     for name, value in facts.record.metrics.items():
-        match = re.fullmatch(r"baseline_(constant|linear|gradient_boosting)_(.+)", name)
+        match = re.fullmatch(r"baseline_(dummy|linear|gradient_boosting)_(.+)", name)
         own = facts.record.metrics.get(f"test_{match[2]}") if match else None
         if own is not None and (value <= own if lower_is_better(match[2]) else value >= own):
             result = f"{_display_name(match[2])} {format_number(value)}"
@@ -483,36 +450,30 @@ def model_card(
 ) -> str:  # Markdown
     """The model card of a run, with the sections of Model Cards (Mitchell et al., 2019)."""
     facts = _RunFacts(run)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mlkit"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     target = " and ".join(facts.labels) or run.record.job
-    return (
-        environment.get_template("model_card.md.jinja")
-        .render(
-            title=f"{target}: a model from {facts.data.get('name', 'unnamed data')}",
-            headline=" ".join(_headline(facts, label) for label in facts.labels),
-            details=_details(facts),
-            parameters=_parameters(facts),
-            usage=_usage(facts),
-            formats=_formats(facts),
-            handwritten=_handwritten_sections(earlier),
-            slice_columns=_slice_columns(facts),
-            evaluation_data=_evaluation_data(facts),
-            training_data=_training_data(facts),
-            warnings=facts.data.get("notes", ()),
-            features=_features(facts),
-            analyses=[_analysis(facts, label) for label in facts.labels],
-            baselines=_baselines(facts),
-            gate=facts.gate,
-            gate_checks=_gate_checks(facts),
-            parity=facts.parity,
-            parity_targets=_parity_targets(facts),
-            limitations=[*_missing_evaluations(facts), *_known_limitations(facts)],
-        )
-        .rstrip()
-        + "\n"
+    card = render(
+        "model_card.md.jinja",
+        title=f"{target}: a model from {facts.data.get('name', 'unnamed data')}",
+        headline=" ".join(_headline(facts, label) for label in facts.labels),
+        details=_details(facts),
+        parameters=_parameters(facts),
+        usage=_usage(facts),
+        formats=_formats(facts),
+        handwritten=_handwritten_sections(earlier),
+        slice_columns=_slice_columns(facts),
+        evaluation_data=_evaluation_data(facts),
+        training_data=_training_data(facts),
+        warnings=facts.data.get("warnings", ()),
+        features=_features(facts),
+        analyses=[_analysis(facts, label) for label in facts.labels],
+        baselines=_baselines(facts),
+        gate=facts.gate,
+        gate_checks=_gate_checks(facts),
+        parity=facts.parity,
+        parity_targets=_parity_targets(facts),
+        limitations=[*_missing_evaluations(facts), *_known_limitations(facts)],
     )
+    return f"{card.rstrip()}\n"
 
 
 def write_card(

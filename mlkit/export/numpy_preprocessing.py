@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOMENT_FIELDS', 'fingerprint64', 'siphash', 'cross_rows', 'split_words', 'moment_fields', 'read_values',
-           'row_encoder', 'NumpyPreprocessor']
+           'read_features', 'row_encoder', 'NumpyPreprocessor']
 
 # %% ../../nbs/library/export/04_numpy_preprocessing.ipynb #bb7765a6
 import re
@@ -182,7 +182,7 @@ def split_words(
     text: str,
     length: int,  # number of words
 ) -> list[str]:  # exactly so many; padded with ""
-    """Words of a text in lower case, as in `mlkit.models.preprocessing.Words`."""
+    """Words of a text in lower case, as in `mlkit.models.preprocessing.WordSplitter`."""
     plain = "".join(" " if _is_separator(character) else character for character in text.lower())
     words = [word for word in plain.split(" ") if word][:length]
     return words + [""] * (length - len(words))
@@ -200,7 +200,7 @@ _EPOCH = date(1970, 1, 1).toordinal()
 def moment_fields(
     text: str,  # ISO 8601
 ) -> tuple[float, ...]:  # in the order of MOMENT_FIELDS; all 0 for an invalid text
-    """Fields of a date in UTC, as in `mlkit.models.preprocessing.Moments`."""
+    """Fields of a date in UTC, as in `mlkit.models.preprocessing.DatetimeParser`."""
     match = _MOMENT.fullmatch(text)
     if not match:
         return (0.0,) * len(MOMENT_FIELDS)
@@ -225,7 +225,7 @@ def _as_text(name: str, value: Any) -> str:
         return value.decode(errors="replace")
     if not isinstance(value, str):
         raise ModelError(f"Feature '{name}' takes values of type string, not {value!r} ({type(value).__name__}).")
-    return str(value)
+    return value.encode(errors="replace").decode()
 
 
 def read_values(
@@ -243,6 +243,25 @@ def read_values(
     if dtype == "string":
         return np.array([_as_text(name, value) for value in array], object)
     return array
+
+
+def read_features(
+    specs: Sequence[Mapping[str, Any]],  # name, dtype and shape of each feature
+    features: Mapping[str, Any],  # by name, one value per row; None where missing
+) -> dict[str, np.ndarray]:  # float32 or texts, all of one length
+    """Validate raw values; raises ModelError for a missing or unknown feature, or another type or shape."""
+    names = [spec["name"] for spec in specs]
+    expected = f"The model takes: {', '.join(names)}."
+    for name in features:
+        if name not in names:
+            raise ModelError(f"Unknown feature '{name}'.{did_you_mean(name, names)} {expected}")
+    if missing := [name for name in names if name not in features]:
+        raise ModelError(f"Feature '{missing[0]}' is missing.{did_you_mean(missing[0], features)} {expected}")
+    values = {spec["name"]: read_values(spec, features[spec["name"]]) for spec in specs}
+    lengths = {name: len(column) for name, column in values.items()}
+    if len(set(lengths.values())) > 1:
+        raise ModelError(f"All features of a batch have the same number of rows, these have {lengths}.")
+    return values
 
 # %% ../../nbs/library/export/04_numpy_preprocessing.ipynb #ede27223
 def _row_lookup(encoder: Mapping[str, Any]) -> Callable[[str], int]:
@@ -268,7 +287,7 @@ def row_encoder(
     encoder: Mapping[str, Any],  # encoder of one feature, from a preprocessing record
 ) -> Callable[[np.ndarray], np.ndarray]:  # from values [batch] to int32 [batch, 1], or [batch, words]
     """A function from values of a category, hash, bucket or text feature to row numbers."""
-    if encoder["kind"] == "bucket":
+    if encoder["type"] == "bucket":
         boundaries = np.array(encoder["boundaries"], "float32")
 
         def encode_buckets(values: np.ndarray) -> np.ndarray:
@@ -324,38 +343,21 @@ class NumpyPreprocessor:
             self._inputs = list(record["inputs"])
             self._rows = record["rows"]
             self._encoders = {
-                name: row_encoder(encoder) for name, encoder in self._rows.items() if encoder["kind"] != "cross"
+                name: row_encoder(encoder) for name, encoder in self._rows.items() if encoder["type"] != "cross"
             }
         except (KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"The preprocessing record is damaged: {error!r}. Convert the model again.") from error
-
-    def read(
-        self,
-        features: Mapping[str, Any],  # by name, one value per row; None where missing
-    ) -> dict[str, np.ndarray]:  # float32 or texts, all of one length
-        """Validate raw values; raises ModelError for a missing or unknown feature, or another type or shape."""
-        expected = f"The model takes: {', '.join(self.features)}."
-        for name in features:
-            if name not in self.features:
-                raise ModelError(f"Unknown feature '{name}'.{did_you_mean(name, self.features)} {expected}")
-        if missing := [name for name in self.features if name not in features]:
-            raise ModelError(f"Feature '{missing[0]}' is missing.{did_you_mean(missing[0], features)} {expected}")
-        values = {name: read_values(feature, features[name]) for name, feature in self.features.items()}
-        lengths = {name: len(column) for name, column in values.items()}
-        if len(set(lengths.values())) > 1:
-            raise ModelError(f"All features of a batch have the same number of rows, these have {lengths}.")
-        return values
 
     def encode(
         self,
         features: Mapping[str, Any],  # by name, one value per row; None where missing
     ) -> list[np.ndarray]:  # one array for each input of the network, [batch, ...]
-        """The inputs of the network; raises ModelError as `read` does."""
-        values = self.read(features)
+        """The inputs of the network; raises ModelError as `read_features` does."""
+        values = read_features(list(self.features.values()), features)
         moments = {
             name: np.array([moment_fields(text) for text in values[name]], "float32").reshape(-1, len(MOMENT_FIELDS))
             for name, feature in self.features.items()
-            if feature["kind"] == "datetime"
+            if feature["type"] == "datetime"
         }
         rows = {name: encode(values[self._rows[name]["feature"]]) for name, encode in self._encoders.items()}
         return [self._encode_input(spec, values, moments, rows) for spec in self._inputs]
@@ -372,7 +374,7 @@ class NumpyPreprocessor:
             ]
             return np.concatenate(columns, axis=1)
         encoder = self._rows[spec["rows"]]
-        if encoder["kind"] != "cross":
+        if encoder["type"] != "cross":
             return rows[spec["rows"]]
         crossed = np.concatenate([rows[name] for name in encoder["columns"]], axis=1).tolist()
         return np.array([cross_rows(row, encoder["buckets"]) for row in crossed], "int32").reshape(-1, 1)

@@ -79,19 +79,15 @@ class _NotRunError(Exception):
     """A target that is missing or cannot be run on this machine."""
 
 
-def _keras_cases(run: Run, golden: Golden) -> Iterator[SignatureCase]:
-    def predict() -> dict[str, np.ndarray]:
-        from mlkit.training.transfer import restore_model  # imports TensorFlow
+def _predict_keras(run: Run, golden: Golden) -> dict[str, np.ndarray]:
+    from mlkit.export.saved_model import keras_outputs  # imports TensorFlow
+    from mlkit.training.transfer import restore_model
 
-        try:
-            model, dataset = restore_model(run)
-        except MlkitError as error:
-            raise _NotRunError(f"The model cannot be built again: {error}") from error
-        from mlkit.export.saved_model import keras_outputs
-
-        return keras_outputs(model, dataset, golden.features)
-
-    yield "model", golden.outputs, predict
+    try:
+        model, dataset = restore_model(run)
+    except MlkitError as error:
+        raise _NotRunError(f"The model cannot be built again: {error}") from error
+    return keras_outputs(model, dataset, golden.features)
 
 # %% ../../nbs/library/export/14_parity.ipynb #76735884
 def _expected_outputs(model: Any, golden: Golden) -> dict[str, dict[str, np.ndarray]]:
@@ -120,7 +116,7 @@ def _signature_inputs(signature: str, requests: Any) -> dict[str, np.ndarray]:
 
 def _check_pixels(golden: Golden, model: Any) -> None:
     """Raise _NotRunError where a PNG file cannot hold the images."""
-    images = [golden.features[name] for name, feature in model.features.items() if feature.kind == "image"]
+    images = [golden.features[name] for name, feature in model.features.items() if feature.type == "image"]
     for pixels in map(np.asarray, images):
         if not ((pixels >= 0) & (pixels <= 255) & (pixels == np.floor(pixels))).all():
             raise _NotRunError("The pixels of these images are no whole numbers from 0 to 255, which PNG files hold.")
@@ -135,7 +131,7 @@ def _open_session(folder: Path) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Context manager with a session of a graph, loaded as by a server, and its signatures."""
     import tensorflow as tf
 
-    from mlkit._compat.tensorflow_export import load_into_session
+    from mlkit._compat.tensorflow import load_into_session
 
     session = tf.compat.v1.Session(graph=tf.Graph())
     try:
@@ -168,8 +164,8 @@ def _savedmodel_cases(run: Run, golden: Golden) -> Iterator[SignatureCase]:
             yield name, expected, functools.partial(predict, name)
 
 # %% ../../nbs/library/export/14_parity.ipynb #86d07b89
-def _litert_cases(kind: str, run: Run, golden: Golden) -> Iterator[SignatureCase]:
-    yield "serving_default", golden.outputs, lambda: load_litert(run.folder, kind)(golden.features)
+def _predict_litert(kind: str, run: Run, golden: Golden) -> dict[str, np.ndarray]:
+    return load_litert(run.folder, kind)(golden.features)
 
 
 def _as_columns(rows: Sequence[Mapping[str, Any]], golden: Golden) -> dict[str, np.ndarray]:
@@ -192,13 +188,10 @@ def _rows_with_none(golden: Golden) -> list[dict[str, Any]]:
     ]
 
 
-def _tfjs_cases(run: Run, golden: Golden) -> Iterator[SignatureCase]:
-    def predict() -> dict[str, np.ndarray]:
-        from mlkit.export.tfjs import predict_tfjs
+def _predict_tfjs(run: Run, golden: Golden) -> dict[str, np.ndarray]:
+    from mlkit.export.tfjs import predict_tfjs
 
-        return _as_columns(predict_tfjs(run.folder / "tfjs", _rows_with_none(golden)), golden)
-
-    yield "serving_default", golden.outputs, predict
+    return _as_columns(predict_tfjs(run.folder / "tfjs", _rows_with_none(golden)), golden)
 
 # %% ../../nbs/library/export/14_parity.ipynb #af68baae
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
@@ -292,13 +285,8 @@ def predict_in_browser(
     return result["predictions"]
 
 
-def _browser_cases(run: Run, golden: Golden) -> Iterator[SignatureCase]:
-    page = run.folder / "page.html"
-    yield (
-        "serving_default",
-        golden.outputs,
-        lambda: _as_columns(predict_in_browser(page, _rows_with_none(golden)), golden),
-    )
+def _predict_browser(run: Run, golden: Golden) -> dict[str, np.ndarray]:
+    return _as_columns(predict_in_browser(run.folder / "page.html", _rows_with_none(golden)), golden)
 
 # %% ../../nbs/library/export/14_parity.ipynb #19646747
 def _post(url: str, body: Mapping[str, Any]) -> list[Any]:
@@ -347,8 +335,8 @@ def _missing_reason(target: str, run: Run, server: str) -> str:
     file, option = {
         "browser": ("page.html", "litertjs"),
         "tfjs": ("tfjs/model.json", "tfjs"),
-        **{f"litert-{kind}": (f"litert/{kind}/host.json", f"litert-{kind}") for kind in TOLERANCES},
-        "litert-float32": ("litert/float32/host.json", "litert"),
+        **{f"litert-{kind}": (f"litert/{kind}/preprocessing.json", f"litert-{kind}") for kind in TOLERANCES},
+        "litert-float32": ("litert/float32/preprocessing.json", "litert"),
     }.get(target, ("", ""))
     if target == "server":
         return "" if server else "No server was given. To test one: --server URL"
@@ -371,13 +359,15 @@ def _number_type(target: str, run: Run) -> str:
     return "float32"
 
 
-def _cases(target: str, run: Run, golden: Golden, server: str) -> Iterator[SignatureCase]:
-    if target.startswith("litert-"):
-        return _litert_cases(target.removeprefix("litert-"), run, golden)
+def _cases(target: str, run: Run, golden: Golden, server: str) -> Iterable[SignatureCase]:
+    if target == "savedmodel":
+        return _savedmodel_cases(run, golden)
     if target == "server":
         return _server_cases(server, run, golden)
-    cases = {"keras": _keras_cases, "savedmodel": _savedmodel_cases, "browser": _browser_cases, "tfjs": _tfjs_cases}
-    return cases[target](run, golden)
+    predictors = {"keras": _predict_keras, "browser": _predict_browser, "tfjs": _predict_tfjs}
+    predict = predictors.get(target) or functools.partial(_predict_litert, target.removeprefix("litert-"))
+    signature = "model" if target == "keras" else "serving_default"
+    return [(signature, golden.outputs, functools.partial(predict, run, golden))]
 
 
 def _test_signature(target: str, case: SignatureCase, golden: Golden, tolerance: float) -> ParityResult:
@@ -408,7 +398,7 @@ def _test_target(
 
 # %% ../../nbs/library/export/14_parity.ipynb #13d28d6d
 PARITY_FILE = "parity.json"
-COLUMNS = ("target", "signature", "largest", "mean", "allowed", "same class", "verdict", "why")
+COLUMNS = ("target", "signature", "largest", "mean", "tolerance", "same class", "result", "reason")
 
 
 @dataclass(frozen=True)
@@ -418,7 +408,7 @@ class Parity:
     run: str  # run ID
     results: tuple[ParityResult, ...]
     requests: int  # number of golden requests
-    made: str  # time, ISO 8601
+    tested: str  # time, ISO 8601
 
     @property
     def passed(self) -> bool:
@@ -447,7 +437,7 @@ class Parity:
             }
             for result in self.results
         ]
-        header = {"passed": self.passed, "made": self.made, "reason": self.reason, "requests": self.requests}
+        header = {"passed": self.passed, "tested": self.tested, "reason": self.reason, "requests": self.requests}
         return header | {"targets": targets}
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -460,8 +450,8 @@ class Parity:
 
 
 def _table_row(result: ParityResult) -> tuple[str, ...]:
-    differences = map(_format_difference, (result.largest, result.mean, result.tolerance))
-    agreement = "" if result.agreement is None else f"{math.floor(1000 * result.agreement) / 10:g} %"
+    differences = map(_format_difference, (result.max_difference, result.mean_difference, result.tolerance))
+    agreement = "" if result.agreement_rate is None else f"{math.floor(1000 * result.agreement_rate) / 10:g} %"
     state = {True: "passed", False: "failed", None: "not run"}[result.passed]
     reason = "" if result.passed else failure_reason(result)
     return (result.target, result.signature, *differences, agreement, state, reason)
@@ -475,13 +465,13 @@ def failure_reason(
     result: ParityResult,  # a result that failed, or was not run
 ) -> str:
     """Why a target did not pass, in words."""
-    if result.largest is None or result.reason:
-        case = f" ({result.worst})" if result.worst else ""
+    if result.max_difference is None or result.reason:
+        case = f" ({result.worst_row})" if result.worst_row else ""
         return f"{result.reason}{case}".rstrip(".")
     tolerance = result.tolerance or 0.0
     return (
-        f"differs by {result.largest:.2g} at most and {result.mean:.2g} on average, where {tolerance:g} and "
-        f"{tolerance / 10:g} are allowed; most in the row '{result.worst}'"
+        f"differs by {result.max_difference:.2g} at most and {result.mean_difference:.2g} on average, where "
+        f"{tolerance:g} and {tolerance / 10:g} are allowed; most in the row '{result.worst_row}'"
     )
 
 # %% ../../nbs/library/export/14_parity.ipynb #9d0a7fb1
@@ -504,18 +494,14 @@ def check_parity(
         if requested and target not in requested and not (target == "server" and server):
             results.append(ParityResult(target, "", reason="It was not requested."))
             continue
-        target_results = list(_test_target(target, run, golden, limits, server))
-        results += [_failed_if_not_run(result) for result in target_results] if target in requested else target_results
+        for result in _test_target(target, run, golden, limits, server):
+            is_missing = target in requested and result.passed is None  # what was requested has to be run
+            results.append(replace(result, passed=False) if is_missing else result)
     parity = Parity(run.id, tuple(results), len(golden), datetime.now(UTC).isoformat(timespec="seconds"))
     write_atomic(run.folder / PARITY_FILE, json.dumps(parity.record(), indent=1, ensure_ascii=False))
     run.log_artifact(run.folder / PARITY_FILE)
     write_card(run)  # it contains the results
     return parity
-
-
-def _failed_if_not_run(result: ParityResult) -> ParityResult:
-    """A result that counts as failed where a requested target was not run."""
-    return replace(result, passed=False) if result.passed is None else result
 
 
 def newest_version(

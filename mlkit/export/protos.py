@@ -12,9 +12,11 @@ streamed requests) are left out; parsers skip them.
 import functools
 import math
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory, wrappers_pb2
@@ -418,15 +420,6 @@ def fill_tensor(
         getattr(tensor, field).extend((flat.view(np.uint16) if field == "half_val" else flat).tolist())
 
 
-def array_to_tensor(
-    array: np.ndarray,  # numbers, or an object array of texts or bytes
-) -> Message:  # TensorProto
-    """A tensor message with the values of an array; raises ServingError for an unsupported dtype."""
-    tensor = message_class("TensorProto")()
-    fill_tensor(tensor, array)
-    return tensor
-
-
 def parse_message(
     name: str,  # name of the message class
     body: bytes,  # serialized message
@@ -436,6 +429,20 @@ def parse_message(
         return message_class(name).FromString(body)
     except DecodeError as error:
         raise ServingError("INVALID_ARGUMENT", f"The request is no {name}: {error}.") from None
+
+
+def as_records(
+    messages: Iterable[bytes],
+) -> bytes:  # content of a TFRecord file
+    """Messages as TFRecords: each with its length and two checksums."""
+    heads = ((struct.pack("<Q", len(message)), message) for message in messages)
+    return b"".join(head + _masked_crc(head) + message + _masked_crc(message) for head, message in heads)
+
+
+def _masked_crc(data: bytes) -> bytes:
+    """TFRecord's masked CRC-32C."""
+    value = google_crc32c.value(data)
+    return struct.pack("<I", ((value >> 15 | value << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def serialized_examples(

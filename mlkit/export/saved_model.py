@@ -16,46 +16,41 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
 import mlkit
+from .._compat.keras import iter_layers, lookup_default
+from .._compat.tensorflow import save_context, write_fingerprint
 from .._files import new_folder, write_atomic
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras, tf
 from ..data.dataset import Dataset
 from ..data.feature_specs import FeatureSpec
 from ..data.io import write_table
 from ..data.labels import map_labels
-from ..errors import ModelError, did_you_mean
+from ..errors import ModelError
 from ..evaluation.evaluator import as_scores
 from .golden import GOLDEN_FILE, Golden
 from mlkit.export.golden_sampling import (
     as_csv_row,
     as_json_row,
-    as_records,
     choose_requests,
     example_log,
     golden_requests,
     predict_log,
 )
-from .signatures import CLASSIFY, REGRESS
+from .numpy_preprocessing import read_features, read_values
+from .protos import as_records
+from .signatures import CLASSIFY, REGRESS, read_model_metadata
 from ..metrics import MANY_CLASSES
 from ..models.preprocessing import decode_images
 from ..runs.run import Run
 from ..training.transfer import version_folder, warm_start_record
 
-# %% ../../nbs/library/export/02_saved_model.ipynb #4605638b
-import_tensorflow()  # quietly, and before Keras
-
 # %% ../../nbs/library/export/02_saved_model.ipynb #54513174
-import keras
-import tensorflow as tf
-from tensorflow.core.protobuf import saved_model_pb2
-
-from .._compat.keras import iter_layers, lookup_default
-from .._compat.tensorflow_export import save_context, write_fingerprint
+from tensorflow.core.protobuf import saved_model_pb2  # after the quiet import of TensorFlow
 
 # %% ../../nbs/library/export/02_saved_model.ipynb #7c70057a
 def serving_outputs(
@@ -101,7 +96,7 @@ def _image_decoders(dataset: Dataset) -> dict[str, Callable]:
     return {
         name: partial(decode_images, shape=spec.shape)
         for name, spec in dataset.features.items()
-        if spec.kind == "image"
+        if spec.type == "image"
     }
 
 
@@ -178,7 +173,7 @@ class ServingModule(tf.Module):
     ):
         super().__init__()
         served = model.for_serving() if hasattr(model, "for_serving") else model
-        parsers = _make_parsers(dataset)
+        parse, parse_bytes = _make_parsers(dataset)
         self._weights = [weight.value for weight in model.weights]  # training.transfer reads them by this name
         self._tables = [
             part
@@ -195,18 +190,12 @@ class ServingModule(tf.Module):
                 outputs = tf.nest.map_structure(lambda values: values[:rows], outputs)
             return serving_outputs(outputs, dataset)
 
-        def predict_examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self.predict(parsers[0](examples))
-
-        def predict_bytes(rows: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self.predict(parsers[1](rows))
-
         def task_function(prefix: str, data: Dataset) -> Callable:
             return lambda inputs: _task_outputs(self.predict_examples(inputs), prefix, data)
 
         self.predict = _trace(predict, serving_inputs(dataset))
-        self.predict_examples = _trace(predict_examples, _text_spec("examples"))
-        self.predict_bytes = _trace(predict_bytes, _text_spec("bytes"))
+        self.predict_examples = _trace(lambda examples: self.predict(parse(examples)), _text_spec("examples"))
+        self.predict_bytes = _trace(lambda rows: self.predict(parse_bytes(rows)), _text_spec("bytes"))
         self.task_functions = {
             name: _trace(task_function(*task), _text_spec("inputs")) for name, task in _task_signatures(dataset).items()
         }
@@ -228,7 +217,7 @@ class ServingModule(tf.Module):
 # %% ../../nbs/library/export/02_saved_model.ipynb #5c716d61
 def _pad_empty_batch(features: dict[str, tf.Tensor], dataset: Dataset) -> tuple[dict[str, tf.Tensor], tf.Tensor | None]:
     """Images with one row added where there is none, and the number of rows; None for a table."""
-    images = [name for name, spec in dataset.features.items() if spec.kind == "image"]
+    images = [name for name, spec in dataset.features.items() if spec.type == "image"]
     if not images:
         return features, None
     rows = tf.shape(features[images[0]])[0]
@@ -313,7 +302,7 @@ def describe_model(
         "label": dataset.label,
         "classes": map_labels(dataset.classes, list),
         "features": [
-            {"name": name, "kind": dataset.features[name].kind, "dtype": spec.dtype.name, "shape": list(spec.shape[1:])}
+            {"name": name, "type": dataset.features[name].type, "dtype": spec.dtype.name, "shape": list(spec.shape[1:])}
             for name, spec in serving_inputs(dataset).items()
         ],
     }
@@ -401,7 +390,7 @@ def as_images(
 
 def as_requests(
     golden: Golden,
-    features: Mapping[str, Any],  # specifications by name with kind and dtype, of a data set or a SavedModel
+    features: Mapping[str, Any],  # specifications by name with type and dtype, of a data set or a SavedModel
 ) -> Requests:
     """Golden requests in the encodings of the signatures."""
     encoders = (as_csv_row, as_json_row)
@@ -413,7 +402,7 @@ def as_requests(
             values_to_send[name] = [text or None for text in values]
         else:
             raw[name] = values_to_send[name] = np.array(values, "float32")
-        if features[name].kind == "image":
+        if features[name].type == "image":
             values_to_send[name] = rows = as_images(values)
     return Requests(raw, as_examples(values_to_send), [row.encode() if isinstance(row, str) else row for row in rows])
 
@@ -471,7 +460,7 @@ def _write(model: keras.Model, dataset: Dataset, folder: Path) -> None:
     write_atomic(extra / GOLDEN_FILE, golden.to_json())
     write_atomic(extra / "tf_serving_warmup_requests", _warm_up_records(golden, dataset))
     write_atomic(extra / "mlkit.json", json.dumps(describe_model(dataset), indent=1, ensure_ascii=False))
-    write_atomic(extra / "continuing.json", json.dumps(warm_start_record(model, dataset), ensure_ascii=False))
+    write_atomic(extra / "warm_start.json", json.dumps(warm_start_record(model, dataset), ensure_ascii=False))
     if hasattr(model, "item_embeddings"):
         items = pl.Series(dataset.label, dataset.classes)
         vectors = pl.Series("embedding", model.item_embeddings())
@@ -496,12 +485,11 @@ def export_saved_model(
     return target
 
 # %% ../../nbs/library/export/02_saved_model.ipynb #b87108e5
-@dataclass(frozen=True)
-class ServedFeature:
+class ServedFeature(NamedTuple):
     """Specification of one feature of a request."""
 
     name: str
-    kind: str  # one of mlkit.data.feature_specs.KINDS
+    type: str  # one of mlkit.data.feature_specs.FEATURE_TYPES
     dtype: str  # float32 or string
     shape: tuple[int, ...]  # shape of one row
 
@@ -510,18 +498,7 @@ class ServedFeature:
         values: Any,  # one per row; None where missing
     ) -> tf.Tensor:  # [batch, ...]
         """Convert values to a tensor; raises ModelError for another type or shape."""
-        try:
-            if self.dtype == "string":
-                array = np.asarray(values, object)
-                tensor = tf.constant(np.where(np.equal(array, None), "", array), tf.string)
-            else:
-                tensor = tf.constant(np.asarray(values, "float32"))
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"Feature '{self.name}' takes values of type {self.dtype}: {error}") from error
-        if tensor.shape.rank is None or tensor.shape[1:] != self.shape or tensor.shape.rank == 0:
-            expected = ("batch", *self.shape)
-            raise ModelError(f"Feature '{self.name}' takes values of shape {expected}, not {tuple(tensor.shape)}.")
-        return tensor
+        return tf.constant(read_values(self._asdict(), values), self.dtype)
 
 # %% ../../nbs/library/export/02_saved_model.ipynb #8e485226
 class SavedModel:
@@ -532,7 +509,7 @@ class SavedModel:
         path: Path,  # the version folder
     ):
         self.path = path
-        description = _read_description(path)
+        description = read_model_metadata(path)
         self.task, self.tasks, label = description["task"], description["tasks"], description["label"]
         self.label = label if isinstance(label, str) else tuple(label)
         self.classes = map_labels(description["classes"], tuple)
@@ -546,18 +523,11 @@ class SavedModel:
         features: Mapping[str, Any],  # by name, one value per row
     ) -> dict[str, np.ndarray]:  # by the names of `serving_outputs`
         """Predict a batch; raises ModelError for features that are missing, unknown, or of another type or shape."""
-        for name in features:
-            if name not in self.features:
-                raise ModelError(f"Unknown feature '{name}'.{did_you_mean(name, self.features)} {self._takes()}")
-        if missing := [name for name in self.features if name not in features]:
-            raise ModelError(f"Feature '{missing[0]}' is missing.{did_you_mean(missing[0], features)} {self._takes()}")
-        tensors = {name: feature.tensor(features[name]) for name, feature in self.features.items()}
-        lengths = {name: len(tensor) for name, tensor in tensors.items()}
-        if len(set(lengths.values())) > 1:
-            raise ModelError(f"All features of a batch have the same number of rows, these have {lengths}.")
-        return {name: _as_array(values) for name, values in self._loaded.predict(tensors).items()}
+        values = read_features([feature._asdict() for feature in self.features.values()], features)
+        tensors = {name: tf.constant(column, self.features[name].dtype) for name, column in values.items()}
+        return {name: _as_array(output) for name, output in self._loaded.predict(tensors).items()}
 
-    def answer_examples(
+    def predict_examples(
         self,
         examples: Sequence[bytes],  # serialized tf.train.Example messages
     ) -> dict[str, np.ndarray]:  # by the names of `serving_outputs`
@@ -569,8 +539,6 @@ class SavedModel:
         rows: Sequence[bytes | str],  # encoded images, or lines of CSV and tf.train.Example in JSON
     ) -> dict[str, np.ndarray]:  # by the names of `serving_outputs`
         """Predict rows as text or encoded images; raises ModelError for a row that cannot be parsed."""
-        if not hasattr(self._loaded, "predict_bytes"):
-            raise ModelError(f"{self.path} has no signature serving_bytes. Export the model again.")
         return self._predict_texts("rows", self._loaded.predict_bytes, rows)
 
     def _predict_texts(self, content: str, function: Callable, texts: Sequence[bytes | str]) -> dict[str, np.ndarray]:
@@ -588,21 +556,6 @@ class SavedModel:
         return f"SavedModel({self.task} of {labels} from {len(self.features)} features, {self.path})"
 
 # %% ../../nbs/library/export/02_saved_model.ipynb #75915c4a
-def _read_description(path: Path) -> dict[str, Any]:
-    """Read mlkit.json; raises ModelError where it is missing or damaged."""
-    file = path / "assets.extra" / "mlkit.json"
-    if not file.is_file():
-        raise ModelError(
-            f"{path} was not exported by mlkit: assets.extra/mlkit.json is missing. Export the model again."
-        )
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-        required = {name: description[name] for name in ("task", "label", "classes", "features")}
-        return required | {"tasks": description.get("tasks", {})}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file} is damaged: {error!r}. Export the model again.") from error
-
-
 def _load(path: Path) -> Any:
     """Load the graph; raises ModelError where files are missing or damaged."""
     try:

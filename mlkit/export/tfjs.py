@@ -20,18 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_atomic
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras
 from ..data.dataset import Dataset
 from ..errors import MissingDependencyError, ModelError, join_names
 from .litert import preprocessing_record, publish, save_network, split_preprocessing, staging_folder
 from .saved_model import check_exportable
-from ..runs.run import Run
-
-# %% ../../nbs/library/export/08_tfjs.ipynb #95321458
-import_tensorflow()  # quietly, and before Keras
-
-# %% ../../nbs/library/export/08_tfjs.ipynb #c024e6cd
-import keras
 
 # %% ../../nbs/library/export/08_tfjs.ipynb #ee9ec943
 CONVERTER = "tensorflowjs==4.22.0"
@@ -88,7 +81,7 @@ def _run_converter(network: Path, folder: Path) -> None:
 # %% ../../nbs/library/export/08_tfjs.ipynb #f131dafb
 def _file_digests(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and sha256 of the files of a model."""
-    files = sorted(path for path in folder.iterdir() if path.name != "host.json")
+    files = sorted(path for path in folder.iterdir() if path.name != "preprocessing.json")
     contents = {path.name: path.read_bytes() for path in files}
     return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
 
@@ -96,11 +89,11 @@ def _file_digests(folder: Path) -> dict[str, dict[str, Any]]:
 def convert_tfjs(
     model: keras.Model,  # raw features of the data set in, probabilities or a prediction out
     dataset: Dataset,  # training data of the model
-    to: Path | str | Run,  # the folder to write, or a run: then its folder tfjs/
+    to: Path | str,  # the folder to write
     replace: bool = False,  # replace an existing conversion
 ) -> Path:  # the folder
     """Convert a model to TF.js; raises ModelError, MissingDependencyError or StorageError where that fails."""
-    target = to.folder / "tfjs" if isinstance(to, Run) else Path(to)
+    target = Path(to)
     if target.exists() and not replace:
         raise ModelError(f"{target} exists already. Convert to another folder, or remove it.")
     check_exportable(model, dataset)
@@ -110,13 +103,9 @@ def convert_tfjs(
     with staging_folder(target.parent) as temporary:
         save_network(split, list(dataset.outputs), temporary / "network", rows=None)
         _run_converter(temporary / "network", converted := temporary / "converted")
-        record["model"] = {"kind": "tfjs", "files": _file_digests(converted)}
-        write_atomic(converted / "host.json", json.dumps(record, ensure_ascii=False))
-        publish(converted, target)
-    if isinstance(to, Run):
-        for file in sorted(target.iterdir()):
-            to.log_artifact(file)
-    return target
+        model = {"kind": "tfjs", "files": _file_digests(converted)}
+        write_atomic(converted / "preprocessing.json", json.dumps(record | {"model": model}, ensure_ascii=False))
+        return publish(converted, target)
 
 # %% ../../nbs/library/export/08_tfjs.ipynb #4850aaf2
 ENGINE = "@tensorflow/tfjs@4.22.0"  # tested version
@@ -136,7 +125,7 @@ def _find_node(start: Path | None) -> tuple[str, Path]:
 def _check_files(folder: Path) -> None:
     """Raise ModelError unless the files of a model are those that were written."""
     try:
-        expected = json.loads((folder / "host.json").read_text(encoding="utf-8"))["model"]["files"]
+        expected = json.loads((folder / "preprocessing.json").read_text(encoding="utf-8"))["model"]["files"]
         actual = _file_digests(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(

@@ -16,7 +16,7 @@ import jinja2
 
 from .._files import write_atomic
 from ..errors import MissingDependencyError
-from .litert_runtime import find_litert_folder, read_network, read_record
+from .litert_runtime import find_litert_folder, read_network, read_preprocessing_record
 
 # %% ../../nbs/library/export/09_web_page.ipynb #1630012c
 ENGINE = "@litertjs/core@2.5.3"  # tested version
@@ -63,7 +63,7 @@ def write_page(
 ) -> Path:  # the file
     """Write a demo page of a model; raises NotFoundError, ModelError, or MissingDependencyError without LiteRT.js."""
     folder = find_litert_folder(Path(path), kind)
-    record = read_record(folder)
+    record = read_preprocessing_record(folder)
     network = read_network(folder, record["model"])
     engine = find_engine(installed)
     labels = record["label"] if isinstance(record["label"], str) else ", ".join(record["label"])

@@ -53,7 +53,7 @@ class Cluster:
         return self.trainers.index(self.address)
 
     @property
-    def reports(self) -> bool:
+    def is_chief(self) -> bool:
         """Whether this process logs metrics and saves checkpoints for all."""
         return self.job != "ps" and self.rank == 0
 
@@ -269,8 +269,8 @@ class PeerGroup:
 
     cluster: Cluster
     connections: dict[int, socket.socket]  # rank -> connection; rank 0 is connected to all, the others to rank 0
-    lost: str = ""  # message about the lost peer; "" while all are alive
-    gone: threading.Event = field(default_factory=threading.Event)  # set when a peer is lost
+    loss_message: str = ""  # message about the lost peer; "" while all are alive
+    lost_event: threading.Event = field(default_factory=threading.Event)  # set when a peer is lost
     _callbacks: list[Callable[[str], None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -286,9 +286,9 @@ class PeerGroup:
         """Register a callback for the loss of a peer; it is called at once when one is lost already."""
         with self._lock:
             self._callbacks.append(callback)
-            lost = self.lost
-        if lost:
-            callback(lost)
+            message = self.loss_message
+        if message:
+            callback(message)
 
     def _monitor(self) -> None:
         """Wait for the first connection that closes or reports a loss; report it to all peers and callbacks."""
@@ -296,15 +296,14 @@ class PeerGroup:
             for rank, connection in self.connections.items():
                 selector.register(connection, selectors.EVENT_READ, rank)
             key, _ = selector.select()[0]
-            message = _receive(key.fileobj)
-            lost = message.get("lost") or f"{_describe_peer(self.cluster, key.data)} has ended."
+            message = _receive(key.fileobj).get("lost") or f"{_describe_peer(self.cluster, key.data)} has ended."
             for connection in self.connections.values():
-                _send(connection, lost=lost)
+                _send(connection, lost=message)
             with self._lock:
-                self.lost, callbacks = lost, list(self._callbacks)
-                self.gone.set()
+                self.loss_message, callbacks = message, list(self._callbacks)
+                self.lost_event.set()
             for callback in callbacks:
-                callback(lost)
+                callback(message)
 
     def leave(self) -> None:
         """Close the connections: for its peers, this process has ended."""
@@ -316,10 +315,10 @@ class PeerGroup:
 # %% ../../nbs/library/jobs/07_cluster.ipynb #da6d1f6e
 def rendezvous(
     cluster: Cluster,
-    seconds: float | None = None,  # timeout; by default the setting workers.meeting_timeout
+    seconds: float | None = None,  # timeout; by default the setting distributed.rendezvous_timeout
 ) -> PeerGroup:
     """Wait until all trainers have connected and agree; raises MlkitError that names one that has not, or differs."""
-    seconds = load_settings().workers.meeting_timeout if seconds is None else seconds
+    seconds = load_settings().distributed.rendezvous_timeout if seconds is None else seconds
     if cluster.rank:
         return PeerGroup(cluster, {0: _connect(cluster, seconds)})
     connections: dict[int, socket.socket] = {}
@@ -336,10 +335,10 @@ def rendezvous(
 # %% ../../nbs/library/jobs/07_cluster.ipynb #11a706f8
 def wait_for_servers(
     cluster: Cluster,  # from the chief's point of view
-    seconds: float | None = None,  # timeout; by default the setting workers.meeting_timeout
+    seconds: float | None = None,  # timeout; by default the setting distributed.rendezvous_timeout
 ) -> None:
     """Wait until all workers and parameter servers listen; raises MlkitError that names those that do not."""
-    seconds = load_settings().workers.meeting_timeout if seconds is None else seconds
+    seconds = load_settings().distributed.rendezvous_timeout if seconds is None else seconds
     deadline = time.monotonic() + seconds
     closed = [address for job in ("worker", "ps") for address in cluster.addresses.get(job, ())]
     while closed := [address for address in closed if not _is_listening(address)]:

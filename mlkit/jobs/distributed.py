@@ -1,7 +1,7 @@
 """One job in several processes that train one model together: started, supervised, restarted when one of them dies.
 
-`mlkit run train --workers 2` executes the notebook of the job in two kernels. `TF_CONFIG` tells each its place in the
-cluster (see `mlkit.jobs.cluster`), and the training inside divides the rows among them. The run of worker 0 is the run:
+`mlkit run train --workers 2` executes the notebook of the job in two kernels. `TF_CONFIG` states the place of each in
+the cluster (see `mlkit.jobs.cluster`), and the training inside divides the rows among them. The run of worker 0 is the run:
 its metrics, checkpoints and notebook. The runs of the other workers are folders inside it, `workers/1`, `workers/2` and
 so on, each with a record, a notebook and a kernel log of its own, so that no file has two writers.
 
@@ -40,6 +40,7 @@ from mlkit.jobs.executor import (
     check_kernel,
     execute_run,
     interrupt_on_sigterm,
+    interrupted_error,
     job_failed_error,
     restart_run,
     stored_notebook,
@@ -53,12 +54,13 @@ from mlkit.jobs.ray import (
     TaskUpdate,
     import_ray,
     localize_run,
+    node_resources,
     return_run,
     run_task,
     shared_fs_probe,
     task_spec_for,
 )
-from mlkit.jobs.resources import THREAD_VARIABLES, ray_resources, visible_devices
+from mlkit.jobs.resources import ray_resources, thread_variables, visible_devices
 from mlkit.jobs.sweep import connected_engine
 from mlkit.runs.record import RUN_FILE, Failure, ProcessInfo, Record, current_owner, list_artifacts
 from mlkit.runs.remote import download_run, upload_run
@@ -110,9 +112,8 @@ class WorkerGroup:
         number: int,  # worker, from 0
     ) -> dict[str, str]:
         """Environment variables that give a worker its part of this machine."""
-        threads = str(max(1, cpu_count() // self.workers))
         devices = visible_devices()[number :: self.workers]
-        variables = {name: threads for name in THREAD_VARIABLES if name not in os.environ}
+        variables = thread_variables(cpu_count() // self.workers)
         return variables | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {})
 
 
@@ -120,7 +121,7 @@ def worker_group_of(
     run: Run,
 ) -> WorkerGroup | None:  # None for a run of one process
     """Worker group that a run was started with."""
-    values = (run.record.model_extra or {}).get("crew")
+    values = (run.record.model_extra or {}).get("worker_group")
     return WorkerGroup(**values) if values else None
 
 
@@ -140,7 +141,7 @@ def worker_run(
         parameters=record.parameters,
         defaults=record.defaults,
         notebook=record.notebook,
-        working_folder=record.working_folder,
+        working_directory=record.working_directory,
         parents=[run.id],
         owner=current_owner(),
     )
@@ -148,13 +149,15 @@ def worker_run(
     return Run(folder)
 
 
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _remove_duplicates(run: Run) -> None:
     """Remove from the run of a worker what the run of worker 0 has as well: checkpoints, event files, the model."""
     for path in run.folder.iterdir():
-        if path.name not in WORKER_FILES and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in WORKER_FILES:
-            path.unlink(missing_ok=True)
+        if path.name not in WORKER_FILES:
+            _remove(path)
     with run.edit() as record:
         record.artifacts = list_artifacts(run.folder)
 
@@ -167,7 +170,7 @@ class _GroupTask:
     """What all workers of a group have in common."""
 
     notebook: Path
-    on_progress: ProgressCallback  # callback; receives the run of worker 0, then each of its cells
+    on_progress: ProgressCallback | None  # callback; receives the run of worker 0, then each of its cells
     timeout: float | None  # seconds after which an attempt fails
 
 
@@ -195,7 +198,7 @@ class Worker:
 
     def work(self) -> None:
         """Execute the notebook; raises JobFailedError or JobInterruptedError."""
-        schema = ParameterSchema.of(read_notebook(self.task.notebook))
+        schema = ParameterSchema.from_notebook(read_notebook(self.task.notebook))
         execute_run(
             self.run,
             self.task.notebook,
@@ -218,7 +221,7 @@ class Worker:
     @property
     def failure_rank(self) -> tuple[bool, bool, float]:
         """Sort key: the smallest failed first, all others failed because of it."""
-        consequence = "The others cannot go on without it." in str(self.error)
+        consequence = "The other workers cannot continue without it." in str(self.error)
         return consequence or isinstance(self.error, JobInterruptedError), not self.died, self.ended
 
 
@@ -320,11 +323,9 @@ def _local_workers(
         workers.append(Worker(number, worker_run(run, number) if number else run, task))
         view = cluster if cluster.job == "chief" else cluster.task("worker", number)
         with workers[-1].run.edit() as record:
-            record.variables |= group.variables(number) | {"TF_CONFIG": view.config()}
-    if not group.servers:
-        yield lambda: ""
-        return
-    with parameter_servers(cluster, run.folder / "workers", group.variables) as dead_server:
+            record.environment_variables |= group.variables(number) | {"TF_CONFIG": view.config()}
+    servers = parameter_servers(cluster, run.folder / "workers", group.variables) if group.servers else None
+    with servers or contextlib.nullcontext(lambda: "") as dead_server:
         yield dead_server
 
 
@@ -349,13 +350,8 @@ def check_room(
             )
 
 
-def _node_resources(ray: Any) -> list[dict[str, float]]:
-    """Resources of the nodes that are alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
 @contextlib.contextmanager
-def _reserved(ray: Any, workers: int) -> Iterator[tuple[Any, dict[str, float]]]:  # placement group, resources of each
+def _reserved(workers: int) -> Iterator[tuple[Any, dict[str, float]]]:  # placement group, resources of each
     """Context manager that reserves resources for all workers at once, spread over the nodes; raises MlkitError.
 
     The cluster may be full now, or a node has just died and its replacement is about to join. The reservation is
@@ -363,7 +359,7 @@ def _reserved(ray: Any, workers: int) -> Iterator[tuple[Any, dict[str, float]]]:
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    seconds = load_settings().workers.meeting_timeout
+    seconds = load_settings().distributed.rendezvous_timeout
     deadline, reserved = time.monotonic() + seconds, False
     while not reserved:
         if time.monotonic() > deadline:
@@ -371,7 +367,7 @@ def _reserved(ray: Any, workers: int) -> Iterator[tuple[Any, dict[str, float]]]:
                 f"After {seconds:g} seconds the Ray cluster has no room for {workers} workers at once. "
                 "Wait until other work there has ended, or take fewer workers."
             )
-        resources = ray_resources(_node_resources(ray), workers)
+        resources = ray_resources(node_resources(), workers)
         resources |= {"num_gpus": 1} if "num_gpus" in resources else {}
         names = {"num_cpus": "CPU", "num_gpus": "GPU"}
         bundle = {names[name]: value for name, value in resources.items()}
@@ -413,7 +409,7 @@ def _find_placements(ray: Any, group: Any, resources: Mapping[str, float], folde
     while len(set(addresses)) < len(options):  # two workers on one node may be given the same port
         tasks = [ray.remote(**task_options)(describe_node).remote(folder, token) for task_options in options]
         try:
-            nodes = ray.get(tasks, timeout=load_settings().workers.meeting_timeout)
+            nodes = ray.get(tasks, timeout=load_settings().distributed.rendezvous_timeout)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
             raise MlkitError(f"A node of the Ray cluster cannot take part: {reason}") from error
@@ -443,7 +439,7 @@ def execute_worker(
     run = download_run(_remote_name(name), RunStore(root), spec.remote_url) if remote else Run(root / name)
     if run is None:
         raise StorageError(f"{_remote_name(name)} is not at {spec.remote_url}.")
-    secrets = ParameterSchema.of(read_notebook(notebook)).secrets(run.record.parameters)
+    secrets = ParameterSchema.from_notebook(read_notebook(notebook)).secrets(run.record.parameters)
     try:
         execute_run(
             localize_run(run, spec.variables),
@@ -480,10 +476,8 @@ def download_worker_run(
         if downloaded is None:
             raise StorageError(f"{name} is not at {remote_url}.")
         for path in run.folder.iterdir():
-            if path.is_dir() and path.name != "workers":
-                shutil.rmtree(path)
-            elif path.is_file() and path.name != RUN_FILE and not path.name.startswith("."):
-                path.unlink()
+            if path.name not in ("workers", RUN_FILE) and not path.name.startswith("."):
+                _remove(path)
         for path in downloaded.folder.iterdir():
             if path.name != RUN_FILE:
                 path.rename(run.folder / path.name)
@@ -523,7 +517,7 @@ class RayWorker(Worker):
                 self.process = update.owner or self.process
                 if update.ended:
                     return update.error, False
-                if update.run and not self.number:
+                if update.run and self.task.on_progress and not self.number:
                     self.task.on_progress(self.run, update.cell)
         except ray.exceptions.TaskCancelledError:
             return self.cancellation.reason, False
@@ -542,9 +536,9 @@ class RayWorker(Worker):
         record = self.run.record
         if record.status == "interrupted":
             reason = self.cancellation.reason or record.failure.message
-            raise attach_run(JobInterruptedError(f"{self.run.id} was interrupted ({reason})."), self.run)
+            raise interrupted_error(self.run, reason)
         if record.status != "completed":
-            raise attach_run(job_failed_error(record.failure, self.run), self.run)
+            raise job_failed_error(record.failure, self.run)
 
     def kill(self) -> None:
         import_ray().cancel(self.handle, force=True)
@@ -559,7 +553,7 @@ def _ray_workers(
     shutil.rmtree(run.folder / "workers", ignore_errors=True)
     if run.record.status == "created":
         run.start()
-    with shared_fs_probe(run) as token, _reserved(ray, group.workers) as (placement_group, resources):
+    with shared_fs_probe(run) as token, _reserved(group.workers) as (placement_group, resources):
         common = task_spec_for(run, token, resources, task.timeout, str(task.notebook))
         placements = _find_placements(ray, placement_group, resources, run.folder, token)
         cluster = Cluster({"worker": tuple(placement.address for placement in placements)}, "worker", 0)
@@ -616,7 +610,7 @@ def _interrupt(run: Run, reason: str) -> Exception:
     """Close a run whose workers had not begun, and return the exception to raise."""
     if run.record.status in ("created", "running"):
         run.interrupt(Failure(error="Interrupted", message=reason))
-    return attach_run(JobInterruptedError(f"{run.id} was interrupted ({reason})."), run)
+    return interrupted_error(run, reason)
 
 
 def _warn_of_lost_checkpoints(run: Run, first: Worker) -> None:
@@ -634,7 +628,9 @@ def _clean_up(run: Run, workers: Sequence[Worker]) -> None:
     """Leave the run like any other: without TF_CONFIG, or it would wait for its peers when it is executed again."""
     for worker in workers:
         with worker.run.edit() as record:
-            record.variables = {name: value for name, value in record.variables.items() if name != "TF_CONFIG"}
+            record.environment_variables = {
+                name: value for name, value in record.environment_variables.items() if name != "TF_CONFIG"
+            }
         if worker.number:
             _remove_duplicates(worker.run)
     with run.edit() as record:
@@ -649,7 +645,7 @@ def _first_failure(run: Run, workers: Sequence[Worker]) -> Exception:
         return workers[0].error
     message = f"Worker {first.number}: {failure.message} See {first.run.folder}."
     run.fail(failure.model_copy(update={"message": message}))
-    return attach_run(job_failed_error(run.record.failure, run), run)
+    return job_failed_error(run.record.failure, run)
 
 
 @contextlib.contextmanager
@@ -659,7 +655,7 @@ def _checked_engine(engine: str, group: WorkerGroup) -> Iterator[None]:
         if engine == "local":
             group.check_devices()
         else:
-            check_room(group, _node_resources(import_ray()))
+            check_room(group, node_resources())
         yield
 
 
@@ -681,8 +677,8 @@ def run_distributed(
     """
     settings, group = load_settings(), WorkerGroup(workers, servers)
     path = find_job(job, settings)
-    schema = ParameterSchema.of(read_notebook(path))
-    values = schema.check(parameters or {})
+    schema = ParameterSchema.from_notebook(read_notebook(path))
+    values = schema.validate(parameters or {})
     schema.secrets(values)  # an unreadable secret is rejected before the run is created
     check_kernel(settings.jobs.kernel)
     with _checked_engine(engine, group):
@@ -690,8 +686,8 @@ def run_distributed(
             path.stem, parameters=values, defaults=schema.defaults, notebook=str(path.absolute())
         )
         with run.edit() as record:
-            record.crew = vars(group)
-        return _execute_group(run, group, _group_task(path, on_progress, timeout), engine, retries)
+            record.worker_group = vars(group)
+        return _execute_group(run, group, _GroupTask(path.absolute(), on_progress, timeout), engine, retries)
 
 
 def resume_distributed(
@@ -709,8 +705,4 @@ def resume_distributed(
     check_kernel(load_settings().jobs.kernel)
     with _checked_engine(engine, group):
         restart_run(run)
-        return _execute_group(run, group, _group_task(path, on_progress, timeout), engine, retries)
-
-
-def _group_task(path: Path, on_progress: ProgressCallback | None, timeout: float | None) -> _GroupTask:
-    return _GroupTask(path.absolute(), on_progress or (lambda run, cell: None), timeout)
+        return _execute_group(run, group, _GroupTask(path.absolute(), on_progress, timeout), engine, retries)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ProgressCallback', 'STREAM_EDGE', 'ENGINE_NAME', 'PAPERMILL_CELLS', 'CellProgress', 'CancellationToken',
            'StreamBuffer', 'NotebookExecution', 'running_kernel', 'client_class', 'register_engine', 'job_failed_error',
-           'describe_failure', 'interrupt_on_sigterm', 'attach_run', 'run_job', 'check_kernel', 'execute_run',
-           'restart_run', 'resume_run', 'stored_notebook']
+           'describe_failure', 'interrupt_on_sigterm', 'attach_run', 'interrupted_error', 'run_job', 'check_kernel',
+           'execute_run', 'restart_run', 'resume_run', 'stored_notebook']
 
 # %% ../../nbs/library/jobs/03_executor.ipynb #e5f86c43
 import contextlib
@@ -41,6 +41,7 @@ from mlkit.errors import (
 from .notebook import find_job, logger, read_notebook, save_figures, write_html
 from .parameters import ParameterSchema
 from .secrets import redact, redact_files, secret_forms
+from ..runs.notebook_diff import cell_headings
 from ..runs.record import Cell, Failure
 from ..runs.run import Run
 from ..runs.store import RunStore
@@ -160,15 +161,6 @@ class NotebookExecution:
             self.save()
             write_html(self.notebook, self.run.folder / "notebook.html")
 
-    def headings(self) -> list[str]:
-        """Section heading of each cell."""
-        current, headings = "", []
-        for cell in self.notebook.cells:
-            if cell.cell_type == "markdown" and (match := re.search(r"^#+\s+(.+)$", cell.source, re.MULTILINE)):
-                current = match[1].strip()
-            headings.append(current)
-        return headings
-
     def begin_cell(
         self,
         index: int,  # position of the cell in the notebook
@@ -177,7 +169,9 @@ class NotebookExecution:
         code_cells = [n for n, cell in enumerate(self.notebook.cells) if cell.cell_type == "code"]
         if index in code_cells:
             self.current = index
-            self.on_progress(CellProgress(code_cells.index(index) + 1, len(code_cells), self.headings()[index]))
+            self.on_progress(
+                CellProgress(code_cells.index(index) + 1, len(code_cells), cell_headings(self.notebook.cells)[index])
+            )
 
     def end_cell(
         self,
@@ -188,7 +182,7 @@ class NotebookExecution:
         if cell.cell_type != "code":
             return
         timing = cell.metadata.papermill
-        heading = self.headings()[index]
+        heading = cell_headings(self.notebook.cells)[index]
         self.cells.append(Cell(index=index, heading=heading, status=timing.status, seconds=timing.duration or 0.0))
         with self.run.edit(durable=False) as record:
             record.cells = self.cells
@@ -222,8 +216,8 @@ def running_kernel(
     )
     record = run.record
     location = {"MLKIT_RUN": str(run.folder), "MLKIT_RUNS_ROOT": str(run.folder.parent)}  # parents are found beside it
-    variables = kernel_environment({**os.environ, **record.variables, **location})
-    launch = {"env": variables, "cwd": record.working_folder or os.getcwd()}
+    variables = kernel_environment({**os.environ, **record.environment_variables, **location})
+    launch = {"env": variables, "cwd": record.working_directory or os.getcwd()}
     if kernel_name == KERNEL_NAME:
         launch["warm"] = is_warm(variables) if warm is None else warm
     log = run.folder / "kernel.log"
@@ -383,8 +377,8 @@ def job_failed_error(
     failure: Failure,
     run: Run,
 ) -> JobFailedError:
-    """Exception for a failed job; its exit code is 2 when a cell rejected the user's input."""
-    error = JobFailedError(f"{run.id} failed: {failure.error}: {failure.message}")
+    """Exception for a failed run; its exit code is 2 when a cell rejected the user's input."""
+    error = attach_run(JobFailedError(f"{run.id} failed: {failure.error}: {failure.message}"), run)
     raised = getattr(mlkit.errors, failure.error, None)
     if isinstance(raised, type) and issubclass(raised, InputError):
         error.exit_code = InputError.exit_code
@@ -401,7 +395,14 @@ def describe_failure(
     if execution.cancellation.failed:
         return _kernel_failure(execution, "RunTimeout", execution.cancellation.reason)
     if isinstance(error, PapermillExecutionError):
-        return _cell_failure(error, execution)
+        index = error.cell_index + PAPERMILL_CELLS
+        return Failure(
+            error=error.ename,
+            message=error.evalue,
+            traceback=re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)),
+            cell=index,
+            heading=cell_headings(execution.notebook.cells)[index],
+        )
     code = execution.exit_code
     if code is not None and code < 0:
         name = signal.Signals(-code).name
@@ -410,22 +411,10 @@ def describe_failure(
     return _kernel_failure(execution, type(error).__name__, (str(error) or type(error).__name__).splitlines()[0])
 
 
-def _cell_failure(error: Exception, execution: NotebookExecution) -> Failure:
-    """Failure of a cell that raised an exception."""
-    index = error.cell_index + PAPERMILL_CELLS
-    return Failure(
-        error=error.ename,
-        message=error.evalue,
-        traceback=re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)),
-        cell=index,
-        heading=execution.headings()[index],
-    )
-
-
 def _kernel_failure(execution: NotebookExecution, error: str, message: str) -> Failure:
     """Failure that no cell raised: the current cell, and the end of the kernel's log."""
     index = execution.current
-    heading = execution.headings()[index] if index is not None else ""
+    heading = cell_headings(execution.notebook.cells)[index] if index is not None else ""
     log_file = execution.run.folder / "kernel.log"
     log = log_file.read_text(errors="replace")[-2000:] if log_file.exists() else ""
     message += f" In '{heading}'." if heading else ""
@@ -474,23 +463,31 @@ def _fail_run(execution: NotebookExecution, error: Exception) -> Exception:
     for name in ("message", "traceback"):
         setattr(failure, name, redact(getattr(failure, name), execution.secret_forms))
     _finalize(execution, lambda: execution.run.fail(failure))
-    return attach_run(job_failed_error(failure, execution.run), execution.run)
+    return job_failed_error(failure, execution.run)
 
 
 def _interrupt_run(execution: NotebookExecution, reason: str) -> Exception:
     """Close the run as interrupted and return the exception to raise."""
     run = execution.run
     _finalize(execution, lambda: run.interrupt(Failure(error="Interrupted", message=reason)))
-    return attach_run(JobInterruptedError(f"{run.id} was interrupted ({reason})."), run)
+    return interrupted_error(run, reason)
 
 
 def attach_run(
-    error: Exception,  # exception that ended the run
+    error: MlkitError,  # exception that ended the run
     run: Run,
-) -> Exception:  # the same exception
+) -> MlkitError:  # the same exception
     """Set the `run` attribute of an exception."""
     error.run = run
     return error
+
+
+def interrupted_error(
+    run: Run,
+    reason: str,
+) -> JobInterruptedError:
+    """Exception for an interrupted run."""
+    return attach_run(JobInterruptedError(f"{run.id} was interrupted ({reason})."), run)
 
 
 def _finalize(execution: NotebookExecution, close: Callable[[], None]) -> None:
@@ -530,8 +527,8 @@ def run_job(
     """
     settings = load_settings()
     path = find_job(job, settings)
-    schema = ParameterSchema.of(read_notebook(path))
-    values = schema.check(parameters or {})
+    schema = ParameterSchema.from_notebook(read_notebook(path))
+    values = schema.validate(parameters or {})
     secrets = schema.secrets(values)
     check_kernel(settings.jobs.kernel)
     run = (store or RunStore(settings.runs.root)).create(
@@ -540,7 +537,7 @@ def run_job(
         parameters=values,
         defaults=schema.defaults,
         parents=parents,
-        variables=variables,
+        environment_variables=variables,
     )
     return execute_run(
         run, path, secrets=secrets, on_progress=on_progress, timeout=timeout, cancellation=cancellation, warm=warm
@@ -631,7 +628,7 @@ def resume_run(
 ) -> Run:  # the completed run
     """Resume a run; raises InputError when it is completed, NotFoundError when its notebook is gone, or as run_job."""
     path = stored_notebook(run)
-    secrets = ParameterSchema.of(read_notebook(path)).secrets(run.record.parameters)
+    secrets = ParameterSchema.from_notebook(read_notebook(path)).secrets(run.record.parameters)
     check_kernel(load_settings().jobs.kernel)
     restart_run(run)
     return execute_run(

@@ -1,4 +1,4 @@
-"""The notebooks and tests of a project that import, however indirectly, files that have changed."""
+"""Import graph of a project: which notebooks depend, directly or indirectly, on files that have changed."""
 
 # Imports are read off the code: lazy ones, those in strings of code, and what `python -m` starts. Where a name comes
 # through a package that loads lazily, the stub beside it (__init__.pyi) says from which module; without one, the whole
@@ -10,23 +10,23 @@ import re
 import subprocess
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from mlkit.errors import InputError
-from mlkit.jobs.notebook_test import read_notebook
+from mlkit.jobs.notebook import read_notebook
 
-AFFECTS_ALL = {"conftest.py", "pyproject.toml", "requirements.lock", "settings.ini"}  # names of files
+AFFECTS_ALL = {"conftest.py", "pyproject.toml", "requirements.lock", "settings.ini"}  # files that affect every notebook
 
 
 class ImportGraph:
-    """Which files of a project import which."""
+    """Imports between the files of a project."""
 
     def __init__(
         self,
         root: Path,  # the project's folder
-        files: Iterable[Path],  # of the project, also those that have just been deleted
+        files: Iterable[Path],  # files of the project, deleted ones included
     ):
         self.root = root
         self.modules = {_module_name(path.relative_to(root)): path for path in files if path.suffix == ".py"}
@@ -42,7 +42,7 @@ class ImportGraph:
         self,
         path: Path,
     ) -> set[Path]:
-        """The files on which a module, a test or a notebook depends, itself among them."""
+        """Files on which a module or a notebook depends, directly or indirectly, and the file itself."""
         reached, new = {path}, {path}
         while new:
             new = set().union(*(self._imports_of(file) for file in new)) - reached
@@ -52,10 +52,7 @@ class ImportGraph:
     def _imports_of(self, path: Path) -> set[Path]:
         if path not in self._direct:
             name = _module_name(path.relative_to(self.root)) if path.suffix == ".py" else ""
-            tree = _tree(path)
-            self._direct[path] = self._references(tree, name, path)
-            if path.name.startswith("test_"):
-                self._direct[path] |= self._fixtures(tree, path)
+            self._direct[path] = self._references(_tree(path), name, path)
         return self._direct[path]
 
     def _references(self, tree: ast.AST, name: str, path: Path) -> set[Path]:
@@ -66,46 +63,49 @@ class ImportGraph:
             match node:
                 case ast.Import():
                     for alias in node.names:
-                        matches |= self._bound(alias.name, attributes[alias.asname or alias.name])
+                        matches |= self._module_files(alias.name, attributes[alias.asname or alias.name])
                 case ast.ImportFrom():
                     module = _absolute_name(node, package)
                     for alias in node.names:
-                        matches |= self._named(module, alias.name, attributes[alias.asname or alias.name])
+                        matches |= self._name_files(module, alias.name, attributes[alias.asname or alias.name])
                 case ast.Constant(value=str(text)):
                     for match in self._in_text.finditer(text):
-                        matches |= self._bound(match[1] or match[2], set())
+                        matches |= self._module_files(match[1] or match[2], set())
                 case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Call(args=parts):
                     values = [part.value if isinstance(part, ast.Constant) else None for part in parts]
                     for flag, module in itertools.pairwise(values):
                         if flag == "-m" and isinstance(module, str):  # python -m module
-                            matches |= self._bound(module, set()) | self._bound(f"{module}.__main__", set())
-                case ast.BinOp(op=ast.Div(), right=ast.Constant(value=str(folder))) if name.startswith("tests."):
-                    matches.add(self.root / folder)  # a test that reads the tree: whatever changes in it
+                            matches |= self._module_files(module, set()) | self._module_files(
+                                f"{module}.__main__", set()
+                            )
         return matches
 
-    def _bound(self, module: str, attributes: set[str]) -> set[Path]:
-        """What `import module` reaches, when these attributes of it are used; none: it may be any of them."""
+    def _module_files(self, module: str, attributes: set[str]) -> set[Path]:
+        """Files that `import module` imports when these attributes of it are used; no attributes: all may be used."""
         parts = module.split(".")
         parents = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
         files = {self.modules[name] for name in parents if name in self.modules}
-        files = {path for path in files if path.name != "conftest.py"}  # of which only parts count: see _fixtures
         if module in self.modules and self._is_lazy(module):
             for name in attributes:
-                files |= set() if name.startswith("__") else self._named(module, name, set())
-            files |= set() if attributes else self._whole(module)
+                files |= set() if name.startswith("__") else self._name_files(module, name, set())
+            files |= set() if attributes else self._package_files(module)
         return files
 
-    def _named(self, module: str, name: str, attributes: set[str]) -> set[Path]:
-        """What `from module import name` reaches."""
+    def _name_files(self, module: str, name: str, attributes: set[str]) -> set[Path]:
+        """Files that `from module import name` imports."""
         if f"{module}.{name}" in self.modules:
-            return self._bound(f"{module}.{name}", attributes)
-        files = self._bound(module, {"__name__"})
+            return self._module_files(f"{module}.{name}", attributes)
+        files = self._module_files(module, {"__name__"})
         if module in self.modules and self._is_lazy(module) and not name.startswith("__"):
             origin = self._stub(module).get(name)
-            files |= self._named(*origin, attributes) if origin and origin != (module, name) else self._whole(module)
+            files |= (
+                self._name_files(*origin, attributes)
+                if origin and origin != (module, name)
+                else self._package_files(module)
+            )
         return files
 
-    def _whole(self, package: str) -> set[Path]:
+    def _package_files(self, package: str) -> set[Path]:
         return {path for name, path in self.modules.items() if f"{name}.".startswith(f"{package}.")}
 
     def _is_lazy(self, package: str) -> bool:
@@ -114,7 +114,7 @@ class ImportGraph:
             return False
         return path.with_suffix(".pyi").exists() or bool(re.search(r"__getattr__|lazy", path.read_text()))
 
-    def _stub(self, package: str) -> dict[str, tuple[str, str]]:  # name -> module and name that it comes from
+    def _stub(self, package: str) -> dict[str, tuple[str, str]]:  # name -> module that defines it, and name there
         stub = self.modules[package].with_suffix(".pyi")
         imports = [node for node in ast.walk(_tree(stub)) if isinstance(node, ast.ImportFrom)]
         pairs = [(_absolute_name(node, package), alias) for node in imports for alias in node.names]
@@ -124,32 +124,16 @@ class ImportGraph:
         self,
         path: Path,
     ) -> Path | None:
-        """The folder of the package to whose data a file belongs; None for a module, and outside of packages."""
+        """Folder of the package whose data files include a file; None for a module, and outside packages."""
         if path in self.modules.values() or path.suffix == ".pyi":
             return None
         folders = {module.parent: module.parent for module in self.modules.values() if module.name == "__init__.py"}
         folders |= self._data_folders
         return next((folders[folder] for folder in path.parents if folder in folders), None)
 
-    def _fixtures(self, tree: ast.Module, path: Path) -> set[Path]:
-        """What the parts of conftest.py reach that a test names, or that every test has."""
-        files = set()
-        for conftest in (folder / "conftest.py" for folder in path.parents if folder.is_relative_to(self.root)):
-            if conftest not in self.modules.values() or not conftest.exists():
-                continue
-            body = _tree(conftest).body
-            parts = {part.name: part for part in body if isinstance(part, ast.FunctionDef | ast.ClassDef)}
-            used = [part for part in body if part not in parts.values() or "autouse" in ast.dump(part)]
-            names = set().union(*map(_names, [tree, *used])) & set(parts)
-            while new := {name for part in names for name in _names(parts[part]) & set(parts)} - names:
-                names |= new
-            wanted = ast.Module([*used, *(parts[name] for name in names)], [])
-            files |= self._references(wanted, _module_name(conftest.relative_to(self.root)), conftest)
-        return files
-
 
 def _data(root: Path, modules: dict[str, Path]) -> list[tuple[str, str]]:
-    """Folders of data that setuptools puts into a package, each with the package that uses them."""
+    """Data folders that setuptools puts into a package, each with the package that uses it."""
     with suppress(OSError, ValueError):
         setuptools = tomllib.loads((root / "pyproject.toml").read_text()).get("tool", {}).get("setuptools", {})
         owners = {folder: name.rpartition(".")[0] for name, folder in setuptools.get("package-dir", {}).items()}
@@ -164,7 +148,7 @@ def _module_name(path: Path) -> str:  # path relative to the project
 
 
 def _absolute_name(node: ast.ImportFrom, package: str) -> str:
-    """The module of a relative import."""
+    """Absolute name of the module of a relative import."""
     if not node.level:
         return node.module or ""
     parts = package.split(".")
@@ -172,7 +156,7 @@ def _absolute_name(node: ast.ImportFrom, package: str) -> str:
 
 
 def _tree(path: Path) -> ast.Module:
-    """The code of a file; nothing for what is no code."""
+    """Syntax tree of a file; empty for a file that is not code."""
     if not path.is_file() or path.suffix not in (".py", ".pyi", ".ipynb"):
         return ast.Module([], [])
     if path.suffix != ".ipynb":
@@ -184,14 +168,14 @@ def _tree(path: Path) -> ast.Module:
     return ast.Module([statement for tree in trees if tree for statement in tree.body], [])
 
 
-def _parsed(code: str) -> ast.Module | None:  # None where it is no Python: it imports nothing, then
+def _parsed(code: str) -> ast.Module | None:  # None for code that is not Python, which imports nothing
     with suppress(SyntaxError):
         return ast.parse(code)
     return None
 
 
 def _used_attributes(nodes: list[ast.AST]) -> dict[str, set[str]]:
-    """The attributes that are taken of each name; `*` among them where it is used in another way, too."""
+    """Attributes used of each name, with `*` for a name that is also used in another way."""
     attributes, uses = defaultdict(set), Counter(node.id for node in nodes if isinstance(node, ast.Name))
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -203,9 +187,9 @@ def _used_attributes(nodes: list[ast.AST]) -> dict[str, set[str]]:
 
 
 def _executed_nodes(tree: ast.AST) -> list[ast.AST]:
-    """Nodes that matter when code runs: no docstrings, no imports for type checkers."""
+    """Nodes that are executed: no docstrings, no imports for type checkers."""
     nodes = [tree]
-    for node in nodes:  # which grows meanwhile
+    for node in nodes:  # the list grows during the iteration
         match node:
             case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
                 nodes += node.orelse
@@ -214,14 +198,6 @@ def _executed_nodes(tree: ast.AST) -> list[ast.AST]:
             case _:
                 nodes += ast.iter_child_nodes(node)
     return nodes
-
-
-def _names(tree: ast.AST) -> set[str]:
-    nodes = list(ast.walk(tree))
-    imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
-    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    return imported | texts | arguments | {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
 def _git(root: Path, *arguments: str) -> set[Path]:
@@ -242,47 +218,37 @@ def changed_files(
 
 
 def affected(
-    candidates: Iterable[Path],  # notebooks and tests
+    notebooks: Iterable[Path],
     changed: set[Path],  # from `changed_files`
     root: Path,  # the project's folder
 ) -> list[Path]:
-    """Those that have changed or that import what has, however indirectly."""
+    """Notebooks that have changed, or depend on a file that has changed."""
     if any(path.name in AFFECTS_ALL for path in changed):
-        return list(candidates)
+        return list(notebooks)
     files = _git(root, "ls-files", "--cached", "--others", "--exclude-standard") | changed
     graph = ImportGraph(root, files)
     stubs = {path.with_suffix(".py") for path in changed if path.suffix == ".pyi"}
-    tops = {root / path.relative_to(root).parts[0] for path in changed}
     packages = {graph.data_package(path) for path in changed} - {None}
-    beside = {path for path in graph.modules.values() if path.parent in packages}
-    return [path for path in candidates if graph.imports(path) & (changed | stubs | tops | beside)]
+    data_users = {path for path in graph.modules.values() if path.parent in packages}
+    return [path for path in notebooks if graph.imports(path) & (changed | stubs | data_users)]
 
 
-def reach(
-    notebooks: Iterable[Path],
-    packages: Iterable[str],  # of others: tensorflow, for example
+def any_imports(
+    notebooks: Sequence[Path],
+    packages: Iterable[str],  # third-party packages, for example tensorflow
     root: Path,  # the project's folder
 ) -> bool:
-    """Whether any of the notebooks imports one of these packages, however indirectly; true where git is not used."""
+    """Whether any notebook imports one of these packages, directly or indirectly; True without a git repository."""
     pattern = re.compile(rf"(?:^|\\n)[ \"]*(?:import|from) +(?:{'|'.join(packages)})\b", re.MULTILINE)  # in JSON, too
-    notebooks, seen = set(notebooks), set()
-    if any(pattern.search(path.read_text(encoding="utf-8")) for path in notebooks):
+
+    def matches(paths: Iterable[Path]) -> bool:
+        return any(pattern.search(path.read_text(encoding="utf-8")) for path in paths)
+
+    if matches(notebooks):
         return True
     try:
         graph = ImportGraph(root, _git(root, "ls-files", "--cached", "--others", "--exclude-standard"))
     except InputError:
         return True
-    for notebook in notebooks:
-        new = {path for path in graph.imports(notebook) - seen if path.suffix == ".py" and path.is_file()}
-        if any(pattern.search(path.read_text(encoding="utf-8")) for path in new):
-            return True
-        seen |= new
-    return False
-
-
-def affected_tests(
-    root: Path,  # the project's folder
-    base: str = "HEAD",  # revision
-) -> list[Path]:  # for pytest
-    """The test files in `tests/` that a change affects; raises InputError."""
-    return affected(sorted((root / "tests").rglob("test_*.py")), changed_files(root, base), root)
+    files = set().union(*map(graph.imports, notebooks))
+    return matches(path for path in files if path.suffix == ".py" and path.is_file())

@@ -24,8 +24,8 @@ is left, the server ends. The operating system closes the connections of a clien
 it.
 
 **Orphan processes.** A cell can start a daemon, which leaves its process group and its parent. Linux hands such
-orphans to the nearest ancestor that asks for them (a child subreaper). Kernels and server do: a child of the server
-that is not a kernel has outlived one, and is killed.
+orphans to the nearest ancestor that is a child subreaper. Kernels and server are subreapers: a child of the server that
+is not a kernel has outlived one, and is killed.
 
 **Changed code.** Modules outside the installed environment are imported anew by each kernel. The kit's own are kept if
 none of their files has changed since the server imported them: comparing fifty files takes milliseconds, importing
@@ -39,6 +39,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pkgutil
 import platform
 import resource
 import select
@@ -194,18 +195,9 @@ def kill_group(
         os.killpg(pid, signal.SIGKILL)
 
 
-def _descendants(process: Any) -> list[Any]:
-    import psutil
-
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
 @dataclass
 class ForkServer:
-    """Server that forks kernels, tells their owners when they end, and ends itself when it is not needed any more.
+    """Server that forks kernels, notifies their owners when they end, and ends itself when it is not needed any more.
 
     Its loop returns in the forked copies, each with the request it has to fulfil. A kernel therefore ends like any
     Python program, its exit handlers included.
@@ -242,7 +234,7 @@ class ForkServer:
             "started": self.started,  # seconds since 1970
             "kernels": sorted(self.kernels),  # process ids
             "holds": len(self.holds),
-            "keep": self.idle_timeout,  # seconds
+            "idle_timeout": self.idle_timeout,  # seconds
             "memory": psutil.Process().memory_info().rss,  # bytes
         }
 
@@ -292,7 +284,7 @@ class ForkServer:
             del message["request"]
             return ForkRequest(connection, descriptors, **message)
         os.close(writer)
-        os.read(reader, 1)  # returns when the copy has its own process group, for which the owner may ask at once
+        os.read(reader, 1)  # returns when the copy has its own process group, which the owner may signal at once
         os.close(reader)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -336,7 +328,7 @@ class ForkServer:
 
         for orphan in psutil.Process().children():
             if orphan.pid not in self.kernels:
-                for process in (orphan, *_descendants(orphan)):
+                for process in (orphan, *orphan.children(recursive=True)):  # not reaped yet, so it exists
                     with suppress(psutil.NoSuchProcess):
                         process.kill()
                 with suppress(ChildProcessError):
@@ -420,9 +412,8 @@ def exec_kernel(
     kit: dict[str, str],  # digests of the kit's files when the server imported them; {} if it did not
 ) -> None:
     """Turn this copy of the server into the requested kernel or other process, and run it until it ends."""
-    module, _, function = request.entry.partition(":")
-    entry = getattr(importlib.import_module(module), function)
-    changeable = changeable_modules()  # those that the entry point needs included, or two copies of a module would meet
+    entry = pkgutil.resolve_name(request.entry)
+    changeable = changeable_modules()  # after the import of the entry point, so that no module exists twice
     adopt_orphans()
     for target, descriptor in enumerate(request.descriptors):
         os.dup2(descriptor, target)
@@ -550,7 +541,7 @@ class ForkServerClient:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def fitting(cls, environment: Mapping[str, str]) -> "ForkServerClient":
+    def for_environment(cls, environment: Mapping[str, str]) -> "ForkServerClient":
         """Server whose kernels behave like an ordinary one in this environment."""
         environment = kernel_environment(environment)
         preload = load_settings().kernels.preload
@@ -581,17 +572,15 @@ class ForkServerClient:
             connection.close()
         return connection is not None
 
-    def ask(
+    def request(
         self,
-        request: str,  # "status" or "stop"
+        name: str,  # "status" or "stop"
     ) -> dict[str, Any]:  # {} when the server is not running
         """Send a request and return the reply."""
-        connection = self._connect()
-        if connection is None:
-            return {}
-        with connection, suppress(OSError):
-            send(connection, {"request": request})
-            return receive(connection)[0]
+        if connection := self._connect():
+            with connection, suppress(OSError):
+                send(connection, {"request": name})
+                return receive(connection)[0]
         return {}
 
     def hold(
@@ -664,7 +653,7 @@ def _last_line(path: Path) -> str:
 
 def running_servers() -> list[dict[str, Any]]:  # status of each
     """Running servers of this user."""
-    statuses = [ForkServerClient(path.stem).ask("status") for path in sorted(servers_folder().glob("*.sock"))]
+    statuses = [ForkServerClient(path.stem).request("status") for path in sorted(servers_folder().glob("*.sock"))]
     return [status for status in statuses if status]
 
 
@@ -730,7 +719,7 @@ def hold_server(
     """Hold the server for an environment until this process ends; raises MlkitError when it cannot run."""
     if not CAN_FORK:
         raise MlkitError(f"Warm kernels need Linux; this is {platform.system()}.")
-    server = ForkServerClient.fitting(environment)
+    server = ForkServerClient.for_environment(environment)
     with _holds_lock:
         connection = _holds.get(server.key)
         if connection is None or select.select([connection], [], [], 0)[0]:  # not held, or the server has ended
@@ -743,7 +732,7 @@ def is_warm(
 ) -> bool:
     """Whether the server for an environment is running."""
     with suppress(MlkitError, OSError):
-        return CAN_FORK and ForkServerClient.fitting(environment).is_running()
+        return CAN_FORK and ForkServerClient.for_environment(environment).is_running()
     return False
 
 

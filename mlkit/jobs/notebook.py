@@ -70,13 +70,16 @@ def read_notebook(
         notebook = json.loads(path.read_text(encoding="utf-8"))
         cells = [cell | {"source": "".join(cell["source"])} for cell in notebook["cells"]]
         kinds = {cell["cell_type"] for cell in cells} | {type(cell["metadata"]) for cell in cells}
+        if unknown := kinds - {"code", "markdown", "raw", dict}:
+            raise ValueError(f"it has cells of type {unknown}")
     except OSError as error:
         raise ParameterError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it has no list of cells with sources and metadata"
-        raise ParameterError(f"{path} is not a Jupyter notebook of format 4: {reason}.") from None
-    if unknown := kinds - {"code", "markdown", "raw", dict}:
-        raise ParameterError(f"{path} is not a Jupyter notebook: it has cells of type {unknown}.")
+        raise ParameterError(
+            f"{path} is not a Jupyter notebook of format 4: {reason}. Expected JSON with a list of cells. "
+            "Restore it, or give it a name that does not end in .ipynb."
+        ) from None
     return notebook | {"cells": cells}
 
 # %% ../../nbs/library/jobs/00_notebook.ipynb #4d50bfb4

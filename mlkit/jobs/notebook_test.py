@@ -1,8 +1,7 @@
-"""Notebooks as tests: a forked process for each, by nbdev's rules of what is executed."""
+"""Executes notebooks as tests: each in a forked process, by nbdev's rules for which cells are executed."""
 
-# TensorFlow and other large libraries are imported once, by the server of mlkit.jobs.kernels, and shared by all
-# processes forked from it. The shell is IPython's own, which ipykernel brings: nbdev is not needed to test what
-# it exports.
+# TensorFlow and other large libraries are imported once, by the fork server of mlkit.jobs.kernels, and shared by all
+# processes forked from it. The shell is IPython's own, a dependency of ipykernel; nbdev is not needed.
 
 import asyncio
 import faulthandler
@@ -19,7 +18,7 @@ import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -32,36 +31,37 @@ from mlkit.config import load_settings, variable_name
 from mlkit.errors import InputError, MlkitError, NotFoundError
 from mlkit.jobs import kernels
 from mlkit.jobs.executor import interrupt_on_sigterm
+from mlkit.jobs.notebook import read_notebook
 
-SKIPPED_NAMES = ("_", ".")  # how names of folders and notebooks begin that are no tests
-NO_TESTS = ".notest"  # a file that keeps the notebooks beside it from being tests
+SKIPPED_NAMES = ("_", ".")  # prefixes of folders and notebooks that are not tests
+NO_TESTS = ".notest"  # file whose presence excludes the notebooks of its folder
 DURATIONS = Path(".mlkit", "test_durations.json")  # in the project; may be deleted at any time
 ENTRY = "mlkit.jobs.notebook_test:execute_notebook"
 FRESH_CODE = "import sys; from mlkit.jobs.notebook_test import execute_notebook; execute_notebook(sys.argv[1:])"
-EXIT_SECONDS = 10  # that exit handlers and threads of a notebook may take after its last cell
-DUMP_SECONDS = 1  # that a notebook may take to write where it hangs
+EXIT_SECONDS = 10  # time limit for exit handlers and threads after the last cell
+DUMP_SECONDS = 1  # time limit for writing the stack traces after a timeout
 
 
-# What is executed: the rules of nbdev
+# Which cells are executed: the rules of nbdev
 
 
 @dataclass(frozen=True)
 class Project:
-    """What pyproject.toml says about notebooks."""
+    """Project with its test configuration from pyproject.toml."""
 
-    root: Path  # folder of pyproject.toml; it is importable
-    notebooks: Path
+    root: Path  # folder of pyproject.toml; added to sys.path
+    notebooks: Path  # folder
     skip_flags: frozenset[str] = frozenset({"notest"})  # directives of cells that are not executed
     recursive: bool = True
-    profile: bool = True  # the user's IPython profile is loaded
+    profile: bool = True  # whether the user's IPython profile is loaded
 
     @classmethod
     @cache
     def of(
         cls,
-        folder: Path,  # or one below the project's
+        folder: Path,  # folder inside the project
     ) -> "Project":
-        """The project with [tool.nbdev], else the one with a pyproject.toml, else the folder alone."""
+        """Nearest project with [tool.nbdev], else with a pyproject.toml, else the folder alone."""
         files = [path / "pyproject.toml" for path in (folder, *folder.parents) if (path / "pyproject.toml").is_file()]
         contents = {path: _read_toml(path) for path in files}
         file = next((path for path in files if "nbdev" in contents[path].get("tool", {})), next(iter(files), None))
@@ -81,10 +81,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def find_notebooks(
-    paths: Iterable[Path],  # notebooks and folders; none: the project's folder of notebooks
-    folder: Path | None = None,  # from which the project is looked for; the working folder by default
+    paths: Iterable[Path],  # notebooks and folders; by default the project's folder of notebooks
+    folder: Path | None = None,  # folder inside the project; by default the working folder
 ) -> list[Path]:
-    """The notebooks to execute, each once; raises NotFoundError, InputError."""
+    """Notebooks to execute, without duplicates; raises NotFoundError or InputError."""
     project = Project.of((folder or Path.cwd()).resolve())
     notebooks: dict[Path, None] = {}
     for path in list(paths) or [project.notebooks]:
@@ -114,38 +114,22 @@ def _notebooks_in(folder: Path, recursive: bool) -> Iterator[Path]:
 class Cell:
     """A code cell that is executed."""
 
-    number: int  # in the notebook, from 1
+    number: int  # position in the notebook, from 1
     source: str
-    heading: str  # above it
+    heading: str  # section heading
 
     @property
     def first_line(self) -> str:
-        """The first line that is code."""
+        """First line of code."""
         lines = (line for line in self.source.splitlines() if line.strip() and not line.lstrip().startswith("#"))
         return next(lines, "")
 
 
-def read_notebook(
-    path: Path,
-) -> dict[str, Any]:  # the sources of its cells as texts
-    """A notebook as it lies on the disk; raises InputError when it is none."""
-    try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        notebook["cells"] = [cell | {"source": "".join(cell["source"])} for cell in notebook["cells"]]
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"Expected a notebook (JSON of nbformat 4); {path} cannot be read as one ({reason}). "
-            "Restore it, or give it a name that does not end in .ipynb."
-        ) from error
-    return notebook
-
-
 def executed_cells(
-    notebook: dict[str, Any],  # from `read_notebook`
+    notebook: dict[str, Any],  # as read_notebook returns it
     skip_flags: Iterable[str] = ("notest",),
-) -> list[Cell]:  # none: nothing in it is a test
-    """The cells that nbdev-test would execute."""
+) -> list[Cell]:
+    """Cells that nbdev-test would execute."""
     metadata, front = notebook.get("metadata", {}), _front_matter(notebook)
     language = (metadata.get("kernelspec") or {}).get("language", "python")
     if str(front.get("skip_exec", False)).lower() in ("y", "yes", "t", "true", "on", "1") or language != "python":
@@ -159,7 +143,7 @@ def executed_cells(
         if cell["cell_type"] != "code":
             continue
         directives = _named(cell.get("metadata", {})) | _directives(source)
-        flags = {*directives, *(_named(metadata) if first else {})}  # those of the notebook count for its first cell
+        flags = {*directives, *(_named(metadata) if first else {})}  # the notebook's directives apply to its first cell
         first = False
         tags = cell.get("metadata", {}).get("tags", [])
         if _is_evaluated(source, directives, tags, default) and not flags & set(skip_flags):
@@ -170,12 +154,12 @@ def executed_cells(
 def _is_evaluated(source: str, directives: dict[str, str], tags: list[str], default: bool) -> bool:
     if "skip-execution" in tags or "nbdev_export" + "(" in source:
         return False
-    wanted = {"": True, "true": True, "True": True, "false": False, "False": False}
-    return wanted.get(directives.get("eval", "default"), default)
+    values = {"": True, "true": True, "True": True, "false": False, "False": False}
+    return values.get(directives.get("eval", "default"), default)
 
 
 def _named(metadata: dict[str, Any]) -> dict[str, str]:
-    """Directives that are kept in metadata."""
+    """Directives in metadata."""
     return metadata.get("nbdev") or {}
 
 
@@ -187,7 +171,7 @@ def _directives(source: str) -> dict[str, str]:
 
 
 def _front_matter(notebook: dict[str, Any]) -> dict[str, Any]:
-    """What the notebook, its first markdown cell and its first raw cell say of the whole; the last one counts."""
+    """Options of the notebook from its metadata, its first markdown cell and its first raw cell; the last one wins."""
     first = {cell["cell_type"]: cell["source"] for cell in reversed(notebook["cells"])}
     markdown, raw = first.get("markdown", ""), first.get("raw", "")
     items = re.findall(r"^-\s+(\S.*:.*\S)\s*$", markdown, re.MULTILINE) if re.search(r"^#\s+\S", markdown, re.M) else []
@@ -198,7 +182,7 @@ def _front_matter(notebook: dict[str, Any]) -> dict[str, Any]:
 
 
 def _literal(text: str) -> dict[str, Any]:
-    """YAML between lines of dashes, when a cell holds nothing else."""
+    """YAML between lines of dashes, if a cell has no other content."""
     match = re.match(r"---\n(.*?)\n(?:---|\.\.\.)(?:\n|\Z)(.*)", text.strip(), re.DOTALL)
     try:
         value = yaml.safe_load(match[1]) if match and not match[2].strip() else {}
@@ -211,11 +195,11 @@ def _literal(text: str) -> dict[str, Any]:
 
 
 def execute_notebook(
-    arguments: list[str],  # the notebook's path
+    arguments: list[str],  # path of the notebook
 ) -> None:
     """Execute a notebook in this process, report each cell and the outcome as lines of JSON, and end the process."""
     report, log = os.fdopen(os.dup(1), "w", buffering=1), os.dup(2)
-    os.dup2(2, 1)  # what its processes print goes to the log
+    os.dup2(2, 1)  # output of child processes goes to the log
     path = Path(*arguments)
     project = Project.of(path.parent)
     sys.argv = [str(path)]
@@ -234,11 +218,11 @@ def execute_notebook(
         outcome["error"] = traceback.format_exc()
     outcome |= {"seconds": time.monotonic() - start, "outcome": "failed" if outcome.get("error") else "passed"}
     print(json.dumps(outcome), file=report)
-    kernels.leave()
+    kernels.exit_fast()
 
 
 def _new_shell(profile: bool) -> Any:
-    """IPython as a kernel has it: with the user's profile and figures inline, without a history on the disk."""
+    """IPython shell as in a kernel: with the user's profile and inline figures, without a history file."""
     from IPython.core.application import BaseIPythonApplication
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.core.shellapp import InteractiveShellApp
@@ -249,10 +233,10 @@ def _new_shell(profile: bool) -> Any:
 
     class NotebookShell(InteractiveShell):
         def enable_gui(self, gui: str | None = None) -> None:
-            """There is no event loop of a window."""
+            """Do nothing: there is no GUI event loop."""
 
         def showtraceback(self, *args: Any, **kwargs: Any) -> None:
-            """An error is reported as such, not printed."""
+            """Do nothing: errors are part of the result."""
 
         showsyntaxerror = showtraceback
 
@@ -262,7 +246,7 @@ def _new_shell(profile: bool) -> Any:
     application.config.HistoryManager.hist_file = ":memory:"
     application.shell = shell = NotebookShell.instance(config=application.config)
     shell.history_manager.enabled = False
-    shell.display_formatter.active = True  # every value is rendered as it would be in a notebook
+    shell.display_formatter.active = True  # values are rendered as in a notebook
     shell.input_transformers_cleanup.append(_without_comments_above_magic)
     shell.enable_matplotlib("inline")
     set_matplotlib_formats("retina")
@@ -273,7 +257,7 @@ def _new_shell(profile: bool) -> Any:
 
 
 def _without_comments_above_magic(lines: list[str]) -> list[str]:
-    """A cell magic counts even below directives."""
+    """Remove comments above a cell magic, which IPython accepts in the first line only."""
     first = next((n for n, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), 0)
     return lines[first:] if lines[first:] and lines[first].startswith("%%") else lines
 
@@ -313,7 +297,7 @@ async def _run_cell(shell: Any, source: str) -> Any:
 
 
 def _plain_traceback(error: BaseException) -> str:
-    """A traceback from the cell's own line on."""
+    """Traceback without the frames of IPython and of this module."""
     trace = error.__traceback__
     while trace and ("IPython" in trace.tb_frame.f_code.co_filename or trace.tb_frame.f_code.co_filename == __file__):
         trace = trace.tb_next
@@ -321,7 +305,7 @@ def _plain_traceback(error: BaseException) -> str:
 
 
 def _write_tasks(loop: asyncio.AbstractEventLoop, log: int) -> None:
-    """Where the tasks of a loop wait: its thread itself only shows that it waits for something."""
+    """Write the stack of each waiting task; the stack of the loop's thread does not show it."""
     for task in asyncio.all_tasks(loop):
         waiting, frames = task.get_coro(), []
         while waiting is not None:
@@ -337,51 +321,50 @@ def _write_tasks(loop: asyncio.AbstractEventLoop, log: int) -> None:
 
 @dataclass
 class Result:
-    """Where the test of a notebook stands."""
+    """State and result of the test of a notebook."""
 
     path: Path
-    outcome: str = "waiting"  # then running, and passed, failed or skipped
+    outcome: str = "queued"  # queued, running, passed, failed or skipped
     seconds: float = 0.0
-    cell: int | None = None  # at work, or where it has failed; from 1, markdown counts
-    line: str = ""  # the first one of that cell
-    heading: str = ""  # above that cell
+    cell: int | None = None  # cell that is being executed or has failed; position in the notebook, from 1
+    line: str = ""  # first line of that cell
+    heading: str = ""  # section heading of that cell
     error: str = ""
     cells: dict[str, float] = field(default_factory=dict)  # number of a cell -> seconds
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the test has ended."""
         return self.outcome in ("passed", "failed", "skipped")
 
     @property
     def place(self) -> str:
-        """The cell in words."""
-        if self.cell is None:
-            return "before its first cell"
-        return f"in cell {self.cell}" + (f" ({self.heading})" if self.heading else "") + f": {self.line}"
+        """Number, heading and first line of the cell."""
+        heading = f" ({self.heading})" if self.heading else ""
+        return f"{self.cell_name}{heading}: {self.line}" if self.cell else self.cell_name
 
     @property
     def cell_name(self) -> str:
-        """The cell by its number."""
+        """Number of the cell."""
         return f"in cell {self.cell}" if self.cell else "before its first cell"
 
 
 @dataclass
 class _Process:
-    """The process of a notebook."""
+    """Process that executes a notebook."""
 
     result: Result
     process: kernels.ForkedKernel | subprocess.Popen
-    reports: int  # file descriptor
+    reports: int  # file descriptor from which its reports are read
     log: Path
     timeout: float  # seconds; 0: none
     started: float = field(default_factory=time.monotonic)
-    ends: float | None = None  # the moment by which it has to have ended
+    deadline: float | None = None  # time on the monotonic clock at which it is killed
     unread: bytes = b""
 
     def has_ended(self) -> bool:
-        """Take in what it has reported, and see to its end."""
-        code, now = self.process.poll(), time.monotonic()  # first: what it has reported before its end is there
+        """Read its reports, and kill it after its deadline."""
+        code, now = self.process.poll(), time.monotonic()  # polled first, so that its last reports are read below
         self._read_reports()
         if not self.result.is_finished:
             self.result.seconds = now - self.started
@@ -390,13 +373,13 @@ class _Process:
                 self._fail(f"The process {_ending(code)} {self.result.cell_name}.")
             self.end()
             return True
-        if self.ends is None and self.timeout and now > self.started + self.timeout and not self.result.is_finished:
+        if self.deadline is None and self.timeout and now > self.started + self.timeout and not self.result.is_finished:
             with suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGUSR1)  # it writes where it hangs
-            self.ends = now + DUMP_SECONDS
-        elif self.ends is None and self.result.is_finished:
-            self.ends = now + EXIT_SECONDS
-        elif self.ends is not None and now > self.ends:
+                self.process.send_signal(signal.SIGUSR1)  # it writes its stack traces to the log
+            self.deadline = now + DUMP_SECONDS
+        elif self.deadline is None and self.result.is_finished:
+            self.deadline = now + EXIT_SECONDS
+        elif self.deadline is not None and now > self.deadline:
             if not self.result.is_finished:
                 self._fail(f"It took more than {self.timeout:g} s and was ended {self.result.cell_name}.")
             self.end()
@@ -417,13 +400,13 @@ class _Process:
         self.result.error = reason + (f"\nIts last output:\n{log}" if log else "")
 
     def end(self) -> None:
-        """End the process with everything it has started, and wait for that."""
+        """Kill the process and its child processes, and wait for its end."""
         if self.process.poll() is None:
             kernels.kill_group(self.process.pid)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
         if isinstance(self.process, subprocess.Popen):
-            kernels.kill_group(self.process.pid)  # a warm server does so itself
+            kernels.kill_group(self.process.pid)  # the fork server does this for its kernels
         with suppress(OSError):
             os.close(self.reports)
 
@@ -441,20 +424,19 @@ def _ending(code: int) -> str:
 
 
 def _start(result: Result, environment: dict[str, str], scratch: Path, timeout: float, preload: list[str]) -> _Process:
-    """Fork a process for a notebook from the warm server, or start one where forking is not safe."""
+    """Fork a process for a notebook from the fork server, or start one where forking is not safe."""
     path, scratch = result.path, Path(tempfile.mkdtemp(dir=scratch))
     log = scratch / "log"
     reader, writer = os.pipe()
     result.outcome = "running"
     try:
         with log.open("wb") as output:
+            launch = {"env": environment, "cwd": path.parent, "stdout": writer, "stderr": output}
             if kernels.CAN_FORK:
-                environment = environment | {"XDG_RUNTIME_DIR": str(scratch)}
+                launch["env"] = environment | {"XDG_RUNTIME_DIR": str(scratch)}
                 _share_server(scratch)
-                launch = {"env": environment, "cwd": path.parent, "stdout": writer, "stderr": output}
                 process = kernels.fork_kernel([str(path)], launch, entry=ENTRY, preload=preload)
             else:
-                launch = {"env": environment, "cwd": path.parent, "stdout": writer, "stderr": output}
                 launch |= {"stdin": subprocess.DEVNULL, "start_new_session": True}
                 process = subprocess.Popen([sys.executable, "-c", FRESH_CODE, str(path)], **launch)
     finally:
@@ -463,7 +445,7 @@ def _start(result: Result, environment: dict[str, str], scratch: Path, timeout: 
 
 
 def _share_server(folder: Path) -> None:
-    """Let kernels of a notebook come from this command's server; servers of other kinds are the notebook's own."""
+    """Link this command's fork server into a runtime folder, so that kernels started by the notebook use it."""
     server = kernels.hold_server(os.environ)
     shared = folder / server.socket_path.parent.name / server.socket_path.name
     shared.parent.mkdir(mode=0o700)
@@ -471,51 +453,50 @@ def _share_server(folder: Path) -> None:
 
 
 @contextmanager
-def _light_server(wanted: bool) -> Iterator[None]:
-    """Within this, the warm server that this process starts imports neither TensorFlow nor what needs it."""
+def _light_server() -> Iterator[None]:
+    """Context manager in which this process starts a fork server that does not import TensorFlow."""
     variable = variable_name("kernels.preload")
     modules = load_settings().kernels.preload.split(",")
     light = ",".join(name for name in modules if name.strip().partition(".")[0] not in ("tensorflow", "keras", "mlkit"))
-    before = os.environ.get(variable)
-    if wanted and not kernels.is_warm(os.environ):
-        os.environ[variable] = light
+    original = dict(os.environ)
+    os.environ[variable] = light
     try:
         yield
     finally:
-        os.environ.pop(variable, None)
-        os.environ |= {variable: before} if before is not None else {}
+        os.environ.clear()
+        os.environ.update(original)
 
 
 def run_notebooks(
-    paths: Iterable[Path],  # of notebooks, absolute
+    paths: Iterable[Path],  # absolute paths of notebooks
     *,
-    max_parallel: int,  # notebooks at a time
-    timeout: float = 0,  # seconds for each; 0: as long as it takes
-    preload: Iterable[str] = (),  # modules to import once, beside those of the setting kernels.preload
-    light: bool = False,  # the notebooks need no TensorFlow: it is not imported, unless a server has done so
-    on_progress: Callable[[list[Result]], None] = lambda results: None,  # called again and again
+    max_parallel: int,  # notebooks in parallel
+    timeout: float = 0,  # seconds for each; 0: no limit
+    preload: Iterable[str] = (),  # modules to import before forking, beside those of the setting kernels.preload
+    light: bool = False,  # no notebook needs TensorFlow: it is not imported, unless a running server has done so
+    on_progress: Callable[[list[Result]], None] = lambda results: None,  # callback; called several times a second
 ) -> list[Result]:  # in the order of the paths
-    """Execute notebooks as tests; ends every process it has started, even when interrupted. Raises InputError."""
+    """Execute notebooks as tests; ends all started processes, even when interrupted. Raises InputError."""
     results = [Result(path) for path in paths]
     for result in results:
         cells = executed_cells(read_notebook(result.path), Project.of(result.path.parent).skip_flags)
         if not cells or result.path.with_name(NO_TESTS).exists():
             result.outcome = "skipped"
     durations = {result.path: read_durations(Project.of(result.path.parent)).get(result.path) for result in results}
-    waiting = [result for result in results if result.outcome == "waiting"]
-    waiting.sort(key=lambda result: durations[result.path] or float("inf"))  # the longest is taken first
+    queued = [result for result in results if result.outcome == "queued"]
+    queued.sort(key=lambda result: durations[result.path] or float("inf"))  # the longest comes first
     running: list[_Process] = []
     on_progress(results)
     environment = os.environ | {"IN_TEST": "1"}
     with (
         tempfile.TemporaryDirectory(prefix="mlkit-", ignore_cleanup_errors=True) as scratch,
-        _light_server(light),
+        _light_server() if light and not kernels.is_warm(os.environ) else nullcontext(),
         interrupt_on_sigterm(),
     ):
         try:
-            while waiting or running:
-                while waiting and len(running) < max_parallel:
-                    running.append(_start(waiting.pop(), environment, Path(scratch), timeout, list(preload)))
+            while queued or running:
+                while queued and len(running) < max_parallel:
+                    running.append(_start(queued.pop(), environment, Path(scratch), timeout, list(preload)))
                 select.select([process.reports for process in running], [], [], 0.02)
                 running = [process for process in running if not process.has_ended()]
                 on_progress(results)
@@ -530,7 +511,7 @@ def run_notebooks(
 def read_durations(
     project: Project,
 ) -> dict[Path, float]:  # path of a notebook -> seconds
-    """How long notebooks took when they last passed."""
+    """Durations of the notebooks when they last passed."""
     with suppress(OSError, ValueError, AttributeError):
         durations = json.loads((project.root / DURATIONS).read_text())
         return {project.root / name: float(seconds) for name, seconds in durations.items()}
@@ -540,7 +521,7 @@ def read_durations(
 def write_durations(
     results: Iterable[Result],
 ) -> None:
-    """Remember how long notebooks took, in each project, where git does not see it."""
+    """Store the durations of passed notebooks in each project, in a folder that git ignores."""
     passed = [result for result in results if result.outcome == "passed"]
     for project in {Project.of(result.path.parent) for result in passed}:
         durations = read_durations(project) | {result.path: result.seconds for result in passed}

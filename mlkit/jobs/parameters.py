@@ -23,12 +23,12 @@ from ..errors import ParameterError, did_you_mean
 from .secrets import read_secret
 
 # %% ../../nbs/library/jobs/01_parameters.ipynb #26c78638
-PARAMETER_TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, tuple, Path)}
-PARAMETER_TYPES |= {
-    kind: getattr(pydantic, kind) for kind in ("PositiveInt", "PositiveFloat", "NonNegativeInt", "NonNegativeFloat")
-}
-PARAMETER_TYPES |= {"Secret": pydantic.SecretStr, "SecretStr": pydantic.SecretStr}
-PARAMETER_TYPES |= {
+_NUMBERS = ("PositiveInt", "PositiveFloat", "NonNegativeInt", "NonNegativeFloat")
+PARAMETER_TYPES = {
+    **{type_.__name__: type_ for type_ in (int, float, str, bool, list, dict, tuple, Path)},
+    **{name: getattr(pydantic, name) for name in _NUMBERS},
+    "Secret": pydantic.SecretStr,
+    "SecretStr": pydantic.SecretStr,
     "Any": Any,
     "Literal": Literal,
     "Optional": Optional,
@@ -46,16 +46,16 @@ class Parameter:
     annotation: Any  # type that Pydantic understands; Any when neither annotation nor default determines one
     default: Any  # None also when the default is not a literal
     help: str  # comment after the assignment
-    literal: bool = True  # False for a default that can be known only by executing the cell
-    written: str = ""  # type annotation as text
+    has_literal_default: bool = True  # False for a default that can be known only by executing the cell
+    type_name: str = ""  # type annotation as text
 
     @property
     def secret(self) -> bool:
         """Whether the value must not be stored anywhere."""
-        return "Secret" in self.written
+        return "Secret" in self.type_name
 
     @property
-    def range(self) -> str:
+    def bounds(self) -> str:
         """Bounds of the value, for example "> 0"; "" when there are none."""
         operators = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
         schema = TypeAdapter(self.annotation).json_schema()
@@ -99,14 +99,14 @@ def _parse_parameter(statement: ast.Assign | ast.AnnAssign, line: str) -> Parame
     name = _assigned_name(statement)
     comment = line.encode()[statement.end_col_offset :].decode().partition("#")[2].strip()
     try:
-        default, literal = ast.literal_eval(statement.value), True
+        default, is_literal = ast.literal_eval(statement.value), True
     except ValueError:
-        default, literal = None, False
+        default, is_literal = None, False
     inferred = Any if default is None else type(default)
     if not isinstance(statement, ast.AnnAssign):
-        return Parameter(name, inferred, default, comment, literal, getattr(inferred, "__name__", "Any"))
+        return Parameter(name, inferred, default, comment, is_literal, getattr(inferred, "__name__", "Any"))
     text = ast.unparse(statement.annotation)
-    return Parameter(name, _evaluate_annotation(statement.annotation), default, comment, literal, text)
+    return Parameter(name, _evaluate_annotation(statement.annotation), default, comment, is_literal, text)
 
 # %% ../../nbs/library/jobs/01_parameters.ipynb #797f0a80
 def _evaluate_annotation(node: ast.expr) -> Any:
@@ -141,7 +141,7 @@ class ParameterSchema:
             self.model: type[BaseModel] = create_model("Parameters", __config__=ConfigDict(extra="forbid"), **fields)
 
     @classmethod
-    def of(
+    def from_notebook(
         cls,
         notebook: Mapping[str, Any],  # as read_notebook returns it
     ) -> "ParameterSchema":
@@ -152,9 +152,9 @@ class ParameterSchema:
     @property
     def defaults(self) -> dict[str, Any]:
         """Default of each parameter whose default is a literal."""
-        return {name: parameter.default for name, parameter in self.parameters.items() if parameter.literal}
+        return {name: parameter.default for name, parameter in self.parameters.items() if parameter.has_literal_default}
 
-    def check(
+    def validate(
         self,
         values: Mapping[str, Any],  # name -> value; text is converted to the declared type
     ) -> dict[str, Any]:  # name -> value of the declared type, JSON-compatible
@@ -196,12 +196,10 @@ class ParameterSchema:
         values: Mapping[str, Any],  # validated values; those of secret parameters are references
     ) -> dict[str, str]:  # name -> the secret
         """Resolve the secret parameters: by the given reference, else by the environment variable of their name."""
-        names = [name for name, parameter in self.parameters.items() if parameter.secret]
-        references = {name: values.get(name, f"env:{name.upper()}") for name in names}
         return {
-            name: read_secret(name, reference)
-            for name, reference in references.items()
-            if name in values or name.upper() in os.environ
+            name: read_secret(name, values.get(name, f"env:{name.upper()}"))
+            for name, parameter in self.parameters.items()
+            if parameter.secret and (name in values or name.upper() in os.environ)
         }
 
 # %% ../../nbs/library/jobs/01_parameters.ipynb #37382027
@@ -222,10 +220,7 @@ def coerce(
         candidates.reverse()
     if value in ("None", "null"):
         candidates.insert(0, None)
-    first_error = None
     for candidate in candidates:
-        try:
+        with contextlib.suppress(ValidationError):
             return adapter.validate_python(candidate)
-        except ValidationError as error:
-            first_error = first_error or error
-    raise first_error
+    return adapter.validate_python(candidates[0])  # raises the error of the first candidate

@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from mlkit.config import known_settings, load_settings, variable_name
 from mlkit.errors import MissingDependencyError, MlkitError, SettingsError
 from mlkit.jobs.executor import CancellationToken, CellProgress, ProgressCallback, resume_run, run_job
 from mlkit.jobs.points import TrialBackend, TrialQueue, TrialState, TrialTracker, close_abandoned, is_retryable
-from mlkit.jobs.resources import THREAD_VARIABLES, ray_resources
+from mlkit.jobs.resources import ray_resources, thread_variables
 from mlkit.runs.record import RUN_FILE, ProcessInfo, current_owner
 from mlkit.runs.remote import RAY_EXTRA, download_run, open_remote_store, upload_run
 from mlkit.runs.run import Run
@@ -72,7 +73,7 @@ def ray_cluster() -> Iterator[Any]:  # the module ray, connected
     except (OSError, RuntimeError, ValueError) as error:
         raise _connection_error(str(error).partition("\n")[0]) from error
     try:
-        with quiet_ray(ray):
+        with quiet_ray():
             yield ray
     finally:
         ray.shutdown()
@@ -103,13 +104,14 @@ def _cluster_address() -> str:  # "auto" where Ray has to discover it
     return address
 
 
-@contextlib.contextmanager
-def quiet_ray(
-    ray: Any,  # the module ray
-) -> Iterator[None]:
+def node_resources() -> list[dict[str, float]]:
+    """Resources of the living nodes of the connected cluster."""
+    return [node["Resources"] for node in import_ray().nodes() if node["Alive"]]
+
+
+def quiet_ray() -> AbstractContextManager[None]:
     """Context manager that sends Ray's messages about nodes to the log: standard output is for JSON."""
-    with redirect_node_output(lambda lines: logging.getLogger("mlkit").info("Ray: %s", lines)):
-        yield
+    return redirect_node_output(lambda lines: logging.getLogger("mlkit").info("Ray: %s", lines))
 
 
 # The task
@@ -123,7 +125,7 @@ class TaskSpec:
         Path  # folder of the parent run (a sweep, or a run of several processes) on the machine that started it
     )
     token: str  # name of a file in that folder, by which a node detects that it sees the same run store
-    working_folder: str  # working folder on the machine that started the parent run
+    working_directory: str  # working folder on the machine that started the parent run
     notebook: Path  # path of the job's notebook on that machine
     content: bytes  # content of the notebook
     environment: dict[str, str]  # environment variables to set
@@ -166,18 +168,18 @@ def task_spec_for(
     timeout: float | None = None,  # seconds after which a run fails
     notebook: str = "",  # notebook of the job; by default the parent run's
 ) -> TaskSpec:  # without a point
-    """Task spec that the tasks of a parent run share; raises SettingsError when runs.mirror cannot be written."""
-    remote_url, path = load_settings().runs.mirror, Path(notebook or run.record.notebook)
+    """Task spec that the tasks of a parent run share; raises SettingsError when runs.remote cannot be written."""
+    remote_url, path = load_settings().runs.remote, Path(notebook or run.record.notebook)
     if remote_url:
         open_remote_store(remote_url)
     return TaskSpec(
         parent_folder=run.folder,
         token=token,
-        working_folder=os.getcwd(),
+        working_directory=os.getcwd(),
         notebook=path,
         content=path.read_bytes(),
         environment=propagated_environment(),
-        variables={name: str(resources["num_cpus"]) for name in THREAD_VARIABLES if name not in os.environ},
+        variables=thread_variables(resources["num_cpus"]),
         remote_url=remote_url,
         timeout=timeout,
     )
@@ -256,8 +258,8 @@ def _task_environment(spec: TaskSpec) -> Iterator[tuple[Path, Path]]:  # root of
         if not spec.remote_url:
             raise SettingsError(
                 f"{socket.gethostname()} does not see the run store {spec.parent_folder.parent}, "
-                "and runs.mirror is not set. Put runs.root on a file system that all nodes share, "
-                "or set runs.mirror to a URL that they can reach."
+                "and runs.remote is not set. Put runs.root on a file system that all nodes share, "
+                "or set runs.remote to a URL that they can reach."
             )
         open_remote_store(spec.remote_url)  # fails now rather than after hours
     with tempfile.TemporaryDirectory(prefix="mlkit-") as scratch:
@@ -266,7 +268,7 @@ def _task_environment(spec: TaskSpec) -> Iterator[tuple[Path, Path]]:  # root of
         if not (notebook.is_file() and notebook.read_bytes() == spec.content):
             notebook = Path(scratch, notebook.name)
             notebook.write_bytes(spec.content)
-        folder = spec.working_folder if Path(spec.working_folder).is_dir() else scratch
+        folder = spec.working_directory if Path(spec.working_directory).is_dir() else scratch
         with contextlib.chdir(folder), _replaced_environment(spec.environment | {"MLKIT_RUNS_ROOT": str(root)}):
             yield root, notebook
 
@@ -334,10 +336,12 @@ def localize_run(
 ) -> Run:  # the same run
     """Prepare a run for this machine: its resources, and a working folder that exists."""
     with run.edit() as record:
-        record.variables = {n: value for n, value in record.variables.items() if not n.startswith("CUDA")}
-        record.variables |= variables
-        if not Path(record.working_folder).is_dir():
-            record.working_folder = os.getcwd()
+        record.environment_variables = {
+            n: value for n, value in record.environment_variables.items() if not n.startswith("CUDA")
+        }
+        record.environment_variables |= variables
+        if not Path(record.working_directory).is_dir():
+            record.working_directory = os.getcwd()
     return run
 
 
@@ -347,9 +351,9 @@ def return_run(
     name: str = "",  # name in the remote run store; by default its id
 ) -> None:
     """Restore the run's original working folder, and upload it unless it is in the run store; raises StorageError."""
-    if not Path(spec.working_folder).is_dir():
+    if not Path(spec.working_directory).is_dir():
         with run.edit() as record:
-            record.working_folder = spec.working_folder
+            record.working_directory = spec.working_directory
     if not run.folder.is_relative_to(spec.parent_folder.parent):
         upload_run(run, spec.remote_url, name)
 
@@ -366,7 +370,7 @@ class RayBackend(TrialBackend):
     the driver is killed, Ray ends its tasks.
     """
 
-    remote_url: str = field(default_factory=lambda: load_settings().runs.mirror, init=False)
+    remote_url: str = field(default_factory=lambda: load_settings().runs.remote, init=False)
     tasks: dict[Any, TrialState] = field(default_factory=dict, init=False)  # Ray's handle of the task -> trial
 
     def execute(
@@ -381,7 +385,9 @@ class RayBackend(TrialBackend):
             with shared_fs_probe(self.sweep) as token:
                 submit = self._submitter(token, max_parallel)
                 while True:
-                    while len(self.tasks) < (max_parallel or trials.most) and (state := self.tracker.next_trial()):
+                    while len(self.tasks) < (max_parallel or trials.max_parallel) and (
+                        state := self.tracker.next_trial()
+                    ):
                         submit(state)
                     if not self.tasks:
                         return
@@ -398,7 +404,7 @@ class RayBackend(TrialBackend):
 
     def _submitter(self, token: str, max_parallel: int | None) -> Callable[[TrialState], None]:
         """Function that submits a trial to Ray."""
-        resources = ray_resources([node["Resources"] for node in self.ray.nodes() if node["Alive"]], max_parallel)
+        resources = ray_resources(node_resources(), max_parallel)
         options = {"num_returns": "streaming", "max_retries": 0, "scheduling_strategy": "SPREAD", **resources}
         task = self.ray.remote(**options)(run_task)
         common = task_spec_for(self.sweep, token, resources, self.timeout, self.notebook)

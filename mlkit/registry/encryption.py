@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .._files import new_file
 from ..errors import InputError, NotFoundError, StorageError, join_names
 from .signing import _import_optional, _write_new_file, check_private, signed_files
 from ..runs.run import SIGNATURE_FILE
@@ -77,20 +78,16 @@ def encrypt_folder(
     if findings:
         raise InputError(f"{folder.name} cannot be encrypted: {join_names(findings)}.")
     files = sorted({*files, *(path for path in [folder / SIGNATURE_FILE] if path.is_file())})
+    pyrage = _import_optional("pyrage")
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    except OSError as error:
-        raise StorageError(f"Cannot write {target}: {error.strerror}.") from error
-    try:
-        with os.fdopen(descriptor, "wb") as file, _pipe(lambda pipe: _write_tar(pipe, folder, files)) as plain:
-            _import_optional("pyrage").encrypt_io(plain, file, keys)
-        os.chmod(temporary, 0o644)  # the encrypted content may be readable by everybody
-        os.replace(temporary, target)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError | _import_optional("pyrage").EncryptError):
-            raise StorageError(f"{folder} could not be encrypted into {target}: {error}") from error
-        raise
+        with (
+            new_file(target) as temporary,
+            temporary.open("xb") as file,
+            _pipe(lambda pipe: _write_tar(pipe, folder, files)) as plain,
+        ):
+            pyrage.encrypt_io(plain, file, keys)
+    except (OSError, pyrage.EncryptError) as error:
+        raise StorageError(f"Cannot write {target}: {folder} could not be encrypted into it: {error}") from error
     return target
 
 # %% ../../nbs/library/registry/05_encryption.ipynb #2abcb86a

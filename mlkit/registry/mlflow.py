@@ -82,7 +82,10 @@ _FORBIDDEN = re.compile(r"[^\w\-. :/]", re.ASCII)  # characters that MLflow reje
 
 def run_parameters(record: Record) -> dict[str, str]:
     """Parameters of a run as MLflow accepts them."""
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in record.values.items()}
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in record.effective_parameters.items()
+    }
     return {_FORBIDDEN.sub("_", name)[:250]: text[:MAX_LENGTH] for name, text in texts.items()}
 
 
@@ -99,14 +102,15 @@ def run_metrics(record: Record) -> list[tuple[str, float, int]]:  # (name, value
 
 def run_tags(record: Record) -> dict[str, str]:
     """Tags of a run in MLflow."""
-    data = [f"{source.get('name')} {source.get('fingerprint')}" for source in record.data]
-    tags = {"mlkit.run": record.id, "mlkit.job": record.job, "mlflow.runName": record.id}
-    tags |= {
-        "mlflow.source.name": record.notebook,
-        "mlkit.data": "\n".join(data),
+    tags = {
+        "mlkit.run": record.id,
+        "mlkit.job": record.job,
+        "mlkit.data": "\n".join(f"{source.get('name')} {source.get('fingerprint')}" for source in record.data),
         "mlkit.parents": " ".join(record.parents),
+        "mlflow.runName": record.id,
+        "mlflow.source.name": record.notebook,
+        "mlflow.source.git.commit": record.git.commit if record.git else "",
     }
-    tags |= {"mlflow.source.git.commit": record.code.commit} if record.code else {}
     return {name: text[:MAX_LENGTH] for name, text in tags.items() if text}
 
 # %% ../../nbs/library/registry/09_mlflow.ipynb #29f22d86
@@ -361,9 +365,12 @@ class ModelMirror:
                 files[MLMODEL] = Path(temporary, MLMODEL)
                 files[MLMODEL].write_text(yaml.safe_dump(description), encoding="utf-8")
             _push_files(self.client, mirrored, files, folder, f"mlkit.{folder}")
-        tags = {"mlkit.version": version.reference, "mlkit.run": version.run}
-        tags |= {"mlkit.signer": version.signer or "nobody"}
-        tags |= {"mlkit.overrides": "; ".join(version.overrides)} if version.overrides else {}
+        tags = {
+            "mlkit.version": version.reference,
+            "mlkit.run": version.run,
+            "mlkit.signer": version.signer or "nobody",
+            **({"mlkit.overrides": "; ".join(version.overrides)} if version.overrides else {}),
+        }
         source = f"{self.client.get_run(mirrored).info.artifact_uri}/{folder}"
         description = version.reason or None
         created = self.client.create_model_version(version.name, source, mirrored, tags=tags, description=description)

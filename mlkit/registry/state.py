@@ -57,7 +57,7 @@ class ModelState:
         return {alias: versions[-1] for alias, versions in sorted(self.history.items())}
 
     @property
-    def in_service(self) -> list[int]:
+    def deployed(self) -> list[int]:
         """Versions that have an alias or a fraction of the traffic."""
         return sorted({*self.aliases.values(), *self.traffic})
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .._display import display_path, format_number, html_table
-from .._files import FileLock, as_storage_error, sync_folder
+from .._files import FileLock, as_storage_error, file_sha256, sync_file, sync_folder
 from ..config import load_settings
 from mlkit.errors import (
     InputError,
@@ -98,7 +98,7 @@ class ModelVersion:
             "job": record.job,
             "notebook": record.notebook,
             "cells": dict(self.cells),
-            "commit": record.code.commit if record.code else "",
+            "commit": record.git.commit if record.git else "",
             "data": [{key: data.get(key) for key in ("name", "source", "fingerprint")} for data in record.data],
             "parents": record.parents,
         }
@@ -110,15 +110,7 @@ def folder_digests(
     """Digests of all files in a folder; raises StorageError where one cannot be read."""
     files, findings = signed_files(folder, ())
     files += [path for path in [folder / SIGNATURE_FILE] if path.is_file() and not path.is_symlink()]
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(files)}, findings
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"Cannot read {path}: {error.strerror}.") from error
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(files)}, findings
 
 
 def version_findings(
@@ -214,7 +206,7 @@ def resolve_version(
 # %% ../../nbs/library/registry/02_store.ipynb #1bc2dc8a
 def gate_evidence(
     run: Run,
-) -> dict[str, Any]:  # passed, reason, judged, against, sha256 of gate.json; empty without a gate result
+) -> dict[str, Any]:  # passed, reason, checked, against, sha256 of gate.json; empty without a gate result
     """The gate result of a run; raises StorageError for one that cannot be read."""
     path = run.folder / "gate.json"
     if not path.is_file():
@@ -222,7 +214,7 @@ def gate_evidence(
     data = path.read_bytes()
     try:
         result = json.loads(data)
-        evidence = {key: result[key] for key in ("reason", "judged", "against", "run") if key in result}
+        evidence = {key: result[key] for key in ("reason", "checked", "against", "run") if key in result}
         return evidence | {"passed": result["passed"] is True, "sha256": hashlib.sha256(data).hexdigest()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StorageError(f"{path} is damaged. Apply the gate again: mlkit gate {run.id}") from None
@@ -244,7 +236,7 @@ def _missing_conditions(run: Run, gate: Mapping[str, Any]) -> list[str]:
 # %% ../../nbs/library/registry/02_store.ipynb #737532cf
 def _verify_signer(folder: Path, run: Run, policy: TrustPolicy | None) -> tuple[str, list[str]]:
     """The verified signer of a copy of a run, or the objections to its signature."""
-    trusted = load_settings().signing.trusted
+    trusted = load_settings().signing.trusted_keys
     try:
         policy = policy or TrustedKeys(tuple(read_public_keys(trusted)))
         if isinstance(policy, TrustedKeys) and not policy.keys:
@@ -288,15 +280,10 @@ def _files_to_copy(run: Run) -> dict[str, Path]:  # path in the version -> file 
 def _copy_file(source: Path, target: Path) -> str:
     """Copy a file durably and read-only; its sha256."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with source.open("rb") as original, target.open("xb") as copy:
-        while block := original.read(1 << 20):
-            digest.update(block)
-            copy.write(block)
-        copy.flush()
-        os.fsync(copy.fileno())
-        os.fchmod(copy.fileno(), 0o444)
-    return digest.hexdigest()
+    shutil.copyfile(source, target)
+    target.chmod(0o444)
+    sync_file(target)
+    return file_sha256(target)
 
 # %% ../../nbs/library/registry/02_store.ipynb #4b2fb783
 @contextlib.contextmanager
@@ -470,7 +457,7 @@ class Registry:
         name: str,  # of the model
         reason: str = "",
         force: bool = False,  # override a missing or failed gate or signature; recorded in the audit log
-        policy: TrustPolicy | None = None,  # trusted signers; by default the keys in signing.trusted
+        policy: TrustPolicy | None = None,  # trusted signers; by default the keys in signing.trusted_keys
     ) -> ModelVersion:
         """Register a run as a version; raises InputError, RegistrationError, StorageError without leaving files."""
         check_name(name)

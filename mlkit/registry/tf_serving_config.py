@@ -30,7 +30,7 @@ def models_config(
     for state in states:
         if not state.versions:
             continue
-        served = state.in_service or [max(state.versions)]
+        served = state.deployed or [max(state.versions)]
         numbers = " ".join(f"versions: {version}" for version in served)
         lines += [
             "  config {",

@@ -47,18 +47,20 @@ class ComparedRun:
     job: str
     status: str
     seconds: float | None  # wall time
-    values: dict[str, Any]  # parameters in effect
+    parameters: dict[str, Any]  # parameters in effect
     metrics: dict[str, float]
     history: dict[str, list[tuple[int, float]]]
 
     @classmethod
-    def of(
+    def from_run(
         cls,
         run: Run,
     ) -> "ComparedRun":
         """Read a run."""
         record = run.record
-        return cls(run.id, record.job, run.status, record.seconds, record.values, record.metrics, record.history)
+        return cls(
+            run.id, record.job, run.status, record.seconds, record.effective_parameters, record.metrics, record.history
+        )
 
 # %% ../../nbs/library/runs/06_compare.ipynb #16c81729
 @dataclass(frozen=True, repr=False)
@@ -70,7 +72,7 @@ class RunComparison:
     @property
     def common(self) -> dict[str, Any]:
         """Parameters that are equal in all runs."""
-        first, *rest = (run.values for run in self.runs)
+        first, *rest = (run.parameters for run in self.runs)
         return {
             name: value
             for name, value in first.items()
@@ -80,7 +82,7 @@ class RunComparison:
     @property
     def parameters(self) -> list[str]:
         """Names of the parameters that differ, or that only some runs have."""
-        names = dict.fromkeys(name for run in self.runs for name in run.values)
+        names = dict.fromkeys(name for run in self.runs for name in run.parameters)
         return [name for name in names if name not in self.common]
 
     @property
@@ -165,13 +167,13 @@ def compare_runs(
     repeated = [folder.name for folder, count in Counter(run.folder for run in runs).items() if count > 1]
     if repeated:
         raise InputError(f"A comparison takes each run once. Received more than once: {', '.join(repeated)}.")
-    return RunComparison([ComparedRun.of(run) for run in runs])
+    return RunComparison([ComparedRun.from_run(run) for run in runs])
 
 # %% ../../nbs/library/runs/06_compare.ipynb #f5bcc7d7
 def _labels(comparison: RunComparison) -> list[str]:
     names = comparison.parameters
     labels = [
-        ", ".join(f"{name}={format_value(run.values[name], 24)}" for name in names if name in run.values)
+        ", ".join(f"{name}={format_value(run.parameters[name], 24)}" for name in names if name in run.parameters)
         for run in comparison.runs
     ]
     counts = Counter(labels)
@@ -190,7 +192,7 @@ def _table(comparison: RunComparison) -> "polars.DataFrame":
     columns["seconds"] = [run.seconds for run in runs]
     for name in comparison.parameters:
         title = name if name not in (*columns, *comparison.metrics) else f"parameter {name}"
-        columns[title] = _column([run.values.get(name) for run in runs])
+        columns[title] = _column([run.parameters.get(name) for run in runs])
     for name in comparison.metrics:
         title = name if name not in columns else f"metric {name}"
         columns[title] = [run.metrics.get(name) for run in runs]
@@ -198,12 +200,10 @@ def _table(comparison: RunComparison) -> "polars.DataFrame":
 
 
 def _column(values: list[Any]) -> list[Any]:
-    """Values of one scalar type, or else texts."""
+    """Values of one scalar type or numbers, or else texts."""
     types = {type(value) for value in values if value is not None}
-    if len(types) <= 1 and types <= {bool, int, float, str}:
+    if types <= {int, float} or types in ({bool}, {str}):
         return values
-    if types == {int, float}:
-        return [None if value is None else float(value) for value in values]
     return [None if value is None else format_value(value, 200) for value in values]
 
 # %% ../../nbs/library/runs/06_compare.ipynb #75fc778d
@@ -339,7 +339,7 @@ def _plot_parallel(comparison: RunComparison, metric: str | None, lower: bool | 
     from matplotlib.colors import LinearSegmentedColormap
 
     metric, runs = _parallel_runs(comparison, metric)
-    axes = [parallel_axis(name, [run.values.get(name) for run in runs]) for name in comparison.parameters]
+    axes = [parallel_axis(name, [run.parameters.get(name) for run in runs]) for name in comparison.parameters]
     axes.append(parallel_axis(metric, [run.metrics[metric] for run in runs]))
     lower = _lower_is_better(metric) if lower is None else lower
     goodness = [1 - height if lower else height for height in axes[-1].heights]
@@ -424,8 +424,8 @@ def _table_rows(comparison: RunComparison) -> list[list[TableCell]]:
             TableCell(format_seconds(run.seconds), run.seconds),
         ]
         for name in comparison.parameters:
-            text = format_value(run.values[name], 40) if name in run.values else ""
-            row.append(TableCell(text, run.values.get(name)))
+            text = format_value(run.parameters[name], 40) if name in run.parameters else ""
+            row.append(TableCell(text, run.parameters.get(name)))
         for name in comparison.metrics:
             value = run.metrics.get(name)
             row.append(TableCell(format_number(value), value, run.id in best[name]))
@@ -489,8 +489,7 @@ def _figures(comparison: RunComparison) -> list[tuple[str, str, int]]:
 
 def _comparison_page(comparison: RunComparison) -> str:
     jobs = ", ".join(dict.fromkeys(run.job for run in comparison.runs))
-    title = Markup("{} runs of {}").format(len(comparison.runs), jobs)
-    return html_page(title, _comparison_html(comparison, sortable=True))
+    return html_page(f"{len(comparison.runs)} runs of {jobs}", _comparison_html(comparison, sortable=True))
 
 # %% ../../nbs/library/runs/06_compare.ipynb #51cc01f2
 def _comparison_record(comparison: RunComparison) -> dict[str, Any]:
@@ -500,7 +499,7 @@ def _comparison_record(comparison: RunComparison) -> dict[str, Any]:
             "job": run.job,
             "status": run.status,
             "seconds": run.seconds,
-            "parameters": {name: run.values[name] for name in comparison.parameters if name in run.values},
+            "parameters": {name: run.parameters[name] for name in comparison.parameters if name in run.parameters},
             "metrics": run.metrics,
         }
         for run in comparison.runs

@@ -95,17 +95,17 @@ def diff_records(
 
 def _sections(record: Record) -> dict[str, dict[str, Any]]:
     """Fields of a record by section."""
-    failure, code, machine = record.failure, record.code, record.environment
+    failure, git, machine = record.failure, record.git, record.environment
     run = {"job": record.job, "notebook": record.notebook, "status": record.status}
     return {
         "run": run | ({"failure": f"{failure.error}: {failure.message}"} if failure else {}),
-        "parameters": record.values,
+        "parameters": record.effective_parameters,
         "metrics": record.metrics,
         "data": _data_fields(record.data),
         "seeds": record.seeds,
         "parents": dict.fromkeys(record.parents, "builds on it"),
-        "code": {"commit": code.commit, "branch": code.branch, "untracked": code.untracked} if code else {},
-        "machine": {name: getattr(machine, name) for name in ("python", "platform", "processors")} if machine else {},
+        "git": {"commit": git.commit, "branch": git.branch, "untracked": git.untracked} if git else {},
+        "machine": {name: getattr(machine, name) for name in ("python", "platform", "cpu_count")} if machine else {},
         "packages": dict(machine.packages) if machine else {},
     }
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VOLATILE_PATTERNS', 'DATE_FORMATS', 'PAPERMILL_TAGS', 'CellChange', 'MAX_LINES', 'execution_days', 'normalize_text',
            'image_digest', 'NormalizedOutput', 'normalize_outputs', 'decode_image', 'ExecutedCell', 'read_cells',
-           'CellDiff', 'align_cells', 'side_by_side', 'unified_lines', 'visible_text']
+           'cell_headings', 'CellDiff', 'align_cells', 'side_by_side', 'unified_lines', 'visible_text']
 
 # %% ../../nbs/library/runs/04_notebook_diff.ipynb #7f5fbd30
 import base64
@@ -167,7 +167,7 @@ class ExecutedCell:
 
     index: int  # position in the notebook, from 0
     heading: str  # heading of its section
-    kind: str  # code, markdown or raw
+    cell_type: str  # code, markdown or raw
     source: str
     outputs: tuple[NormalizedOutput, ...]
     status: str  # status in papermill's terms: pending, running, completed, failed; "" when unknown
@@ -182,7 +182,7 @@ def read_cells(
     path = run.folder / "notebook.ipynb"
     try:
         cells = json.loads(path.read_bytes())["cells"]
-        headings = _headings(cells)
+        headings = cell_headings(cells)
         executed = [_executed_cell(n, cell, headings[n], run.folder) for n, cell in enumerate(cells)]
     except FileNotFoundError:
         raise NotFoundError(f"{run.id} has no notebook.ipynb: it was not executed as a job.") from None
@@ -197,8 +197,10 @@ def read_cells(
 PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}
 
 
-def _headings(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Heading of the section of each cell."""
+def cell_headings(
+    cells: Sequence[Mapping[str, Any]],  # cells of a notebook
+) -> list[str]:
+    """Find the heading of the section of each cell."""
     current, headings = "", []
     for cell in cells:
         heading = re.search(r"^#+\s+(.+)$", _as_text(cell["source"]), re.MULTILINE)
@@ -214,7 +216,7 @@ def _executed_cell(index: int, cell: Mapping[str, Any], heading: str, folder: Pa
     return ExecutedCell(
         index=index,
         heading=heading,
-        kind=cell["cell_type"],
+        cell_type=cell["cell_type"],
         source=_as_text(cell["source"]),
         outputs=tuple(normalize_outputs(cell, folder)),
         status=str(timing.get("status") or "") if cell["cell_type"] == "code" else "",
@@ -253,7 +255,7 @@ def align_cells(
     second: Sequence[ExecutedCell],
 ) -> list[CellDiff]:  # in reading order; every cell occurs once
     """Align the cells of two notebooks."""
-    keys = [[(cell.kind, cell.source.rstrip()) for cell in cells] for cells in (first, second)]
+    keys = [[(cell.cell_type, cell.source.rstrip()) for cell in cells] for cells in (first, second)]
     matcher = difflib.SequenceMatcher(None, *keys, autojunk=False)
     pairs = []
     for operation, a, b, c, d in matcher.get_opcodes():
@@ -279,7 +281,7 @@ def _pair_similar(
 
 def _similar(first: ExecutedCell, second: ExecutedCell) -> bool:
     matcher = difflib.SequenceMatcher(None, first.source, second.source)
-    return first.kind == second.kind and matcher.quick_ratio() > 0.5 and matcher.ratio() > 0.5
+    return first.cell_type == second.cell_type and matcher.quick_ratio() > 0.5 and matcher.ratio() > 0.5
 
 # %% ../../nbs/library/runs/04_notebook_diff.ipynb #d7652ca5
 MAX_LINES = 2000  # lines of a text that are shown

@@ -34,7 +34,7 @@ class RunSummary:
     seconds: float | None  # wall time; None when the run has not started or not ended
     metrics: dict[str, float]
     parameters: dict[str, Any]  # parameters passed to the run
-    values: dict[str, Any]  # parameters in effect, defaults included
+    effective_parameters: dict[str, Any]  # parameters in effect, defaults included
     owner: dict[str, Any] | None = None
     error: str = ""  # reason why the run failed or its record is damaged
 
@@ -44,7 +44,9 @@ class RunSummary:
     ) -> Any:  # None when the run has no such field
         """Look up a name: first among the metrics, then the parameters, then the fields of the run."""
         fields = {key: getattr(self, key) for key in ("id", "job", "status", "created", "seconds")}
-        return next((source[name] for source in (self.metrics, self.values, fields) if name in source), None)
+        return next(
+            (source[name] for source in (self.metrics, self.effective_parameters, fields) if name in source), None
+        )
 
 
 def _summarize(folder: Path) -> RunSummary:
@@ -61,7 +63,7 @@ def _summarize(folder: Path) -> RunSummary:
         seconds=record.seconds if record.ended else None,
         metrics=record.metrics,
         parameters=record.parameters,
-        values=record.values,
+        effective_parameters=record.effective_parameters,
         owner=record.owner.model_dump() if record.owner and record.status in ("created", "running") else None,
         error=f"{record.failure.error}: {record.failure.message}" if record.failure else "",
     )
@@ -79,9 +81,9 @@ def read_summaries(
         return []
     try:
         return _read_index(root, root / INDEX_FILE)
-    except sqlite3.DatabaseError:
+    except (sqlite3.DatabaseError, TypeError):
         with contextlib.suppress(OSError):
-            (root / INDEX_FILE).unlink(missing_ok=True)  # damaged, and rebuilt by the next listing
+            (root / INDEX_FILE).unlink(missing_ok=True)  # damaged or of another version; rebuilt by the next listing
         return _read_index(root, ":memory:")
 
 

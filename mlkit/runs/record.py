@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Status', 'RUN_FILE', 'RecordModel', 'ProcessInfo', 'Environment', 'GitState', 'Artifact', 'Cell', 'Failure',
-           'SweepPoint', 'Record', 'current_owner', 'is_alive', 'current_environment', 'current_code', 'read_record',
+           'SweepPoint', 'Record', 'current_owner', 'is_alive', 'current_environment', 'git_state', 'read_record',
            'true_status', 'list_artifacts', 'describe_artifact']
 
 # %% ../../nbs/library/runs/00_record.ipynb #cf6c92b2
@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import mlkit
+from .._files import file_sha256
 from ..errors import NotFoundError, StorageError
 
 # %% ../../nbs/library/runs/00_record.ipynb #3028a96b
@@ -47,7 +48,7 @@ class Environment(RecordModel):
 
     python: str
     platform: str
-    processors: int
+    cpu_count: int
     memory: int  # bytes
     packages: dict[str, str]  # name -> version
     library: str = ""  # sha256 of the source code of mlkit
@@ -107,8 +108,8 @@ class Record(RecordModel):
     ended: datetime | None = None
     attempts: int = 0  # number of starts: the first one and each resume
     notebook: str = ""  # path of the job notebook
-    working_folder: str = ""  # working directory of the kernel
-    variables: dict[str, str] = {}  # environment variables of the kernel, set for this run
+    working_directory: str = ""  # working directory of the kernel
+    environment_variables: dict[str, str] = {}  # environment variables of the kernel, set for this run
     parameters: dict[str, Any] = {}  # parameters passed to the run
     defaults: dict[str, Any] = {}  # default values of the notebook's parameters
     parents: list[str] = []  # runs and model versions that this run depends on
@@ -119,7 +120,7 @@ class Record(RecordModel):
     progress: dict[str, Any] = {}  # current progress of the job, for example epoch and loss
     data: list[dict[str, Any]] = []  # data sets with fingerprints
     seeds: dict[str, int] = {}
-    code: GitState | None = None
+    git: GitState | None = None
     environment: Environment | None = None
     owner: ProcessInfo | None = None
     cells: list[Cell] = []
@@ -127,7 +128,7 @@ class Record(RecordModel):
     failure: Failure | None = None
 
     @property
-    def values(self) -> dict[str, Any]:
+    def effective_parameters(self) -> dict[str, Any]:
         """Parameters in effect: the defaults, overridden by the parameters passed."""
         return self.defaults | self.parameters
 
@@ -168,7 +169,7 @@ def current_environment() -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        processors=os.cpu_count() or 1,
+        cpu_count=os.cpu_count() or 1,
         memory=psutil.virtual_memory().total,
         packages=dict(sorted(packages.items(), key=lambda item: item[0].lower())),
         library=_library_fingerprint(),
@@ -196,7 +197,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
 
 
-def current_code(
+def git_state(
     folder: Path,  # any folder of the repository
 ) -> tuple[GitState | None, str]:  # (state, patch of the uncommitted changes); (None, "") outside git
     """Read commit, branch and uncommitted changes of a git repository."""
@@ -255,9 +256,4 @@ def describe_artifact(
     path: Path,  # file in it
 ) -> Artifact:
     """Describe a file of a run: relative path, size and hash."""
-    return Artifact(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=_sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Artifact(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=file_sha256(path))

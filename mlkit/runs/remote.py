@@ -27,22 +27,22 @@ def open_remote_store(
     try:
         import fsspec
     except ImportError as error:
-        raise MissingDependencyError(f"runs.mirror needs fsspec ({error}). It comes with: {RAY_EXTRA}") from error
+        raise MissingDependencyError(f"runs.remote needs fsspec ({error}). It comes with: {RAY_EXTRA}") from error
     try:
         system, folder = fsspec.core.url_to_fs(url)
         system.makedirs(folder, exist_ok=True)
     except Exception as error:  # each storage backend has its own exceptions
-        raise SettingsError(f"runs.mirror = '{url}' cannot be written: {error}. It takes a URL for fsspec.") from error
+        raise SettingsError(f"runs.remote = '{url}' cannot be written: {error}. It takes a URL for fsspec.") from error
     return system, folder.rstrip("/")
 
 # %% ../../nbs/library/runs/07_remote.ipynb #63d6e4d4
 def upload_run(
     run: Run,  # run that no process writes to
-    mirror: str,  # URL of the remote run store
+    url: str,  # URL of the remote run store
     name: str = "",  # name in the remote store; by default the ID of the run
 ) -> None:
     """Upload a run, its record last; raises StorageError."""
-    system, folder = open_remote_store(mirror)
+    system, folder = open_remote_store(url)
     name = name or run.id
     files = [path for path in sorted(run.folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     visible = [path for path in files if not path.name.startswith(".") and path != run.folder / RUN_FILE]
@@ -52,16 +52,16 @@ def upload_run(
             system.makedirs(target.rpartition("/")[0], exist_ok=True)
             system.put_file(str(path), target)
     except Exception as error:
-        raise StorageError(f"{name} could not be uploaded to {mirror}: {error}") from error
+        raise StorageError(f"{name} could not be uploaded to {url}: {error}") from error
 
 # %% ../../nbs/library/runs/07_remote.ipynb #a75aa142
 def download_run(
     name: str,  # name in the remote store
     store: RunStore,  # destination
-    mirror: str,  # URL of the remote run store
+    url: str,  # URL of the remote run store
 ) -> Run | None:  # None when the remote store has no such run
     """Download a run atomically; raises StorageError when it is damaged."""
-    system, folder = open_remote_store(mirror)
+    system, folder = open_remote_store(url)
     system.invalidate_cache()
     if not system.exists(f"{folder}/{name}/{RUN_FILE}"):
         return None
@@ -76,6 +76,6 @@ def download_run(
         temporary.chmod(0o755)
         return Run(temporary.rename(store.root / name))
     except Exception as error:
-        raise StorageError(f"{name} could not be downloaded from {mirror}: {error}") from error
+        raise StorageError(f"{name} could not be downloaded from {url}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

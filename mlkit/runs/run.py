@@ -331,7 +331,7 @@ def run_html(
             (name, format_number(value), Markup(sparkline(histories.get(name, []))))
             for name, value in record.metrics.items()
         ],
-        values={name: json.dumps(value) for name, value in (record.parameters | record.values).items()},
+        values={name: json.dumps(value) for name, value in (record.parameters | record.effective_parameters).items()},
         given=record.parameters,
         file_count=len(record.artifacts),
         megabytes=f"{sum(artifact.size for artifact in record.artifacts) / 1e6:.1f}",
@@ -395,6 +395,6 @@ def check_unsigned(
     """Check that a run may be changed; raises InputError when it is signed."""
     if (folder / SIGNATURE_FILE).exists():
         raise InputError(
-            f"{folder.name} is signed: what is added now would break the signature. Remove {SIGNATURE_FILE} and "
+            f"{folder.name} is signed: a new file would invalidate the signature. Remove {SIGNATURE_FILE} and "
             f"{SIGNED_RECORD_FILE}, and sign it again afterwards."
         )

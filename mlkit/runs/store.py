@@ -26,7 +26,7 @@ from .._files import as_storage_error, write_atomic
 from ..config import load_settings
 from ..errors import InputError, NotFoundError, did_you_mean
 from .query import ID_PATTERN, RunFilter, RunSummary, matching_names, newest_run, read_summaries
-from .record import RUN_FILE, Record, current_code, current_environment, current_owner
+from .record import RUN_FILE, Record, current_environment, current_owner, git_state
 from .run import Run, status_html
 
 # %% ../../nbs/library/runs/03_store.ipynb #db231d56
@@ -46,12 +46,12 @@ class RunTable:
 
     def metric_names(
         self,
-        most: int = 4,  # maximum number of metrics
+        limit: int = 4,  # maximum number of metrics
     ) -> list[str]:
         """The metrics that most of the runs have, validation and test metrics first."""
         counts = Counter(name for run in self.runs for name in run.metrics)
         order = sorted(counts, key=lambda name: (not name.startswith(("val_", "test_")), -counts[name]))
-        return order[:most]
+        return order[:limit]
 
     def __repr__(self) -> str:
         return f"RunTable({len(self)} of {self.matching} runs in {display_path(self.root)})"
@@ -89,23 +89,23 @@ class RunStore:
         parameters: Mapping[str, Any] | None = None,  # parameters passed to the run
         defaults: Mapping[str, Any] | None = None,  # default values of the notebook's parameters
         parents: Iterable[str] = (),  # runs and model versions that the run depends on
-        working_folder: Path | str | None = None,  # working directory of the kernel; by default that of this process
-        variables: Mapping[str, str] | None = None,  # environment variables of the kernel, set for this run
+        working_directory: Path | str | None = None,  # working directory of the kernel; by default that of this process
+        environment_variables: Mapping[str, str] | None = None,  # environment variables of the kernel, set for this run
     ) -> Run:
         """Create a run with status created; raises StorageError when the folder cannot be written."""
-        code, patch = current_code(Path.cwd())
+        git, patch = git_state(Path.cwd())
         record = Record(
             id="",
             job=job,
             status="created",
             created=datetime.now(UTC),
             notebook=notebook,
-            working_folder=str(working_folder or Path.cwd()),
-            variables=dict(variables or {}),
+            working_directory=str(working_directory or Path.cwd()),
+            environment_variables=dict(environment_variables or {}),
             parameters=dict(parameters or {}),
             defaults=dict(defaults or {}),
             parents=list(parents),
-            code=code,
+            git=git,
             environment=current_environment(),
             owner=current_owner(),
         )
@@ -220,7 +220,7 @@ def _check_names(summaries: list[RunSummary], names: Iterable[str]) -> None:
     """Raise InputError for a name that no run has, because it is probably misspelled."""
     known = {"id", "job", "status", "created", "seconds"}
     for summary in summaries:
-        known |= summary.metrics.keys() | summary.values.keys()
+        known |= summary.metrics.keys() | summary.effective_parameters.keys()
     for name in names:
         if summaries and name not in known:
             raise InputError(f"No run has a metric or parameter '{name}'.{did_you_mean(name, known)}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCOPES', 'T', 'Principal', 'NotAllowedError', 'ReloadingFile', 'ApiKey', 'parse_api_keys', 'new_api_key',
-           'revoke_api_key', 'api_keys', 'ApiKeyStore', 'VerificationKey', 'parse_key_set', 'FileKeySet', 'UrlKeySet',
-           'JwtVerifier', 'Authenticator', 'AuthOptions', 'Audit']
+           'revoke_api_key', 'api_keys', 'ApiKeyStore', 'parse_key_set', 'FileKeySet', 'UrlKeySet', 'JwtVerifier',
+           'Authenticator', 'AuthOptions', 'Audit']
 
 # %% ../../nbs/library/serving/06_auth.ipynb #e6a3e99a
 import asyncio
@@ -66,7 +66,7 @@ def _unauthenticated(message: str) -> ServingError:
 
 # %% ../../nbs/library/serving/06_auth.ipynb #d693a39a
 T = TypeVar("T")
-_log = logging.getLogger("mlkit.access")
+_log = logging.getLogger("mlkit.auth")
 
 
 class ReloadingFile(Generic[T]):
@@ -261,16 +261,9 @@ def _import_jwt() -> Any:
     return jwt
 
 
-class VerificationKey(NamedTuple):
-    """Public key of the identity provider."""
-
-    algorithm: str
-    key: Any  # of cryptography
-
-
 def parse_key_set(
     content: bytes,  # JSON: {"keys": [...]}
-) -> dict[str, VerificationKey]:  # by key ID
+) -> dict[str, Any]:  # jwt.PyJWK by key ID
     """Usable keys of a JSON Web Key Set; raises ValueError where there are none."""
     document = json.loads(content)
     entries = document.get("keys") if isinstance(document, dict) else None
@@ -281,7 +274,7 @@ def parse_key_set(
         algorithm = _ALGORITHMS.get(entry.get("kty")) if isinstance(entry, dict) else None
         usable = algorithm and entry.get("use", "sig") == "sig" and entry.get("alg", algorithm) == algorithm
         if usable and (key := _public_key(entry, algorithm)) is not None:
-            keys[str(entry.get("kid", f"key {index}"))] = VerificationKey(algorithm, key)
+            keys[str(entry.get("kid", f"key {index}"))] = key
     if not keys:
         raise ValueError("it holds no public key for RS256 (2048 bits or more) or ES256")
     return keys
@@ -292,10 +285,10 @@ def _public_key(entry: Mapping[str, Any], algorithm: str) -> Any:
     jwt = _import_jwt()
     private = {"d", "p", "q", "dp", "dq", "qi"}
     try:
-        key = jwt.PyJWK.from_dict({name: value for name, value in entry.items() if name not in private}, algorithm).key
+        key = jwt.PyJWK.from_dict({name: value for name, value in entry.items() if name not in private}, algorithm)
     except (jwt.exceptions.PyJWTError, ValueError, TypeError, KeyError):
         return None
-    strong = key.key_size >= 2048 if algorithm == "RS256" else key.curve.name == "secp256r1"
+    strong = key.key.key_size >= 2048 if algorithm == "RS256" else key.key.curve.name == "secp256r1"
     return key if strong else None
 
 # %% ../../nbs/library/serving/06_auth.ipynb #9206c789
@@ -310,7 +303,7 @@ class FileKeySet:
         """Number of times the keys have changed."""
         return self._file.changes
 
-    async def get(self, kid: str | None) -> dict[str, VerificationKey]:
+    async def get(self, kid: str | None) -> dict[str, Any]:
         """Keys to verify a token with this key ID."""
         return self._file.get()
 
@@ -333,12 +326,12 @@ class UrlKeySet:
             raise InputError(f"Keys must be fetched by https. Received: {url}")
         self.url, self._context = url, context
         self._max_age, self._retry_interval, self._max_stale = max_age, retry_interval, max_stale
-        self._keys: dict[str, VerificationKey] = {}
+        self._keys: dict[str, Any] = {}
         self._fetched_at = self._tried_at = float("-inf")
         self._task: asyncio.Task | None = None
         self.changes = self.fetches = 0
 
-    async def get(self, kid: str | None) -> dict[str, VerificationKey]:
+    async def get(self, kid: str | None) -> dict[str, Any]:
         """Keys to verify a token with this key ID; raises ServingError UNAVAILABLE."""
         now = time.monotonic()
         missing = not self._keys or (kid is not None and kid not in self._keys)
@@ -422,27 +415,24 @@ class JwtVerifier:
             raise _unauthenticated("The token has a critical header that is not supported.")
         key = self._select_key(await self._keys.get(kid), algorithm, kid)
         try:
-            return self._decode(text, key)
+            return jwt.decode(
+                text,
+                key,
+                algorithms=[key.algorithm_name],
+                audience=self._audience,
+                issuer=self._issuer,
+                leeway=_CLOCK_SKEW,
+                options={"require": ["exp", "iss", "aud"]},
+            )
         except self._errors.ExpiredSignatureError:
             raise _unauthenticated("The token has expired.") from None
         except self._errors.PyJWTError as error:
             raise _unauthenticated(f"The token is not valid: {error}") from None
 
-    def _decode(self, text: str, key: VerificationKey) -> dict[str, Any]:
-        return _import_jwt().decode(
-            text,
-            key.key,
-            algorithms=[key.algorithm],
-            audience=self._audience,
-            issuer=self._issuer,
-            leeway=_CLOCK_SKEW,
-            options={"require": ["exp", "iss", "aud"]},
-        )
-
     @staticmethod
-    def _select_key(keys: Mapping[str, VerificationKey], algorithm: str, kid: str | None) -> VerificationKey:
+    def _select_key(keys: Mapping[str, Any], algorithm: str, kid: str | None) -> Any:
         """Key with the token's key ID, or the only one, of the token's algorithm."""
-        matching = [key for name, key in keys.items() if key.algorithm == algorithm and kid in (None, name)]
+        matching = [key for name, key in keys.items() if key.algorithm_name == algorithm and kid in (None, name)]
         if len(matching) != 1:
             raise _unauthenticated("The token is signed with an unknown key.")
         return matching[0]
@@ -542,7 +532,7 @@ class Audit:
     ) -> None:
         """Record an action; raises StorageError where that is not possible, or the file was tampered with."""
         with self._log.writing() as log:
-            log.append(action, caller=principal, result=result, **details)
+            log.append(action, principal=principal, result=result, **details)
 
     async def record_async(self, principal: str, action: str, result: str, **details: Any) -> None:
         """Record an action off the event loop; raises StorageError."""
@@ -550,11 +540,16 @@ class Audit:
 
     async def record_denial(
         self,
-        principal: str,  # name, or address
+        principal: str,  # name or address, where the error has none
         action: str,
         error: ServingError,  # sent to the client
     ) -> None:
-        """Record a denied action, unless there are too many; logs an error where that is not possible."""
+        """Record an action that was denied for lack of authorization, unless there are too many.
+
+        Logs an error where that is not possible.
+        """
+        if error.code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            return
         now = time.monotonic()
         if now - self._window_start > _DENIAL_WINDOW:
             self._window_start, self._denials = now, 0
@@ -564,7 +559,8 @@ class Audit:
             return
         omitted, self._omitted = ({"omitted": self._omitted} if self._omitted else {}), 0
         try:
-            await self.record_async(principal, action, "denied", code=error.code, reason=error.message, **omitted)
+            name = getattr(error, "principal", "") or principal
+            await self.record_async(name, action, "denied", code=error.code, reason=error.message, **omitted)
         except MlkitError as problem:
             _log.error("A denial cannot be recorded: %s", problem)
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,12 @@ import polars as pl
 import mlkit.errors
 from .._files import FileLock, write_atomic
 from ..config import cpu_count
+from ..data.builtin import is_path_or_url
 from ..data.feature_specs import cast_columns, to_feature_values
 from ..data.io import find_files, is_delimited, is_local
 from mlkit.data.materialize import (
     ROW,
     atomic_file,
-    is_path_or_url,
     materialize,
     plan_chunks,
     preparation_of,
@@ -61,30 +62,30 @@ class _PredictionModel:
     @property
     def names(self) -> dict[str, Any]:
         """Columns of each prediction that identify its origin."""
-        from_run = (self.reference.known_in / RUN_FILE).is_file()
+        from_run = (self.reference.metadata_folder / RUN_FILE).is_file()
         run = self.reference.name if from_run else None
         if self.version is None:
             return {"model": self.reference.name, "version": None, "run": run}
         return {"model": self.version.name, "version": self.version.version, "run": run}
 
 
-def _find_model(model: str, kind: str) -> _PredictionModel:
+def _find_model(model: str, precision: str) -> _PredictionModel:
     """Resolve a model; raises NotFoundError, ModelError, StorageError for modified files."""
     registry = Registry()
     if re.split("[@/]", model, maxsplit=1)[0] not in registry.states():
-        return _PredictionModel(resolve_model(model, kind))
+        return _PredictionModel(resolve_model(model, precision))
     version = registry.find(model)
     if findings := version_findings(version):
         raise StorageError(f"This version is not as it was registered, so it makes no predictions. {findings[0]}.")
-    return _PredictionModel(resolve_model(version.path, kind), version)
+    return _PredictionModel(resolve_model(version.path, precision), version)
 
 
 def _feature_types(reference: ModelRef) -> dict[str, str]:
     """Types of the features by name; raises ModelError for features that are not columns."""
-    features = reference.about["features"]
+    features = reference.metadata["features"]
     if other := [feature["name"] for feature in features if feature["shape"]]:
         raise ModelError(f"The model takes '{other[0]}', which is no single value: a table cannot hold it.")
-    return {feature["name"]: feature["kind"] for feature in features}
+    return {feature["name"]: feature["type"] for feature in features}
 
 # %% ../../nbs/library/serving/08_batch_predict.ipynb #62f2d50c
 _CSV_OPTIONS = ("null_values", "separator", "encoding")  # common to files of one origin
@@ -98,9 +99,11 @@ def _reading_options(reference: ModelRef, source: str | Path, query: str | None)
     training_source, declared = arguments.get("source"), arguments.get("features") or {}
     same_format = bool(training_source) and is_delimited(training_source)
     options = {name: arguments[name] for name in _CSV_OPTIONS if same_format and arguments.get(name)}
-    types, cleaned = _feature_types(reference), preparation_of(reference.data).named
+    types, cleaned = _feature_types(reference), preparation_of(reference.data).named_columns
     categories = [
-        name for name, kind in types.items() if kind == "category" and name not in declared and name not in cleaned
+        name
+        for name, feature_type in types.items()
+        if feature_type == "category" and name not in declared and name not in cleaned
     ]
     given = arguments.get("types") or {} if same_format else {}
     return options | {
@@ -113,7 +116,9 @@ def _inputs(
     types: Mapping[str, str],  # of the features
 ) -> dict[str, np.ndarray]:  # by feature, as a signature takes them
     """Rows as inputs of a model; raises DatasetError for a column of another type."""
-    table = cast_columns(rows.select(list(types)), {name: {"kind": kind} for name, kind in types.items()})
+    table = cast_columns(
+        rows.select(list(types)), {name: {"type": feature_type} for name, feature_type in types.items()}
+    )
     return {column.name: _to_array(to_feature_values(column)) for column in table}
 
 
@@ -199,12 +204,13 @@ class _ChunkPredictor:
         self,
         folder: Path,  # of the chunks
     ):
-        from mlkit.serving.runtimes import load_predictor, use_session_only
+        from mlkit._compat.tensorflow import import_session_modules
+        from mlkit.serving.runtimes import load_predictor
 
         self.folder, self.plan = folder, json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         converted = self.plan["kind"] != SAVED_MODEL
         if not converted:
-            use_session_only()
+            import_session_modules()
         self.predictor = load_predictor(self.plan["path"], "litert" if converted else "tensorflow", self.plan["kind"])
 
     def predict(
@@ -212,11 +218,11 @@ class _ChunkPredictor:
         number: int,  # of the chunk
     ) -> None:
         """Predict the rows of a chunk and write them; raises DatasetError, ModelError, StorageError."""
-        chunk = self.plan["parts"][number]
-        columns = list(dict.fromkeys([*self.plan["kinds"], *self.plan["key"], *self.plan["numbered"]]))
+        chunk = self.plan["chunks"][number]
+        columns = list(dict.fromkeys([*self.plan["types"], *self.plan["key"], *self.plan["numbered"]]))
         rows = read_chunk(chunk, columns)
         try:
-            outputs = self._run(_inputs(rows, self.plan["kinds"]))
+            outputs = self._run(_inputs(rows, self.plan["types"]))
         except MlkitError as error:
             raise self._located(error, chunk, rows.height) from error
         with atomic_file(self.folder / _chunk_name(number)) as path:
@@ -225,7 +231,7 @@ class _ChunkPredictor:
     def _located(self, error: MlkitError, chunk: Mapping[str, Any], rows: int) -> MlkitError:
         """Error with the source and the rows where it occurred."""
         materialized = Path(chunk["file"]).parent == self.folder  # a file that the user does not know
-        first = chunk["number" if materialized else "first"] + 1
+        first = chunk["row_number" if materialized else "offset"] + 1
         source = self.plan["input"] if materialized else chunk["file"]
         error_type = DatasetError if isinstance(error, DatasetError) else ModelError
         return error_type(f"{source}, rows {first:,} to {first + rows - 1:,}: {error}")
@@ -240,7 +246,7 @@ class _ChunkPredictor:
         predictions = [_to_column(name, values) for name, values in outputs.items()]
         if taken := [column.name for column in predictions if column.name in self.plan["key"]]:
             raise DatasetError(f"A prediction is called '{taken[0]}', like the key. Give the column another name.")
-        counted = pl.int_range(chunk["number"], chunk["number"] + rows.height, dtype=pl.Int64, eager=True)
+        counted = pl.int_range(chunk["row_number"], chunk["row_number"] + rows.height, dtype=pl.Int64, eager=True)
         numbers = rows[ROW] if self.plan["numbered"] else counted  # cleaning may have removed rows
         keys = list(rows.select(self.plan["key"])) if self.plan["key"] else [numbers.alias("row")]
         names = [pl.lit(value, _NAME_TYPES[name]).alias(name) for name, value in self.plan["names"].items()]
@@ -281,7 +287,7 @@ class _WorkerPool:
         on_done: Callable[[int], None],  # called with the number of each finished chunk
     ):
         self.folder, self._queued, self._on_done = folder, queued, on_done
-        self._lock, self._errors, self._processes = threading.Lock(), [], []
+        self._lock, self._processes = threading.Lock(), []
 
     def run(
         self,
@@ -289,27 +295,17 @@ class _WorkerPool:
     ) -> None:
         """Predict all chunks; raises the first error of a worker, when all have ended."""
         count = min(processes or cpu_count(), len(self._queued))
-        threads = [threading.Thread(target=self._try_drive, args=(number, count)) for number in range(count)]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        except BaseException:  # Ctrl-C: unfinished chunks are discarded
-            self._queued.clear()
-            for process in self._processes:
-                process.kill()
-            for thread in threads:
-                thread.join()
-            raise
-        if self._errors:
-            raise self._errors[0]
-
-    def _try_drive(self, number: int, count: int) -> None:
-        try:
-            self._drive(number, count)
-        except Exception as error:  # raised again by `run`
-            self._errors.append(error)
+        with ThreadPoolExecutor(count) as threads:
+            workers = [threads.submit(self._drive, number, count) for number in range(count)]
+            try:
+                for worker in as_completed(workers):
+                    worker.result()
+            except BaseException as error:
+                self._queued.clear()
+                if not isinstance(error, Exception):  # Ctrl-C: unfinished chunks are discarded
+                    for process in self._processes:
+                        process.kill()
+                raise
 
     def _drive(self, number: int, count: int) -> None:
         """Start one worker and give it chunk after chunk."""
@@ -328,18 +324,20 @@ class _WorkerPool:
             )
         self._processes.append(process)
         with process:
-            while (chunk := self._next_chunk()) is not None:
-                if error := self._predict_chunk(process, chunk, log):
-                    self._errors.append(error)
-            with contextlib.suppress(OSError):  # it may have ended already
-                process.stdin.close()
+            try:
+                for chunk in self._next_chunks():
+                    self._predict_chunk(process, chunk, log)
+            finally:
+                with contextlib.suppress(OSError):  # it may have ended already
+                    process.stdin.close()
 
-    def _next_chunk(self) -> int | None:
-        with self._lock:
-            return self._queued.popleft() if self._queued and not self._errors else None
+    def _next_chunks(self) -> Iterator[int]:
+        with contextlib.suppress(IndexError):  # the queue is empty
+            while True:
+                yield self._queued.popleft()
 
-    def _predict_chunk(self, process: subprocess.Popen, chunk: int, log: Path) -> MlkitError | None:
-        """Have a worker predict a chunk; returns its error, if any."""
+    def _predict_chunk(self, process: subprocess.Popen, chunk: int, log: Path) -> None:
+        """Have a worker predict a chunk; raises its error."""
         try:
             process.stdin.write(f"{chunk}\n")
             process.stdin.flush()
@@ -347,12 +345,11 @@ class _WorkerPool:
         except (OSError, ValueError):
             result = None
         if result is None:
-            return _worker_death(process, log)
+            raise _worker_death(process, log)
         if "error" in result:
-            return getattr(mlkit.errors, result["error"])(result["message"])
+            raise getattr(mlkit.errors, result["error"])(result["message"])
         with self._lock:
             self._on_done(chunk)
-        return None
 
 
 def _worker_death(process: subprocess.Popen, log: Path) -> MlkitError:
@@ -439,8 +436,8 @@ def _join_chunks(folder: Path, chunks: Sequence[Mapping[str, Any]], output: Path
 def quarantine_path(
     output: Path,  # of predict_table
 ) -> Path:
-    """File for quarantined rows and values: scores.set-aside.parquet beside scores.parquet."""
-    return output.with_suffix(".set-aside.parquet")
+    """File for quarantined rows and values: scores.quarantine.parquet beside scores.parquet."""
+    return output.with_suffix(".quarantine.parquet")
 
 
 def _write_quarantine(quarantine: Sequence[str], output: Path) -> Path | None:
@@ -460,16 +457,16 @@ class BatchPrediction:
 
     path: Path
     rows: int
-    kept: int  # rows from an earlier attempt
+    rows_resumed: int  # predicted by an earlier attempt
     seconds: float
     names: Mapping[str, Any]  # model, version, run
-    set_aside: int = 0  # rows of the source without a prediction, quarantined by cleaning
-    aside: Path | None = None  # file with quarantined rows and values
+    quarantined: int = 0  # rows of the source without a prediction, quarantined by cleaning
+    quarantine: Path | None = None  # file with quarantined rows and values
 
     @property
     def speed(self) -> float:
         """Rows per second, from the command to the finished file."""
-        return (self.rows - self.kept) / max(self.seconds, 1e-9)
+        return (self.rows - self.rows_resumed) / max(self.seconds, 1e-9)
 
 
 def _check_output(output: Path, replace: bool) -> None:
@@ -496,26 +493,19 @@ def _make_plan(
     reference, recipe = model.reference, preparation_of(model.reference.data)
     types = _feature_types(reference)
     needed, reading = list(dict.fromkeys([*types, *key])), _reading_options(reference, source, query)
-    chunks = plan_chunks(materialize(source, folder, needed, everything=bool(recipe.steps), **reading), _CHUNK_ROWS)
+    chunks = plan_chunks(materialize(source, folder, needed, all_columns=bool(recipe.steps), **reading), _CHUNK_ROWS)
     plan = {"path": str(reference.path), "kind": reference.kind, "names": model.names, "input": redact_source(source)}
-    plan |= {"set_aside": 0, "quarantine": [], "numbered": [], "kinds": types, "key": list(key)}
+    plan |= {"quarantined": 0, "quarantine": [], "numbered": [], "types": types, "key": list(key)}
     if recipe:
         prepared = prepare_rows(chunks, recipe, list(types), needed, folder)
         chunks = plan_chunks(prepared.files, _CHUNK_ROWS)
         quarantine = list(map(str, prepared.quarantine))
-        plan |= {"set_aside": prepared.set_aside, "quarantine": quarantine, "numbered": [ROW]}
-    plan["parts"] = chunks
+        plan |= {"quarantined": prepared.quarantined, "quarantine": quarantine, "numbered": [ROW]}
+    plan["chunks"] = chunks
     write_atomic(file, json.dumps(plan))
     return plan
 
 # %% ../../nbs/library/serving/08_batch_predict.ipynb #f4d1ac30
-def _predict_here(folder: Path, queued: deque[int], on_done: Callable[[int], None], processes: int | None) -> None:
-    _WorkerPool(folder, queued, on_done).run(processes)
-
-
-_ENGINES = {"local": _predict_here, "ray": _predict_on_ray}
-
-
 def _predict_missing(
     folder: Path, chunks: Sequence[Mapping[str, Any]], engine: str, processes: int | None, progress: Callable | None
 ) -> tuple[int, int]:
@@ -531,15 +521,11 @@ def _predict_missing(
         progress(done, total)
 
     progress(done, total)
-    if queued:
-        _ENGINES[engine](folder, queued, on_done, processes)
+    if queued and engine == "ray":
+        _predict_on_ray(folder, queued, on_done, processes)
+    elif queued:
+        _WorkerPool(folder, queued, on_done).run(processes)
     return total, finished_before
-
-
-def _check_execution(engine: str, processes: int | None) -> None:
-    check_engine(engine)
-    if processes is not None and processes < 1:
-        raise InputError(f"At least one process is needed to predict. Received: processes={processes}")
 
 # %% ../../nbs/library/serving/08_batch_predict.ipynb #e6bd9d7e
 def predict_table(
@@ -549,7 +535,7 @@ def predict_table(
     *,
     query: str | None = None,  # SQL, where the source is a database
     key: Sequence[str] = (),  # columns that identify a row; none: a column `row` with its number, from 0
-    kind: str = SAVED_MODEL,  # or the precision variant of a conversion: float32, int8, ...
+    precision: str = SAVED_MODEL,  # or that of a conversion: float32, int8, ...
     engine: str = "local",  # or "ray": on the nodes of the running Ray cluster
     processes: int | None = None,  # number of workers; None: one per core
     replace: bool = False,  # an older result, or chunks of another job
@@ -558,16 +544,18 @@ def predict_table(
     """Predict all rows of a source, cleaned as in training; raises MlkitError, a subclass for each kind of error."""
     began, output, key = time.perf_counter(), Path(output).absolute(), list(dict.fromkeys(key))
     _check_output(output, replace)
-    _check_execution(engine, processes)
-    predicting = _find_model(str(model), kind)
+    check_engine(engine)
+    if processes is not None and processes < 1:
+        raise InputError(f"At least one process is needed to predict. Received: processes={processes}")
+    predicting = _find_model(str(model), precision)
     _feature_types(predicting.reference)
     if taken := [name for name in key if name in predicting.names]:
         raise InputError(f"The result has a column '{taken[0]}' of its own; the key needs another name.")
     held = hold_version(predicting.version) if predicting.version else contextlib.nullcontext()
     with held, _chunk_folder(output, _identity(predicting, source, query, key), replace) as folder:
         plan = _make_plan(folder, predicting, source, query, key)
-        rows, kept = _predict_missing(folder, plan["parts"], engine, processes, progress)
-        aside = _write_quarantine(plan["quarantine"], output)
-        _join_chunks(folder, plan["parts"], output)
+        rows, rows_resumed = _predict_missing(folder, plan["chunks"], engine, processes, progress)
+        quarantine = _write_quarantine(plan["quarantine"], output)
+        _join_chunks(folder, plan["chunks"], output)
         seconds = time.perf_counter() - began
-    return BatchPrediction(output, rows, kept, seconds, predicting.names, plan["set_aside"], aside)
+    return BatchPrediction(output, rows, rows_resumed, seconds, predicting.names, plan["quarantined"], quarantine)

@@ -27,7 +27,7 @@ class BatchingConfig:
     """Batching and queue limits of one process."""
 
     batch_rows: int = 128  # maximum rows per batch
-    waiting: int = 1024  # maximum queued requests per signature; more are rejected
+    max_queued: int = 1024  # maximum queued requests per signature; more are rejected
     loop_seconds: float = 0.001  # maximum duration of a call on the event loop
     timeout: float = 30.0  # seconds, for requests without a deadline
 
@@ -70,7 +70,7 @@ class _BatchRunner:
         run: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]],
         signature: SignatureInfo,
     ):
-        self._run, self.splittable, self.latency = run, signature.batched, _LatencyEstimator()
+        self._run, self.splittable, self.latency = run, signature.is_batchable, _LatencyEstimator()
 
     def run(self, batch: list[_QueuedRequest]) -> tuple[list[Any], float, float]:  # outputs or errors; start; seconds
         started = time.monotonic()
@@ -202,7 +202,7 @@ class Batcher:
             return
         batch_rows = self._config.batch_rows
         seconds = self._runner.latency.seconds(min(queued, batch_rows)) * math.ceil(queued / batch_rows)
-        if queued >= self._config.waiting or time.monotonic() + seconds > deadline:
+        if queued >= self._config.max_queued or time.monotonic() + seconds > deadline:
             raise ServingError(
                 "RESOURCE_EXHAUSTED",
                 f"Too many requests: {queued} are queued for this model. Try again in a moment.",

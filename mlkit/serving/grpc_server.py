@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf.message import Message
 
-from mlkit.errors import InputError, MissingDependencyError, ServingError, did_you_mean, join_names
+from mlkit.errors import InputError, ServingError, did_you_mean, join_names
 from mlkit.export.protos import (
     array_type,
     fill_tensor,
@@ -30,10 +30,10 @@ from mlkit.export.protos import (
 )
 from mlkit.export.signatures import CLASSIFY, PREDICT, REGRESS, SignatureInfo, find_signature
 from mlkit.serving.auth import Authenticator
-from mlkit.serving.model_manager import LoadedVersion, ModelManager
-from mlkit.serving.protocol import check_shape, classifications, count_rows, metadata_message, regressions
+from mlkit.serving.model_manager import ModelManager
+from mlkit.serving.protocol import check_shape, count_rows, fill_model_spec, fill_result, metadata_message
 from mlkit.serving.telemetry import Telemetry, current_request
-from mlkit.serving.tls import grpc_certificate_name
+from mlkit.serving.tls import grpc_certificate_name, import_grpc
 
 
 class ModelSpec(NamedTuple):
@@ -104,33 +104,6 @@ class CallInfo(NamedTuple):
     principal: str = ""  # name in the API key, token or certificate
 
 
-def _fill_model_spec(spec: Message, version: LoadedVersion, signature: str) -> None:
-    spec.name, spec.signature_name = version.model, signature
-    spec.version.value = version.number
-
-
-async def _predict_examples(
-    version: LoadedVersion, signature: SignatureInfo, examples: list[bytes], deadline: float
-) -> dict[str, np.ndarray]:
-    if len(signature.inputs) != 1:
-        inputs = join_names(signature.inputs)
-        raise ServingError("FAILED_PRECONDITION", f"Signature '{signature.name}' takes {inputs} rather than examples.")
-    inputs = {next(iter(signature.inputs)): np.array(examples, object)}
-    return await version.run(signature.name, inputs, len(examples), deadline, off_loop=True)
-
-
-def _fill_classifications(result: Message, outputs: Mapping[str, np.ndarray], rows: int) -> None:
-    for pairs in classifications(outputs, rows):
-        row = result.classifications.add()
-        for label, score in pairs:
-            row.classes.add(label=label, score=score)
-
-
-def _fill_regressions(result: Message, outputs: Mapping[str, np.ndarray], rows: int) -> None:
-    for value in regressions(outputs, rows).tolist():
-        result.regressions.add(value=value)
-
-
 async def predict(
     manager: ModelManager,
     body: bytes,  # PredictRequest
@@ -148,24 +121,36 @@ async def predict(
         response = message_class("PredictResponse")()
         for name in names:
             fill_tensor(response.outputs[name], outputs[name])
-        _fill_model_spec(response.model_spec, version, signature.name)
+        fill_model_spec(response.model_spec, version.model, version.number, signature.name)
         return response
 
 
-async def _run_examples(
-    manager: ModelManager, body: bytes, call: CallInfo, method: str, fill: Callable, response_name: str
-) -> Message:
-    """Run a classify or regress request: they differ in the signature's method and the form of the result."""
-    request = parse_message("ExamplesRequest", body)
-    spec, examples = read_spec(request.model_spec), serialized_examples(request.input)
+_RESULTS = {CLASSIFY: "classification_result", REGRESS: "regression_result"}  # fields of an InferenceResult
+
+
+async def _infer(manager: ModelManager, call: CallInfo, tasks: Sequence[Message], examples: list[bytes]) -> Message:
+    """Run classify and regress tasks of one version on the same examples; returns a MultiInferenceResponse."""
+    response, spec = message_class("MultiInferenceResponse")(), read_spec(tasks[0].model_spec)
     with manager.acquire(spec.model, spec.version, spec.label, call.key) as version:
-        signature = find_signature(version.signatures, spec.signature, method)
-        outputs = await _predict_examples(version, signature, examples, call.deadline)
-        response = message_class(response_name)()
-        response.result.SetInParent()
-        fill(response.result, outputs, len(examples))
-        _fill_model_spec(response.model_spec, version, signature.name)
-        return response
+        for task in tasks:
+            signature = find_signature(version.signatures, task.model_spec.signature_name, task.method_name)
+            if len(signature.inputs) != 1:
+                message = f"Signature '{signature.name}' takes {join_names(signature.inputs)} rather than examples."
+                raise ServingError("FAILED_PRECONDITION", message)
+            inputs = {next(iter(signature.inputs)): np.array(examples, object)}
+            outputs = await version.run(signature.name, inputs, len(examples), call.deadline, off_loop=True)
+            result = response.results.add()
+            fill_result(getattr(result, _RESULTS[task.method_name]), task.method_name, outputs, len(examples))
+            fill_model_spec(result.model_spec, version.model, version.number, signature.name)
+    return response
+
+
+async def _infer_one(manager: ModelManager, body: bytes, call: CallInfo, method: str, response_name: str) -> Message:
+    """Run a classify or regress request."""
+    request = parse_message("ExamplesRequest", body)
+    task = message_class("InferenceTask")(model_spec=request.model_spec, method_name=method)
+    (result,) = (await _infer(manager, call, [task], serialized_examples(request.input))).results
+    return message_class(response_name)(result=getattr(result, _RESULTS[method]), model_spec=result.model_spec)
 
 
 async def classify(
@@ -174,7 +159,7 @@ async def classify(
     call: CallInfo,
 ) -> Message:  # ClassificationResponse
     """Predict classes and scores of examples; raises ServingError."""
-    return await _run_examples(manager, body, call, CLASSIFY, _fill_classifications, "ClassificationResponse")
+    return await _infer_one(manager, body, call, CLASSIFY, "ClassificationResponse")
 
 
 async def regress(
@@ -183,17 +168,11 @@ async def regress(
     call: CallInfo,
 ) -> Message:  # RegressionResponse
     """Predict one number per example; raises ServingError."""
-    return await _run_examples(manager, body, call, REGRESS, _fill_regressions, "RegressionResponse")
+    return await _infer_one(manager, body, call, REGRESS, "RegressionResponse")
 
 
-_TASKS = {
-    CLASSIFY: ("classification_result", _fill_classifications),
-    REGRESS: ("regression_result", _fill_regressions),
-}
-
-
-def _check_tasks(tasks: Sequence[Message]) -> ModelSpec:
-    """Model spec common to all tasks of a request; raises ServingError where they do not fit together."""
+def _check_tasks(tasks: Sequence[Message]) -> None:
+    """Raise ServingError where the tasks of a request do not fit together."""
     if not tasks:
         raise ServingError("INVALID_ARGUMENT", "The request has no tasks.")
     specs = [read_spec(task.model_spec) for task in tasks]
@@ -202,9 +181,8 @@ def _check_tasks(tasks: Sequence[Message]) -> ModelSpec:
     if len({spec.signature for spec in specs}) < len(specs):
         raise ServingError("INVALID_ARGUMENT", "Two tasks of the request name the same signature.")
     for task in tasks:
-        if task.method_name not in _TASKS:
-            raise ServingError("UNIMPLEMENTED", f"Tasks are for {join_names(_TASKS)}, not '{task.method_name}'.")
-    return specs[0]
+        if task.method_name not in _RESULTS:
+            raise ServingError("UNIMPLEMENTED", f"Tasks are for {join_names(_RESULTS)}, not '{task.method_name}'.")
 
 
 async def multi_inference(
@@ -214,18 +192,8 @@ async def multi_inference(
 ) -> Message:  # MultiInferenceResponse
     """Run several signatures of one version on the same examples; raises ServingError."""
     request = parse_message("SeveralRequest", body)
-    spec, examples = _check_tasks(request.tasks), serialized_examples(request.input)
-    response = message_class("MultiInferenceResponse")()
-    with manager.acquire(spec.model, spec.version, spec.label, call.key) as version:
-        for task in request.tasks:
-            signature = find_signature(version.signatures, task.model_spec.signature_name, task.method_name)
-            outputs = await _predict_examples(version, signature, examples, call.deadline)
-            field, fill = _TASKS[task.method_name]
-            result = response.results.add()
-            getattr(result, field).SetInParent()
-            fill(getattr(result, field), outputs, len(examples))
-            _fill_model_spec(result.model_spec, version, signature.name)
-    return response
+    _check_tasks(request.tasks)
+    return await _infer(manager, call, request.tasks, serialized_examples(request.input))
 
 
 async def get_metadata(
@@ -314,14 +282,6 @@ _ACTIONS = {"HandleReloadConfigRequest": "reload"}  # administrative methods, an
 _MAX_MESSAGE = 500  # characters; all headers together have 8 KiB, and a character may take 12 bytes there
 
 
-def _import_grpc() -> Any:
-    try:
-        import grpc.aio
-    except ImportError as error:
-        raise MissingDependencyError(f"{error}. gRPC needs: pip install 'mlkit[serve]'") from error
-    return grpc
-
-
 @dataclass(frozen=True)
 class CallPolicy:
     """Timeout, authentication and telemetry of all calls."""
@@ -347,7 +307,7 @@ async def _authorize(policy: CallPolicy, name: str, headers: Mapping[bytes, byte
         principal = (await policy.auth.authorize(headers, scope)).name
         administrator = principal if scope == "admin" else ""
     if principal and (request := current_request.get()):
-        request.client = principal
+        request.principal = principal
     key = headers.get(b"traffic-key", b"").decode(errors="replace")
     seconds = policy.timeout if remaining is None else min(policy.timeout, remaining)
     return CallInfo(time.monotonic() + seconds, key, context.peer(), administrator, principal)
@@ -355,10 +315,8 @@ async def _authorize(policy: CallPolicy, name: str, headers: Mapping[bytes, byte
 
 async def _audit_denial(policy: CallPolicy, name: str, error: ServingError, context: Any) -> None:
     """Report a denied administrative action."""
-    if policy.on_denied is None or name not in _ACTIONS or error.code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-        return
-    principal = getattr(error, "principal", "") or _certificate_name(policy, context) or context.peer()
-    await policy.on_denied(principal, _ACTIONS[name], error)
+    if policy.on_denied is not None and name in _ACTIONS:
+        await policy.on_denied(_certificate_name(policy, context) or context.peer(), _ACTIONS[name], error)
 
 
 def _headers(context: Any) -> dict[bytes, bytes]:
@@ -369,7 +327,7 @@ def _headers(context: Any) -> dict[bytes, bytes]:
 
 async def _abort(context: Any, error: ServingError, metadata: tuple[tuple[str, str], ...]) -> None:
     """End a call with an error; an overloaded server tells clients with a retry policy when to retry."""
-    codes = _import_grpc().StatusCode
+    codes = import_grpc().StatusCode
     message = error.message if len(error.message) <= _MAX_MESSAGE else error.message[: _MAX_MESSAGE - 3] + "..."
     if error.retry_after is not None:
         metadata += (("grpc-retry-pushback-ms", str(round(error.retry_after * 1000))),)
@@ -469,7 +427,7 @@ def _add_services(
     server: Any, manager: ModelManager, policy: CallPolicy, reload: Callable[[str], Awaitable[None]]
 ) -> None:
     """Register TF Serving's services, with bytes as requests and responses."""
-    grpc = _import_grpc()
+    grpc = import_grpc()
     for service, methods in bound_methods(manager, reload).items():
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(functools.partial(handle_call, policy, name, method))
@@ -527,7 +485,7 @@ async def start_grpc(
     Several processes listen on one port, and the kernel distributes connections. gRPC itself rejects messages above
     the limit before they are read, and calls above the limit.
     """
-    grpc = _import_grpc()
+    grpc = import_grpc()
     options = (
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", -1),
@@ -535,11 +493,8 @@ async def start_grpc(
     )
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=calls)
 
-    async def reload_this_process(principal: str) -> None:
-        await manager.reload()
-
     policy = CallPolicy(manager.batching.timeout, telemetry, auth, credentials is not None, on_denied)
-    _add_services(server, manager, policy, reload or reload_this_process)
+    _add_services(server, manager, policy, reload or (lambda principal: manager.reload()))
     from grpc_health.v1 import health_pb2_grpc
 
     health = _health_service(manager)

@@ -4,10 +4,9 @@ import functools
 import logging
 from typing import Any
 
-from mlkit.errors import MissingDependencyError, ServingError
+from mlkit.errors import MissingDependencyError
 from mlkit.serving.options import ServerOptions
-from mlkit.serving.protocol import write_error
-from mlkit.serving.rest import CERTIFICATE, INFERENCE, RestApplication, Target, allow_origins, read_path
+from mlkit.serving.rest import CERTIFICATE, INFERENCE, RestApplication, Target, allow_origins, error_body, read_path
 from mlkit.serving.tls import certificate_name
 
 _log = logging.getLogger("mlkit.serving")
@@ -18,10 +17,6 @@ def _connection_state(transport: Any) -> dict[str, str]:
     """Name in the client certificate of a connection."""
     name = certificate_name(transport.get_extra_info("peercert"))
     return {CERTIFICATE: name} if name else {}
-
-
-def _error_body(message: str) -> bytes:
-    return write_error(ServingError("INVALID_ARGUMENT", message))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -38,8 +33,8 @@ def _protocol(application: RestApplication, options: ServerOptions) -> type | st
     if not compat.has_protocol_internals():
         _log.warning("This version of uvicorn is not supported by the fast HTTP path; requests take its standard path.")
         return "httptools"
-    protocol = compat.guarded_protocol(IDLE_SECONDS, _error_body, _connection_state)
-    if options.origins:  # the CORS middleware has to see every request
+    protocol = compat.guarded_protocol(IDLE_SECONDS, error_body, _connection_state)
+    if options.cors_origins:  # the CORS middleware has to see every request
         return protocol
     return compat.direct_protocol(protocol, _find_inference_target, application.respond, application.body_bytes)
 
@@ -57,7 +52,7 @@ def make_web_server(
     except ImportError as error:
         raise MissingDependencyError(f"{error}. The model server needs: pip install 'mlkit[serve]'") from error
     config = uvicorn.Config(
-        allow_origins(application, options.origins),
+        allow_origins(application, options.cors_origins),
         http=_protocol(application, options),
         lifespan="off",
         ws="none",
@@ -66,7 +61,7 @@ def make_web_server(
         log_level="warning",
         server_header=False,
         date_header=False,
-        timeout_graceful_shutdown=max(1, round(options.grace)),
+        timeout_graceful_shutdown=max(1, round(options.shutdown_grace_period)),
         timeout_keep_alive=IDLE_SECONDS,
     )
     return server_without_signals(config)

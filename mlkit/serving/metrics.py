@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from mlkit.errors import ParameterError
 
 
@@ -132,9 +134,12 @@ class ProcessMetrics:
 
     def observe(self, metric: Metric, *labels: str, value: float) -> None:
         """Count a value in a histogram."""
-        slot = self.slot(metric, *labels)
+        self.observe_at(self.slot(metric, *labels), metric, value)
+
+    def observe_at(self, slot: int, metric: Metric, value: float) -> None:
+        """Count a value in the histogram at a slot."""
         self.values[slot + bisect_left(metric.buckets, value)] += 1
-        self.values[slot + metric.size - 1] += value
+        self.values[slot + len(metric.buckets) + 1] += value
 
     def close(self) -> None:
         """Close the files, which stay on disk."""
@@ -179,21 +184,14 @@ def _mapped(path: Path) -> Iterator[memoryview]:
 
 def _add_up(samples: Samples, by_name: Mapping[str, Metric], lines: bytes, values: memoryview) -> None:
     pid_slot = max(metric.size for metric in by_name.values())
-    running = _is_running(int(values[pid_slot]))
+    pid = int(values[pid_slot])
+    running = pid > 0 and psutil.pid_exists(pid)
     for slot, name, labels in map(json.loads, lines[: lines.rfind(b"\n") + 1].splitlines()):
         metric = by_name[name]
         if running or not metric.ends_with_process:
             totals = samples.setdefault((metric, tuple(labels)), [0.0] * metric.size)
             for offset in range(metric.size):
                 totals[offset] += values[slot + offset]
-
-
-def _is_running(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError, OverflowError):
-        with contextlib.suppress(PermissionError):
-            os.kill(pid, 0)
-        return pid > 0
-    return False
 
 
 def exposition(
@@ -319,7 +317,7 @@ DURATION = Metric(
     _SECOND_BUCKETS,
 )
 IN_PROGRESS = Metric("mlkit_requests_in_progress", "gauge", "Requests in progress.", ("entrypoint",))
-QUEUED = Metric("mlkit_requests_waiting", "gauge", "Requests queued for a model.", ("model", "version"))
+QUEUED = Metric("mlkit_requests_queued", "gauge", "Requests queued for a model.", ("model", "version"))
 BATCH_ROWS = Metric("mlkit_batch_rows", "histogram", "Rows per batch.", ("model", "version"), ROW_BUCKETS)
 CACHE = Metric("mlkit_cache_requests_total", "counter", "Response cache lookups.", ("model", "result"))
 CACHE_BYTES = Metric("mlkit_cache_bytes", "gauge", "Size of the response cache.")
@@ -379,7 +377,7 @@ def read_trace(
 class Request:
     """Request in progress: what logs and metrics need to know about it."""
 
-    __slots__ = ("began", "client", "entrypoint", "model", "trace", "version")
+    __slots__ = ("began", "entrypoint", "model", "principal", "trace", "version")
 
     def __init__(
         self,
@@ -389,4 +387,4 @@ class Request:
         self.began, self.entrypoint, self.trace = time.perf_counter(), entrypoint, trace
         self.model: str = ""  # requested model
         self.version: int | None = None  # serving version
-        self.client: str = ""  # principal's name, if known
+        self.principal: str = ""  # name, if known

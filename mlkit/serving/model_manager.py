@@ -213,11 +213,11 @@ Load = Callable[[Path], Predictor]
 def load_and_warm_up(
     folder: Path,  # of one version
     runtime: str = "tensorflow",  # one of mlkit.serving.runtimes.RUNTIMES
-    kind: str = "float32",  # precision variant of a converted model
+    precision: str = "float32",  # precision variant of a converted model
     on_warm_up: Callable[[Path, str, float, int], None] | None = None,  # folder, code, seconds, requests
 ) -> Predictor:
     """Load a version and warm it up; raises MlkitError for a version that must not get traffic."""
-    predictor = load_predictor(folder, runtime, kind)
+    predictor = load_predictor(folder, runtime, precision)
     code, requests, start = "FAILED_PRECONDITION", 0, time.monotonic()
     try:
         requests = warm_up(predictor, find_golden(folder), allowed_difference(folder, model_format(predictor)))
@@ -325,13 +325,13 @@ class ModelManager:
     async def _update(self, model: ServedModel) -> None:
         loop = asyncio.get_running_loop()
         try:
-            plan = await loop.run_in_executor(self._loader, model.source.look)
+            plan = await loop.run_in_executor(self._loader, model.source.poll)
             model.source_error = ""
         except (MlkitError, OSError) as error:  # loaded versions go on serving
             model.source_error = str(error)
             return
         available, before = [], set(model.loaded)
-        for spec in plan.wanted:
+        for spec in plan.versions:
             if plan.count is not None and len(available) == plan.count:
                 break
             if spec.number in model.loaded or await self._try_load(model, spec):

@@ -3,12 +3,12 @@
 The processes do what the options said when the server started, whatever has become of the settings since.
 """
 
-import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from mlkit.config import Settings
 from mlkit.registry.audit_log import current_user
@@ -38,18 +38,25 @@ class LogOptions:
     """Logs of a server. No request data is logged by default, and sensitive features never."""
 
     folder: str = ""  # folder of the audit log and the request log; empty: neither is written
-    lines: str = "text"  # format of log lines: text or json
-    requests: str = "errors"  # requests that get a log line: all, errors or none
-    share: float = 0.0  # sampling rate of the request log
-    form: str = "jsonl"  # format of the request log, one of mlkit.serving.request_log.LOG_FORMATS
-    sensitive: tuple[str, ...] = ()  # features that must not appear in logs
+    log_format: str = "text"  # format of log lines: text or json
+    access_log: str = "errors"  # requests that get a log line: all, errors or none
+    request_sampling_rate: float = 0.0  # sampling rate of the request log
+    request_log_format: str = "jsonl"  # format of the request log, one of mlkit.serving.request_log.LOG_FORMATS
+    masked_features: tuple[str, ...] = ()  # features that must not appear in logs
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "LogOptions":
         """Options of the section `[serving]`."""
         section = settings.serving
-        sensitive = tuple(filter(None, (name.strip() for name in section.sensitive.split(","))))
-        return cls(str(section.logs), section.lines, section.requests, section.share, section.form, sensitive)
+        masked = tuple(filter(None, (name.strip() for name in section.masked_features.split(","))))
+        return cls(
+            str(section.logs),
+            section.log_format,
+            section.access_log,
+            section.request_sampling_rate,
+            section.request_log_format,
+            masked,
+        )
 
     def audit(self) -> Audit | None:
         """Audit log of administrative actions; None without a folder."""
@@ -76,19 +83,19 @@ class ServerOptions:
     grpc_port: int | None = None  # None: no gRPC
     processes: int = 1
     runtime: str = "tensorflow"  # one of mlkit.serving.runtimes.RUNTIMES
-    kind: str = "float32"  # precision variant of converted models
+    precision: str = "float32"  # of converted models
     registry: str = ""  # folder; default: the setting registry.root
     verify: bool = True  # registered models must be signed
-    limits: BatchingConfig = field(default_factory=BatchingConfig)  # batching and queue limits
+    batching: BatchingConfig = field(default_factory=BatchingConfig)  # batching and queue limits
     shadow: str = ""  # alias of the version that receives shadow traffic
     body_bytes: int = 64 * 2**20  # largest request body
     cache_bytes: int = 0  # size of the response cache; 0: no cache
-    poll: float = 0.5  # seconds between two polls of the sources
-    grace: float = 30.0  # shutdown grace period, seconds
-    access: AuthOptions = field(default_factory=AuthOptions)  # authentication; default: none
+    poll_interval: float = 0.5  # seconds between two polls of the sources
+    shutdown_grace_period: float = 30.0  # seconds
+    auth: AuthOptions = field(default_factory=AuthOptions)  # authentication; default: none
     tls: TlsOptions = field(default_factory=TlsOptions)
     logs: LogOptions = field(default_factory=LogOptions)
-    origins: tuple[str, ...] = ()  # allowed CORS origins
+    cors_origins: tuple[str, ...] = ()
 
     @property
     def public(self) -> bool:
@@ -102,14 +109,12 @@ class ServerOptions:
 
     def to_json(self) -> str:
         """Serialize for another process."""
-        return json.dumps(dataclasses.asdict(self))
+        return _SERIALIZER.dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> "ServerOptions":
         """Options from `to_json`."""
-        record = json.loads(text)
-        record["models"] = tuple(ServedPath(**model) for model in record["models"])
-        record["logs"]["sensitive"] = tuple(record["logs"]["sensitive"])
-        record["origins"] = tuple(record["origins"])
-        sections = {"limits": BatchingConfig, "access": AuthOptions, "tls": TlsOptions, "logs": LogOptions}
-        return cls(**record | {name: section(**record[name]) for name, section in sections.items()})
+        return _SERIALIZER.validate_json(text)
+
+
+_SERIALIZER = TypeAdapter(ServerOptions)

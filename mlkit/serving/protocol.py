@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_json', 'check_shape', 'to_array', 'PredictCall', 'count_rows', 'read_predict', 'write_predict', 'ExamplesCall',
-           'read_examples', 'classifications', 'regressions', 'write_classify', 'write_regress', 'metadata_message',
-           'write_metadata', 'VersionStatus', 'write_status', 'write_error']
+           'read_examples', 'classifications', 'regressions', 'fill_result', 'write_classify', 'write_regress',
+           'fill_model_spec', 'metadata_message', 'write_metadata', 'VersionStatus', 'write_status', 'write_error']
 
 # %% ../../nbs/library/serving/00_protocol.ipynb #a365be7a
 import base64
@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 
 from ..errors import MissingDependencyError, ServingError, did_you_mean, join_names
 from ..export.protos import STRING, array_type, message_class, message_pool
-from ..export.signatures import SignatureInfo, TensorInfo, find_signature, format_shape
+from ..export.signatures import REGRESS, SignatureInfo, TensorInfo, find_signature, format_shape
 
 # %% ../../nbs/library/serving/00_protocol.ipynb #103d93a5
 try:
@@ -246,7 +246,7 @@ def count_rows(
     inputs: Mapping[str, np.ndarray],  # by name, of valid shapes
 ) -> int | None:  # None where the signature has no rows
     """Number of rows of a request; raises ServingError where its inputs differ."""
-    if not signature.batched:
+    if not signature.is_batchable:
         return None
     sizes = set(map(len, inputs.values()))
     if len(sizes) > 1:
@@ -279,7 +279,7 @@ def _columns_from_rows(signature: SignatureInfo, rows: Any) -> Mapping[str, Any]
     try:
         if set(map(len, rows)) != {len(signature.inputs)} or not set(map(type, rows)) <= {dict}:
             raise _row_error(signature, rows)
-        tuples = list(map(signature.picker, rows))
+        tuples = list(map(signature.row_getter, rows))
     except (KeyError, TypeError):
         raise _row_error(signature, rows) from None
     return dict(
@@ -543,6 +543,24 @@ def regressions(
     return np.ascontiguousarray(array).reshape(rows)
 
 # %% ../../nbs/library/serving/00_protocol.ipynb #472ee4b2
+def fill_result(
+    result: Message,  # ClassificationResult or RegressionResult
+    method: str,  # CLASSIFY or REGRESS
+    outputs: Mapping[str, np.ndarray],  # of a signature with this method
+    rows: int,  # number of rows
+) -> None:
+    """Outputs as the result of a gRPC response; raises ServingError for other outputs."""
+    result.SetInParent()
+    if method == REGRESS:
+        for value in regressions(outputs, rows).tolist():
+            result.regressions.add(value=value)
+        return
+    for pairs in classifications(outputs, rows):
+        row = result.classifications.add()
+        for label, score in pairs:
+            row.classes.add(label=label, score=score)
+
+
 def write_classify(
     outputs: Mapping[str, np.ndarray],  # classes [rows, n], scores [rows, n], or both
     rows: int,  # number of rows
@@ -570,6 +588,17 @@ def _fill_info(message: Message, info: TensorInfo) -> None:
         message.tensor_shape.dim.add(size=-1 if extent is None else extent)
 
 
+def fill_model_spec(
+    spec: Message,  # ModelSpec
+    model: str,  # name
+    version: int,
+    signature: str = "",  # name
+) -> None:
+    """Name the version and the signature that a message is about."""
+    spec.name, spec.signature_name = model, signature
+    spec.version.value = version
+
+
 def metadata_message(
     model: str,  # name
     version: int,
@@ -577,8 +606,7 @@ def metadata_message(
 ) -> Message:  # GetModelMetadataResponse
     """Signatures of a version as a gRPC response."""
     response, signature_map = message_class("GetModelMetadataResponse")(), message_class("SignatureDefMap")()
-    response.model_spec.name = model
-    response.model_spec.version.value = version
+    fill_model_spec(response.model_spec, model, version)
     for name, signature in signatures.items():
         definition = signature_map.signature_def[name]
         definition.method_name = signature.method

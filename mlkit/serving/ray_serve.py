@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._compat.ray import get_cluster_value, pass_through, put_cluster_value, running_configuration
 from ..errors import InputError, MissingDependencyError, MlkitError, ServingError
 from ..jobs.ray import import_ray, propagated_environment, quiet_ray, ray_cluster
 from ..runs.remote import RAY_EXTRA
 from .grpc_server import SERVICES, CallPolicy, add_reflection, bound_methods, handle_call
 from .options import ServerOptions
-from .runtimes import sessions_work, use_session_only
+from .runtimes import prepare_runtime
 from .server import RequestServer, open_port
 
 # %% ../../nbs/library/serving/09_ray_serve.ipynb #80f8989c
@@ -39,8 +40,8 @@ from .server import RequestServer, open_port
 class Replicas:
     """Limits and target load of autoscaling."""
 
-    least: int = 1  # minimum number of replicas
-    most: int = 1  # maximum number of replicas
+    minimum: int = 1  # number of replicas
+    maximum: int = 1  # number of replicas
     load: float = 32.0  # requests in progress per replica
 
     @classmethod
@@ -50,17 +51,17 @@ class Replicas:
     ) -> "Replicas":
         """Parse the option --replicas; raises InputError."""
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text.strip())
-        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= least <= most:
+        minimum, maximum = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= minimum <= maximum:
             raise InputError(f"--replicas is a number, or the least and the most of them: 2, or 1-8. Received: {text}")
-        return cls(least, most)
+        return cls(minimum, maximum)
 
     def autoscaling(self) -> dict[str, Any]:
         """Ray Serve's `autoscaling_config`."""
         return {
-            "min_replicas": self.least,
-            "max_replicas": self.most,
-            "initial_replicas": self.least,
+            "min_replicas": self.minimum,
+            "max_replicas": self.maximum,
+            "initial_replicas": self.minimum,
             "target_ongoing_requests": self.load,
             "metrics_interval_s": 1.0,
             "look_back_period_s": 5.0,
@@ -88,12 +89,12 @@ def check_options(
     """Reject options that a cluster does not support; raises InputError, NotFoundError."""
     if options.tls.certificate:
         raise InputError(
-            "TLS ends before a cluster: the proxies of Ray Serve take no certificates. Empty access.certificate, and "
+            "TLS ends before a cluster: the proxies of Ray Serve take no certificates. Empty auth.certificate, and "
             "put a load balancer that has the certificate in front."
         )
     if options.processes != 1:
-        raise InputError("Over a cluster --replicas says how many answer, rather than --processes.")
-    options.access.open()
+        raise InputError("Over a cluster, --replicas is the number of replicas; --processes is for one machine.")
+    options.auth.open()
     for model in options.models:
         model.source(options)
 
@@ -113,7 +114,7 @@ class Replica:
         self.manager, self.application = self.server.manager, self.server.application
         self._watcher: asyncio.Task | None = None
         policy = CallPolicy(
-            options.limits.timeout, self.server.telemetry, self.server.auth, on_denied=self.server.on_denied
+            options.batching.timeout, self.server.telemetry, self.server.auth, on_denied=self.server.on_denied
         )
         self._methods = {
             method_name: functools.partial(handle_call, policy, method_name, method)
@@ -128,10 +129,7 @@ class Replica:
         """Load the models, and poll for new versions from now on; raises MlkitError for a model without a version."""
         await self.server.load()
         if not self.manager.ready:
-            names = self.manager.names()
-            messages = [status.message for name in names for status in self.manager.statuses(name) if status.message]
-            problems = messages or [error for name in names if (error := self.manager.model(name).source_error)]
-            raise MlkitError(" ".join(problems) or "A model has no version.")
+            raise MlkitError(" ".join(problem for problems in self.server.problems().values() for problem in problems))
         self._watcher = asyncio.get_running_loop().create_task(self.server.watch())
 
     async def call(
@@ -205,8 +203,7 @@ class ServerDeployment:
         with contextlib.suppress(OSError):
             os.chdir(folder)
         options, name = ServerOptions.from_json(options_json), serve.get_replica_context().replica_id.unique_id
-        if options.runtime == "tensorflow" and sessions_work():
-            use_session_only()
+        prepare_runtime(options.runtime)
         if options.logs.folder:  # each replica writes files of its own
             logs = dataclasses.replace(options.logs, folder=str(Path(options.logs.folder, f"replica-{name}")))
             options = dataclasses.replace(options, logs=logs)
@@ -253,8 +250,6 @@ def add_services(
     from grpc_health.v1 import health
     from grpc_reflection.v1alpha import reflection
 
-    from mlkit._compat.ray_serve import pass_through
-
     handler = grpc.unary_unary_rpc_method_handler(servicer)
     for service, methods in {**SERVICES, health.SERVICE_NAME: ["Check"]}.items():
         handlers = dict.fromkeys(methods, handler)
@@ -290,7 +285,7 @@ def serving_cluster() -> Iterator[Any]:  # the module ray, connected
                 raise
             _start_cluster(ray)
             stack.callback(ray.shutdown)
-            stack.enter_context(quiet_ray(ray))
+            stack.enter_context(quiet_ray())
         yield ray
 
 # %% ../../nbs/library/serving/09_ray_serve.ipynb #5a4fad30
@@ -323,10 +318,10 @@ class Nodes:
                 f"The cluster has {len(self.addresses)} machines, which have to reach one another's replicas, and "
                 f"{options.host} is reached from one machine only. Listen on all addresses: --host 0.0.0.0"
             )
-        if replicas.least > self.processors:
+        if replicas.minimum > self.processors:
             raise MlkitError(
-                f"Each replica takes a processor, and the cluster has {self.processors} for {replicas.least} of them. "
-                "Start fewer, or join more machines: ray start --address=..."
+                f"Each replica takes a processor, and the cluster has {self.processors} for {replicas.minimum} "
+                "of them. Start fewer, or join more machines: ray start --address=..."
             )
 
 # %% ../../nbs/library/serving/09_ray_serve.ipynb #2a6ef6fc
@@ -344,8 +339,6 @@ def _import_serve() -> Any:
 
 def _match_running_serve(ray: Any, options: ServerOptions, fast: bool) -> ServerOptions:  # with the port
     """Options that fit the running Ray Serve; raises InputError where they differ."""
-    from mlkit._compat.ray_serve import running_configuration
-
     running = running_configuration(ray)
     if running is None:
         if options.port:
@@ -387,7 +380,7 @@ def _make_application(serve: Any, options: ServerOptions, replicas: Replicas, va
         name="server",
         autoscaling_config=replicas.autoscaling(),
         max_ongoing_requests=100_000,  # a replica has limits of its own, and reports them with TF Serving's codes
-        graceful_shutdown_timeout_s=options.grace + float(variables[_DRAINING]),
+        graceful_shutdown_timeout_s=options.shutdown_grace_period + float(variables[_DRAINING]),
         max_constructor_retry_count=3,
         ray_actor_options={
             "num_cpus": 1,
@@ -437,8 +430,6 @@ def serve_on_ray(
     fast: bool = True,  # False: Ray's default proxy, for comparison
 ) -> Iterator[RayServer]:
     """Context manager that runs a server on the cluster; raises MlkitError when it does not start."""
-    from mlkit._compat.ray_serve import get_value, put_value
-
     replicas = replicas or Replicas()
     check_options(options)
     variables = serve_variables(fast)
@@ -450,9 +441,9 @@ def serve_on_ray(
         _start_serve(serve, options, nodes, variables)
         _deploy(serve, _make_application(serve, options, replicas, variables))
         token = secrets.token_bytes(16)  # identifies this command as the owner of the server
-        put_value(_OWNER, token)
+        put_cluster_value(_OWNER, token)
         address = nodes.addresses[0] if options.host == "0.0.0.0" else options.host
-        server = RayServer(options, replicas, address, len(nodes.addresses), lambda: get_value(_OWNER) != token)
+        server = RayServer(options, replicas, address, len(nodes.addresses), lambda: get_cluster_value(_OWNER) != token)
         try:
             _wait_until_ready(server)
             yield server
@@ -490,9 +481,11 @@ def run_on_ray(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         models = {model.name: model.reference or model.path for model in options.models}
-        options.logs.record("start", "begun", models=models, url=server.url, replicas=[replicas.least, replicas.most])
-        if options.public and options.access.open() is None:
-            _print_message(f"{server.url} is reachable without API keys or tokens ([access] in settings.ini).")
+        options.logs.record(
+            "start", "begun", models=models, url=server.url, replicas=[replicas.minimum, replicas.maximum]
+        )
+        if options.public and options.auth.open() is None:
+            _print_message(f"{server.url} is reachable without API keys or tokens ([auth] in settings.ini).")
         ready(server)
         while not stop.wait(1.0):
             if server.taken_over():

@@ -77,62 +77,23 @@ async def _read_body(headers: Mapping[bytes, bytes], receive: Callable[[], Await
     announced = headers.get(b"content-length", b"0")
     if announced.isdigit() and int(announced) > limit:
         raise _BodyTooLargeError
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):  # the usual case: one message
-        if len(message["body"]) > limit:
-            raise _BodyTooLargeError
-        return message["body"]
-    parts, size = [], 0
-    while True:
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
         if message["type"] != "http.request":
             raise _DisconnectedError
         parts.append(message["body"])
-        size += len(message["body"])
+        size, more = size + len(message["body"]), message.get("more_body")
         if size > limit:
             raise _BodyTooLargeError
-        if not message.get("more_body"):
-            return b"".join(parts)
-        message = await receive()
+    return b"".join(parts)
 
 
-def _error_body(message: str) -> bytes:
+def error_body(
+    message: str,
+) -> bytes:
+    """Body of the response to a malformed request."""
     return write_error(ServingError("INVALID_ARGUMENT", message))
-
-
-class _BodyReader:
-    """Reads request bodies within a limit of bytes and seconds.
-
-    A timer per body would cost as much as reading it. One timer serves all: it fires when the oldest body is due, and
-    bodies past their time end with `TimeoutError`.
-    """
-
-    def __init__(self, limit: int, seconds: float):
-        self._limit, self._seconds, self._timer = limit, seconds, None
-        self._started: dict[asyncio.Task, float] = {}  # oldest first
-
-    async def read(self, headers: Mapping[bytes, bytes], receive: Callable[[], Awaitable[dict]]) -> bytes:
-        task, now = asyncio.current_task(), time.monotonic()
-        self._started[task] = now
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expire)
-        try:
-            return await _read_body(headers, receive, self._limit)
-        except asyncio.CancelledError:
-            if task in self._started:  # not cancelled by the timer
-                raise
-            task.uncancel()
-            raise TimeoutError from None
-        finally:
-            self._started.pop(task, None)
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for task in [task for task, started in self._started.items() if now >= started + self._seconds]:
-            del self._started[task]
-            task.cancel()
-        oldest = next(iter(self._started.values()), None)
-        delay = None if oldest is None else oldest + self._seconds - now
-        self._timer = None if delay is None else asyncio.get_running_loop().call_later(delay, self._expire)
 
 
 class ResponseCache:
@@ -142,18 +103,15 @@ class ResponseCache:
         self,
         limit: int,  # bytes of keys and responses
     ):
-        self.limit, self.size, self.hits, self.misses = limit, 0, 0, 0
+        self.limit, self.size = limit, 0
         self._responses: OrderedDict[tuple, bytes] = OrderedDict()
 
     def get(self, key: tuple) -> bytes | None:
         """Cached response for a key."""
-        response = self._responses.get(key)
-        if response is None:
-            self.misses += 1
+        if key not in self._responses:
             return None
         self._responses.move_to_end(key)
-        self.hits += 1
-        return response
+        return self._responses[key]
 
     def put(self, key: tuple, response: bytes) -> None:
         """Cache a response, unless it takes more than a tenth of the cache."""
@@ -200,8 +158,7 @@ class RestApplication:
         on_denied: Callable[[str, str, ServingError], Awaitable[None]] | None = None,  # principal, action, error
     ):
         self.manager, self.body_bytes, self._readiness = manager, body_bytes, readiness or dict
-        self._bodies = _BodyReader(body_bytes, manager.batching.timeout)
-        self._reload, self._telemetry, self.auth = reload or self._reload_this_process, telemetry, auth
+        self._reload, self._telemetry, self.auth = reload or (lambda principal: manager.reload()), telemetry, auth
         self._on_denied, self._identifies = on_denied, auth is not None or client_certificates
         self.cache = ResponseCache(cache_bytes) if cache_bytes else None
         self.draining = False
@@ -259,10 +216,10 @@ class RestApplication:
             return error.http_status, _error_headers(error), write_error(error), (error.code, error.message)
         except _BodyTooLargeError:
             message = f"The body has more than the {self.body_bytes:,} bytes that are accepted."
-            return 413, [_JSON, CLOSE], _error_body(message), ("INVALID_ARGUMENT", message)
+            return 413, [_JSON, CLOSE], error_body(message), ("INVALID_ARGUMENT", message)
         except TimeoutError:
             message = "The body did not arrive in time."
-            return 408, [_JSON, CLOSE], _error_body(message), ("DEADLINE_EXCEEDED", message)
+            return 408, [_JSON, CLOSE], error_body(message), ("DEADLINE_EXCEEDED", message)
         except _DisconnectedError:
             raise
         except Exception:  # a defect of the server
@@ -276,19 +233,16 @@ class RestApplication:
         if self.auth is not None:
             name = (await self.auth.authorize(headers, required)).name
         if (request := current_request.get()) is not None:
-            request.client = name
+            request.principal = name
         return name
 
     async def audit_denial(self, scope: dict, error: ServingError) -> None:
         """Report a denied administrative action."""
-        if self._on_denied is None or error.code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        if self._on_denied is None:
             return
         address = scope["client"][0] if scope.get("client") else "this machine"
         action = "reload" if scope["path"] == "/reload" else f"{scope['method']} {scope['path']}"[:100]
-        await self._on_denied(getattr(error, "principal", "") or _certificate_name(scope) or address, action, error)
-
-    async def _reload_this_process(self, principal: str) -> None:
-        await self.manager.reload()
+        await self._on_denied(_certificate_name(scope) or address, action, error)
 
     def _describe(self, target: Target) -> bytes:
         """Status or metadata of a model; raises ServingError."""
@@ -302,7 +256,8 @@ class RestApplication:
     ) -> tuple[list, bytes]:
         deadline = time.monotonic() + _timeout(headers, self.manager.batching.timeout)
         if body is None:
-            body = await self._bodies.read(headers, receive)
+            async with asyncio.timeout(self.manager.batching.timeout):
+                body = await _read_body(headers, receive, self.body_bytes)
         key = headers.get(b"traffic-key", b"").decode("latin-1")
         with self.manager.acquire(target.model, target.version, target.label, key) as version:
             infer = INFERENCE[target.verb] if self.cache is None else functools.partial(self._cached, target.verb)
@@ -330,7 +285,7 @@ class RestApplication:
         if path.startswith("/v1/models") and method in ("GET", "POST"):
             missing = path.rstrip("/") == "/v1/models" and method == "GET"
             message = "Missing model name in request." if missing else f"Malformed request: {method} {path}"
-            await _send(send, 400, _error_body(message))
+            await _send(send, 400, error_body(message))
             return
         if not await self._admit_to_admin_api(scope, send):
             return

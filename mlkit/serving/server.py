@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mlkit._files import write_atomic
 from mlkit.errors import InputError, MlkitError, ServingError
 from mlkit.export.signatures import PREDICT
@@ -35,7 +37,7 @@ from mlkit.serving.options import ServedPath, ServerOptions
 from mlkit.serving.protocol import VersionStatus
 from mlkit.serving.request_log import RequestLog
 from mlkit.serving.rest import RestApplication
-from mlkit.serving.runtimes import sessions_work, use_session_only
+from mlkit.serving.runtimes import prepare_runtime
 from mlkit.serving.telemetry import JsonLines, Telemetry
 
 _log = logging.getLogger("mlkit.server")
@@ -87,8 +89,6 @@ class ProcessStatusBoard:
 
     def leave(self) -> None:
         """Remove this process, and the folder with the last one: for processes without a supervisor."""
-        import psutil
-
         self.remove(self.index)
         if not any(psutil.pid_exists(status["pid"]) for status in self.read() if status):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -120,21 +120,21 @@ class RequestObserver:
             index,
             models=manager.names(),
             runtime={"tensorflow": "TF1", "eager": "TF2"}.get(options.runtime, "LiteRT"),
-            requests=logs.requests,
-            sensitive=logs.sensitive,
+            requests=logs.access_log,
+            sensitive=logs.masked_features,
         )
         self.audit = logs.audit()
         self.request_log: RequestLog | None = None
-        if logs.folder and logs.share:
+        if logs.folder and logs.request_sampling_rate:
             self.request_log = RequestLog(
                 logs.folder,
                 index,
-                sampling_rate=logs.share,
-                log_format=logs.form,
-                sensitive=logs.sensitive,
+                sampling_rate=logs.request_sampling_rate,
+                log_format=logs.request_log_format,
+                sensitive=logs.masked_features,
                 on_sampled=self.telemetry.count_logged,
             )
-            self.telemetry.export_dropped("exchanges", self.request_log.writer)
+            self.telemetry.export_dropped("requests", self.request_log.writer)
         manager.on_batch, manager.on_shadow = self._count_batch, self.telemetry.count_shadow
         manager.state_listeners += [self.telemetry.set_version_state, self._on_state]
         self.telemetry.samplers.append(self._sample_queues)
@@ -200,10 +200,10 @@ class RequestServer:
     ):
         self.options = options
         sources = {model.name: model.source(options) for model in options.models}
-        self.manager = ModelManager(sources, self._load, options.limits, options.shadow)
+        self.manager = ModelManager(sources, self._load, options.batching, options.shadow)
         self.manager.common_versions = common_versions
         self.manager.state_listeners.append(self._collect_garbage_after)
-        self.auth = options.access.open()
+        self.auth = options.auth.open()
         self.observer = RequestObserver(options, index, self.manager, folder)
         self.telemetry, self.audit = self.observer.telemetry, self.observer.audit
         self.on_denied = self.audit.record_denial if self.audit else None
@@ -215,13 +215,13 @@ class RequestServer:
             reload=reload,
             telemetry=self.telemetry,
             auth=self.auth,
-            client_certificates=bool(options.tls.clients),
+            client_certificates=bool(options.tls.client_ca),
             on_denied=self.on_denied,
         )
         self._loop, self._has_garbage = asyncio.get_running_loop(), False
 
     def _load(self, folder: Path) -> Any:
-        return load_and_warm_up(folder, self.options.runtime, self.options.kind, self._on_warm_up)
+        return load_and_warm_up(folder, self.options.runtime, self.options.precision, self._on_warm_up)
 
     def _on_warm_up(self, *result: Any) -> None:  # on the loading thread
         self._loop.call_soon_threadsafe(self.telemetry.count_warm_up, *result)
@@ -255,13 +255,26 @@ class RequestServer:
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)  # requests leave no reference cycles, so collections can be rare
 
+    def problems(self) -> dict[str, list[str]]:  # by model
+        """Reasons why models cannot predict."""
+        return {
+            name: [
+                f"{name}/{status.version}: {status.message}"
+                for status in self.manager.statuses(name)
+                if status.code != "OK"
+            ]
+            or [self.manager.model(name).source_error or f"{name} has no version"]
+            for name in self.manager.names()
+            if self.manager.model(name).default is None
+        }
+
     async def watch(
         self,
         poll: Callable[[], Awaitable[None]] | None = None,  # called each time; default: poll the sources
     ) -> None:
         """Sample metrics and poll the sources, until cancelled."""
         while True:
-            await asyncio.sleep(self.options.poll)
+            await asyncio.sleep(self.options.poll_interval)
             self.telemetry.sample()
             try:
                 await (poll or self.manager.update)()
@@ -303,7 +316,7 @@ class ServerProcess:
         return {
             "processes": {
                 "ready": ready + sum(bool(status.get("ready")) for status in others),
-                "of": self.options.processes,
+                "total": self.options.processes,
             }
         }
 
@@ -335,24 +348,12 @@ class ServerProcess:
 
     def _publish_status(self, serving: bool = True) -> None:
         models = {name: self.manager.model(name) for name in self.manager.names()}
-        rejections = {
-            name: [
-                f"{name}/{status.version}: {status.message}"
-                for status in self.manager.statuses(name)
-                if status.code != "OK"
-            ]
-            for name in models
-        }
         status = {
             "pid": os.getpid(),
             "ready": serving and self.manager.ready,
             "loaded": {name: sorted(model.loaded) for name, model in models.items()},
             "default": {name: model.default for name, model in models.items()},
-            "problems": {
-                name: (rejections[name] or [model.source_error or "it has no version"])
-                for name, model in models.items()
-                if model.default is None
-            },
+            "problems": self.server.problems(),
         }
         with contextlib.suppress(OSError):  # a full disk must not stop serving
             self.board.publish(status)
@@ -422,12 +423,12 @@ class ServerProcess:
             auth=self.server.auth,
             on_denied=self.server.on_denied,
         )
-        ports.push_async_callback(grpc_server.stop, self.options.grace)
+        ports.push_async_callback(grpc_server.stop, self.options.shutdown_grace_period)
 
     async def _watch_supervisor(self) -> None:
         """Stop when the process that started this one is gone."""
         while os.getppid() == multiprocessing.parent_process().pid:
-            await asyncio.sleep(self.options.poll)
+            await asyncio.sleep(self.options.poll_interval)
         self._orphaned = True
         self._stop.set()
 
@@ -442,8 +443,7 @@ def run_process(
     _set_up_logging(options, f"process {index}", process=index)
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if options.runtime == "tensorflow" and sessions_work():
-        use_session_only()
+    prepare_runtime(options.runtime)
 
     async def serve() -> int:
         return await ServerProcess(options, index, listening, board).run()
@@ -456,7 +456,7 @@ def _set_up_logging(options: ServerOptions, name: str, **fields: Any) -> None:
     """Log to standard error as text or JSON; each line names its process."""
     handler = logging.StreamHandler()
     text = logging.Formatter(f"%(asctime)s {name}: %(message)s")
-    handler.setFormatter(JsonLines(**fields) if options.logs.lines == "json" else text)
+    handler.setFormatter(JsonLines(**fields) if options.logs.log_format == "json" else text)
     logging.basicConfig(handlers=[handler], level=logging.INFO)
 
 
@@ -639,7 +639,7 @@ class Supervisor:
         self._listening.close()  # new connections are refused rather than left waiting
         for process in self._processes.values():
             process.terminate()
-        _, late = await asyncio.wait(keepers, timeout=self.options.grace + 5)
+        _, late = await asyncio.wait(keepers, timeout=self.options.shutdown_grace_period + 5)
         for process in self._processes.values():
             if late:
                 process.kill()
@@ -662,11 +662,11 @@ def run_server(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; raises InputError for a port in use, MlkitError for what cannot be served."""
     _set_up_logging(options, "server")
-    auth, _ = options.access.open(), options.tls.open()
+    auth, _ = options.auth.open(), options.tls.open()
     for model in options.models:
         model.source(options)  # report a missing model before anything is started
-    if options.public and not (auth or options.tls.clients):
-        _log.warning("%s is reachable without API keys or tokens ([access] in settings.ini)", options.host)
+    if options.public and not (auth or options.tls.client_ca):
+        _log.warning("%s is reachable without API keys or tokens ([auth] in settings.ini)", options.host)
 
     async def supervise() -> None:
         await Supervisor(options, ready).run()

@@ -48,8 +48,8 @@ class ShadowCounts:
     version: int  # number of the shadow version
     requests: int = 0
     rows: int = 0  # compared rows
-    agreeing: int = 0  # compared rows with equal string outputs
-    difference: float = 0.0  # largest difference of two numeric outputs
+    rows_agreeing: int = 0  # compared rows with equal string outputs
+    largest_difference: float = 0.0  # largest difference of two numeric outputs
     failed: int = 0  # requests that failed in the shadow, or whose outputs differ in form
     skipped: int = 0  # requests that were not compared, because too many were in progress
 
@@ -94,6 +94,6 @@ class Shadow:
             self._on_result("failed")
             return
         counts.rows += rows or 1
-        counts.agreeing += agreeing
-        counts.difference = max(counts.difference, difference)
+        counts.rows_agreeing += agreeing
+        counts.largest_difference = max(counts.largest_difference, difference)
         self._on_result("compared", rows or 1, agreeing, difference)

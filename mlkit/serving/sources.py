@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import NotFoundError, join_names
+from ..config import load_settings
+from ..errors import NotFoundError, SignatureError, join_names
 
 # %% ../../nbs/library/serving/03_sources.ipynb #2d90e423
 class VersionSpec(NamedTuple):
@@ -27,7 +28,7 @@ class VersionSpec(NamedTuple):
 class ServingPlan:
     """Desired state of one model."""
 
-    wanted: tuple[VersionSpec, ...]  # versions in the order of preference
+    versions: tuple[VersionSpec, ...]  # in the order of preference
     count: int | None  # number of versions to load; None means all
     default: int | None = None  # version for requests that name none; None: the first loaded one
     labels: Mapping[str, int] = field(default_factory=dict)
@@ -37,7 +38,7 @@ class ServingPlan:
 class Source(Protocol):
     """Source of a model's desired state."""
 
-    def look(self) -> ServingPlan:
+    def poll(self) -> ServingPlan:
         """Poll the present plan; raises MlkitError."""
 
 
@@ -54,8 +55,8 @@ def folder_revision(folder: Path) -> tuple:
 def _contains_model(folder: Path, runtime: str) -> bool:
     if runtime != "litert":
         return (folder / "saved_model.pb").is_file()
-    return any((folder / name).is_file() for name in ("host.json", "saved_model.pb")) or any(
-        folder.glob("litert/*/host.json")
+    return any((folder / name).is_file() for name in ("preprocessing.json", "saved_model.pb")) or any(
+        folder.glob("litert/*/preprocessing.json")
     )
 
 
@@ -69,13 +70,13 @@ class FolderSource:
         count: int = 1,  # number of newest versions to load
     ):
         self.path, self.runtime, self.count = Path(path).absolute(), runtime, count
-        if not self.look().wanted:
+        if not self.poll().versions:
             kind = "converted model (--runtime litert)" if runtime == "litert" else "SavedModel"
             raise NotFoundError(
                 f"There is no {kind} in {path}: neither in it nor in numbered folders, as TF Serving has them."
             )
 
-    def look(self) -> ServingPlan:
+    def poll(self) -> ServingPlan:
         """Poll the present plan, newest versions first."""
         if _contains_model(self.path, self.runtime):
             number = int(self.path.name) if self.path.name.isdigit() else 1
@@ -107,7 +108,7 @@ class RegistrySource:
         self.name = self.registry.find(reference).name
         self._token, self._plan = None, None
 
-    def look(self) -> ServingPlan:
+    def poll(self) -> ServingPlan:
         """Poll the present plan; the audit log is read again only when it has changed."""
         token = self.registry.revision()
         if self._plan is None or token != self._token:
@@ -120,7 +121,7 @@ class RegistrySource:
             labels = dict.fromkeys(version.aliases, version.version)
             return ServingPlan((self._spec(version),), None, version.version, labels)
         state = self.registry.state(self.name)
-        numbers = state.in_service or [version.version]
+        numbers = state.deployed or [version.version]
         versions = tuple(self._spec(self.registry.find(f"{self.name}/{number}")) for number in numbers)
         return ServingPlan(versions, None, version.version, state.aliases, state.traffic)
 
@@ -130,8 +131,6 @@ class RegistrySource:
     @contextlib.contextmanager
     def _verified(self, version: Any) -> Any:
         """Context manager that verifies a version and prevents its deletion; raises SignatureError."""
-        from mlkit.config import load_settings
-        from mlkit.errors import SignatureError
         from mlkit.registry.signing import TrustedKeys, read_public_keys, verify_folder
         from mlkit.registry.store import hold_version, version_findings
 
@@ -141,5 +140,5 @@ class RegistrySource:
                     f"{version.reference} is not what was registered: {join_names(findings)}", findings
                 )
             if self.verify:
-                verify_folder(version.path, TrustedKeys(tuple(read_public_keys(load_settings().signing.trusted))))
+                verify_folder(version.path, TrustedKeys(tuple(read_public_keys(load_settings().signing.trusted_keys))))
             yield

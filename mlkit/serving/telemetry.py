@@ -13,11 +13,12 @@ import os
 import queue
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import psutil
 
 from mlkit.serving.metrics import (
     BATCH_ROWS,
@@ -33,7 +34,6 @@ from mlkit.serving.metrics import (
     LOG_COUNT,
     MEMORY,
     METRICS,
-    MICROSECOND_BUCKETS,
     PROCESSED_SIZE,
     PROCESSOR,
     QUEUED,
@@ -41,7 +41,6 @@ from mlkit.serving.metrics import (
     REQUEST_COUNT,
     REQUEST_LATENCY,
     REQUESTS,
-    ROW_BUCKETS,
     RUN_COUNT,
     RUNTIME_LATENCY,
     SHADOW_AGREEING,
@@ -142,15 +141,6 @@ class BackgroundWriter:
         self._thread.join(seconds)
 
 
-class _RequestSlots(NamedTuple):
-    """Slots of one kind of request; 0 where it is not counted."""
-
-    count: int
-    latency: int
-    own_count: int
-    own_latency: int
-
-
 class Telemetry:
     """Metrics and request log lines of one server process.
 
@@ -173,7 +163,7 @@ class Telemetry:
         self.folder, self.index, self.models, self._runtime = Path(folder), index, frozenset(models), runtime
         self._metrics = ProcessMetrics(folder, index, METRICS)
         self._values, self._requests, self._sensitive = self._metrics.values, requests, tuple(sensitive)
-        self._request_slots: dict[tuple, _RequestSlots] = {}
+        self._request_slots: dict[tuple, tuple[int, ...]] = {}
         self._batch_slots: dict[tuple, tuple[int, ...]] = {}
         self._loading_since: dict[tuple[str, int], float] = {}
         self._progress = {name: self._metrics.slot(IN_PROGRESS, name) for name in ("REST", "GRPC")}
@@ -181,7 +171,7 @@ class Telemetry:
         self.samplers: list[Callable[[], None]] = []  # called before metrics are read
         self._write = write or _to_standard_error
         self._writer = BackgroundWriter(self._write_line)
-        self.export_dropped("requests", self._writer)
+        self.export_dropped("access", self._writer)
 
     # Requests
 
@@ -208,23 +198,20 @@ class Telemetry:
         values = self._values
         values[self._progress[request.entrypoint]] -= 1
         key = (request.entrypoint, api, request.model, request.version, code)
-        slots = self._request_slots.get(key) or self._find_slots(*key)
-        values[slots.count] += 1
-        values[slots.own_count] += 1
-        if slots.latency:
-            bucket = bisect_left(MICROSECOND_BUCKETS, seconds * 1e6)
-            values[slots.latency + bucket] += 1
-            values[slots.latency + _SUM] += seconds * 1e6
-            values[slots.own_latency + bucket] += 1
-            values[slots.own_latency + _SUM] += seconds
+        count, latency, own_count, own_latency = self._request_slots.get(key) or self._find_slots(*key)
+        values[count] += 1
+        values[own_count] += 1
+        if latency:
+            self._metrics.observe_at(latency, REQUEST_LATENCY, seconds * 1e6)
+            self._metrics.observe_at(own_latency, DURATION, seconds)
         if self._requests == "all" or (code != "OK" and self._requests == "errors"):
             self._writer.put((time.time(), request, key, seconds, message))
 
-    def _find_slots(self, entrypoint: str, api: str, model: str, version: int | None, code: str) -> _RequestSlots:
+    def _find_slots(self, entrypoint: str, api: str, model: str, version: int | None, code: str) -> tuple[int, ...]:
         name = model if model in self.models else ""
         number = str(version) if version is not None and name else ""
         slot, own = self._metrics.slot, (name, number, api, entrypoint)
-        slots = _RequestSlots(
+        slots = (  # 0: not counted
             slot(REQUEST_COUNT, name, code),
             slot(REQUEST_LATENCY, name, api, entrypoint) if code == "OK" else 0,
             slot(REQUESTS, *own, code),
@@ -253,18 +240,13 @@ class Telemetry:
             own = (slot(BATCH_ROWS, model, str(version)), slot(QUEUING_LATENCY, model), slot(RUN_COUNT))
             slots = self._batch_slots[key] = (*own, slot(RUNTIME_LATENCY, model, api, self._runtime), slot(INPUT_SIZE))
         batch, queuing, runs, runtime, input_size = slots
-        values, rows = self._values, sum(sizes)
-        values[runs] += 1
-        values[input_size + INPUT_SIZE.size - 1] += rows
-        for size in sizes:
-            values[input_size + bisect_left(ROW_BUCKETS, size)] += 1
-        values[batch + bisect_left(ROW_BUCKETS, rows)] += 1
-        values[batch + BATCH_ROWS.size - 1] += rows
-        values[runtime + bisect_left(MICROSECOND_BUCKETS, seconds * 1e6)] += 1
-        values[runtime + _SUM] += seconds * 1e6
-        for wait in waits:
-            values[queuing + bisect_left(QUEUING_LATENCY.buckets, wait * 1e6)] += 1
-            values[queuing + QUEUING_LATENCY.size - 1] += wait * 1e6
+        self._values[runs] += 1
+        observe = self._metrics.observe_at
+        observe(batch, BATCH_ROWS, sum(sizes))
+        observe(runtime, RUNTIME_LATENCY, seconds * 1e6)
+        for size, wait in zip(sizes, waits, strict=True):
+            observe(input_size, INPUT_SIZE, size)
+            observe(queuing, QUEUING_LATENCY, wait * 1e6)
 
     def set_version_state(self, state: str, model: str, status: VersionStatus) -> None:
         """Record the new state of a version: a state listener of `ModelManager`."""
@@ -349,7 +331,9 @@ class Telemetry:
         line |= {"process": self.index, "trace_id": request.trace.trace, "span_id": request.trace.span}
         line |= {"parent_id": request.trace.parent} if request.trace.parent else {}
         line |= {"entrypoint": entrypoint, "api": api, "model": model[:100], "version": version, "status": code}
-        line |= {"milliseconds": round(seconds * 1000, 3)} | ({"caller": request.client} if request.client else {})
+        line |= {"milliseconds": round(seconds * 1000, 3)} | (
+            {"principal": request.principal} if request.principal else {}
+        )
         if message:
             masked = any(name in message for name in self._sensitive)
             line["message"] = "(it names a sensitive feature)" if masked else message[:1000]
@@ -371,18 +355,12 @@ class Telemetry:
             samples[PROCESSED_SIZE, ()] = [sum(column) for column in zip(*batches, strict=True)]
         return exposition(METRICS, samples)
 
-    def scrape(self) -> bytes:
-        """Sample this process, then read the metrics of all."""
-        self.sample()
-        return self.read()
-
     def close(self) -> None:
         """Write the queued log lines; nothing may be counted afterwards."""
         self._writer.close()
         self._metrics.close()
 
 
-_SUM = REQUEST_LATENCY.size - 1  # offset of a latency histogram's sum
 _STATES = ("START", "LOADING", "AVAILABLE", "UNLOADING", "END")
 
 
@@ -391,12 +369,5 @@ def _to_standard_error(line: bytes) -> None:
 
 
 def _resident_bytes() -> int:
-    """Resident memory of this process; its maximum where the system reports no current value."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        import resource
-        import sys
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    """Resident memory of this process."""
+    return psutil.Process().memory_info().rss

@@ -15,7 +15,16 @@ from mlkit.config import Settings
 from mlkit.errors import InputError, MissingDependencyError, join_names
 from mlkit.serving.auth import AuthOptions
 
-_log = logging.getLogger("mlkit.access")
+_log = logging.getLogger("mlkit.auth")
+
+
+def import_grpc() -> Any:
+    """The module grpc; raises MissingDependencyError."""
+    try:
+        import grpc.aio
+    except ImportError as error:
+        raise MissingDependencyError(f"{error}. gRPC needs: pip install 'mlkit[serve]'") from error
+    return grpc
 
 
 class Tls:
@@ -25,9 +34,10 @@ class Tls:
         self,
         certificate: Path | str,  # PEM file, with the intermediate certificates
         key: Path | str,  # PEM file of its private key, not encrypted
-        clients: Path | str = "",  # PEM file of the client authority; empty: no client certificates
+        client_ca: Path | str = "",  # PEM file of the client authority; empty: no client certificates
     ):
-        self._certificate, self._key, self._clients = Path(certificate), Path(key), Path(clients) if clients else None
+        self._certificate, self._key = Path(certificate), Path(key)
+        self._client_ca = Path(client_ca) if client_ca else None
         self._loaded_revision = self._checked_revision = self._revision()
         self.context = self._new_context()
 
@@ -40,8 +50,8 @@ class Tls:
         context.set_alpn_protocols(["http/1.1"])
         try:
             context.load_cert_chain(self._certificate, self._key, no_password)
-            if self._clients:
-                context.load_verify_locations(self._clients)
+            if self._client_ca:
+                context.load_verify_locations(self._client_ca)
                 context.verify_mode = ssl.CERT_REQUIRED
         except (OSError, ValueError) as error:
             files = join_names(map(str, self._paths))
@@ -50,7 +60,7 @@ class Tls:
 
     @property
     def _paths(self) -> list[Path]:
-        return [path for path in (self._certificate, self._key, self._clients) if path]
+        return [path for path in (self._certificate, self._key, self._client_ca) if path]
 
     def _revision(self) -> list[tuple]:
         """Identity of the files' present content."""
@@ -76,15 +86,11 @@ class Tls:
 
     def grpc_credentials(self) -> Any:  # grpc.ServerCredentials
         """The same files as credentials for gRPC; raises MissingDependencyError."""
-        try:
-            import grpc
-        except ImportError as error:
-            raise MissingDependencyError(f"{error}. gRPC needs: pip install 'mlkit[serve]'") from error
-        used = self._loaded_revision
+        grpc, used = import_grpc(), self._loaded_revision
 
         def read() -> Any:
             pair = (self._key.read_bytes(), self._certificate.read_bytes())
-            return grpc.ssl_server_certificate_configuration([pair], self._clients and self._clients.read_bytes())
+            return grpc.ssl_server_certificate_configuration([pair], self._client_ca and self._client_ca.read_bytes())
 
         def read_renewed() -> Any:
             nonlocal used
@@ -94,7 +100,7 @@ class Tls:
             return read()
 
         return grpc.dynamic_ssl_server_credentials(
-            read(), read_renewed, require_client_authentication=bool(self._clients)
+            read(), read_renewed, require_client_authentication=bool(self._client_ca)
         )
 
 
@@ -104,27 +110,27 @@ class TlsOptions:
 
     certificate: str = ""  # PEM file
     key: str = ""  # PEM file of the private key
-    clients: str = ""  # PEM file of the client authority
+    client_ca: str = ""  # PEM file of the client authority
 
     def open(self) -> Tls | None:
         """Load the files; None without a certificate. Raises InputError for files that cannot be used."""
-        if not self.certificate and (self.key or self.clients):
-            raise InputError("TLS needs the server's certificate: access.certificate, beside access.private_key.")
-        return Tls(self.certificate, self.key, self.clients) if self.certificate else None
+        if not self.certificate and (self.key or self.client_ca):
+            raise InputError("TLS needs the server's certificate: auth.certificate, beside auth.private_key.")
+        return Tls(self.certificate, self.key, self.client_ca) if self.certificate else None
 
 
 def read_options(
     settings: Settings,
 ) -> tuple[AuthOptions, TlsOptions]:
-    """Options of the section `[access]`, with paths relative to the project."""
-    section = settings.access
+    """Options of the section `[auth]`, with paths relative to the project."""
+    section = settings.auth
 
     def path(text: str) -> str:
         return str(settings.project / Path(text).expanduser()) if text else ""
 
     jwks = section.jwks if section.jwks.startswith(("http:", "https:")) else path(section.jwks)
     auth = AuthOptions(path(section.keys), jwks, section.issuer, section.audience)
-    return auth, TlsOptions(path(section.certificate), path(section.private_key), path(section.clients))
+    return auth, TlsOptions(path(section.certificate), path(section.private_key), path(section.client_ca))
 
 
 # The name in a client certificate is verified by its authority. It grants no permission, which is what API keys and

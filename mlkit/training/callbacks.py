@@ -12,17 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._display import format_number
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras, tf
 from ..errors import MlkitError
 from ..runs.run import Run
 from .history import StatusLine
-
-# %% ../../nbs/library/training/04_callbacks.ipynb #d6247553
-import_tensorflow()  # quietly, and before Keras
-
-# %% ../../nbs/library/training/04_callbacks.ipynb #7cb31897
-import keras
-import tensorflow as tf
 
 # %% ../../nbs/library/training/04_callbacks.ipynb #92cf3243
 class Progress(keras.callbacks.Callback):

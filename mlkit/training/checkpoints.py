@@ -20,18 +20,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras, tf
 from ..data.dataset import Dataset
 from ..errors import NotFoundError, StorageError
 from ..runs.run import Run
 from ..runs.store import RunStore
-
-# %% ../../nbs/library/training/03_checkpoints.ipynb #1dd9a3dd
-import_tensorflow()  # quietly, and before Keras
-
-# %% ../../nbs/library/training/03_checkpoints.ipynb #be35cfd5
-import keras
-import tensorflow as tf
 
 # %% ../../nbs/library/training/03_checkpoints.ipynb #14eed47b
 @dataclass
@@ -193,7 +186,7 @@ def restore_checkpoint(
         reason = f"the checkpoint is of another training ({difference})"
     except Exception as error:  # a damaged file can raise nearly anything
         reason = f"the checkpoint cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    print(f"Training starts anew: {reason}.")
+    print(f"Training starts from the beginning: {reason}.")
     shutil.rmtree(checkpoint.folder, ignore_errors=True)
     return TrainingState(signature)
 

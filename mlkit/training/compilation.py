@@ -10,17 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras, tf
 from ..data.dataset import Dataset
 from ..errors import ParameterError, did_you_mean
 from ..metrics import MANY_CLASSES
-
-# %% ../../nbs/library/training/00_compilation.ipynb #2d7d62e5
-import_tensorflow()  # quietly, and before Keras
-
-# %% ../../nbs/library/training/00_compilation.ipynb #6336e98b
-import keras
-import tensorflow as tf
 
 # %% ../../nbs/library/training/00_compilation.ipynb #e4ddc77b
 def set_seed(

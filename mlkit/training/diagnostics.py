@@ -19,18 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from .._compat.keras_training import user_loss_weights
+from .._compat.keras import user_loss_weights
 from .._display import format_number
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras, tf
 from ..data.dataset import Dataset
 from ..data.streaming import StreamedDataset
-
-# %% ../../nbs/library/training/05_diagnostics.ipynb #7a35e094
-import_tensorflow()  # quietly, and before Keras
-
-# %% ../../nbs/library/training/05_diagnostics.ipynb #afd8fbe2
-import keras
-import tensorflow as tf
 
 # %% ../../nbs/library/training/05_diagnostics.ipynb #7d8d5ced
 MAX_PROBE_BYTES = 2**26  # memory limit of probe rows
@@ -143,8 +136,7 @@ class LayerProbe:
     def _compute(self, weights: Sequence[Any]) -> tuple[dict[str, Any], Any]:
         """Outputs of the layers, and the loss, for given weights."""
         features, labels, sample_weight = self._batch
-        scope = keras.StatelessScope(list(zip(self.model.trainable_variables, weights, strict=True)))
-        with scope:
+        with keras.StatelessScope(list(zip(self.model.trainable_variables, weights, strict=True))):
             if self._forward:
                 outputs, predictions = self._forward(features, training=False)
             else:
@@ -385,7 +377,6 @@ class TrainingDiagnostics(keras.callbacks.Callback):
         self.dataset, self.min_steps = dataset, min_steps
         self.epochs: list[dict[str, float]] = []
         self.layer_metrics: list[LayerMetrics] = []
-        self.latest: LayerStatistics | None = None
         self.current: LayerStatistics | None = None  # after the epoch that has just ended; None: not probed
         self._probe: LayerProbe | None = None
 
@@ -405,7 +396,7 @@ class TrainingDiagnostics(keras.callbacks.Callback):
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         self._probe = LayerProbe(self.model, self.dataset)
         if not self.epochs and not self.layer_metrics:
-            self._probe_layers(0)
+            self.current = self._probe_layers(0)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self.epochs.append({name: float(value) for name, value in logs.items()})
@@ -417,9 +408,9 @@ class TrainingDiagnostics(keras.callbacks.Callback):
         return (epoch - self.layer_metrics[-1].epoch) * self.params["steps"] >= self.min_steps
 
     def _probe_layers(self, epoch: int) -> LayerStatistics:
-        self.latest = self._probe(epoch)
-        self.layer_metrics.append(self.latest.metrics)
-        return self.latest
+        layer_statistics = self._probe(epoch)
+        self.layer_metrics.append(layer_statistics.metrics)
+        return layer_statistics
 
     @property
     def warnings(self) -> list[str]:

@@ -5,39 +5,34 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'STRATEGIES', 'choose_precision', 'Devices', 'prepare_devices', 'Distribution', 'run_tensorflow_server',
            'make_strategy', 'replica_batches', 'distribute_batches', 'model_variables', 'optimizer_chain',
-           'distributed_variables', 'weighted_loss', 'broadcast_text', 'broadcast_variables', 'check_consistent',
+           'distributed_variables', 'weighted_loss', 'broadcast', 'broadcast_variables', 'check_consistent',
            'translate_peer_loss']
 
 # %% ../../nbs/library/training/01_distribution.ipynb #92558fa8
 import contextlib
 import hashlib
+import io
 import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from mlkit._compat.keras_training import (
+from mlkit._compat.keras import (
     create_backend_variable,
     replace_backend_variable,
     set_model_strategy,
     set_optimizer_strategy,
 )
-from .._compat.tensorflow_training import abort_collectives
-from .._tensorflow import import_tensorflow
+from .._compat.tensorflow import abort_collectives
+from .._tensorflow import keras, tf
 from ..config import cpu_count
 from ..errors import MlkitError, ParameterError, did_you_mean
 from ..jobs.cluster import Cluster, PeerGroup, read_cluster, rendezvous, wait_for_servers
-
-# %% ../../nbs/library/training/01_distribution.ipynb #795bded5
-import_tensorflow()  # quietly, and before Keras
-
-# %% ../../nbs/library/training/01_distribution.ipynb #d8805a07
-import keras
-import tensorflow as tf
 
 # %% ../../nbs/library/training/01_distribution.ipynb #cc3fde70
 PRECISIONS = ("auto", "float32", "mixed_float16", "mixed_bfloat16")
@@ -106,7 +101,6 @@ class Distribution:
     strategy: tf.distribute.Strategy
     cluster: Cluster | None = None  # addresses and role, with several processes
     peers: PeerGroup | None = None  # connection to the other trainers, with synchronous training in several processes
-    _sum_functions: dict[Any, Callable] = field(default_factory=dict, repr=False)  # compiled all-reduce by dtype
 
     @property
     def replicas(self) -> int:
@@ -114,16 +108,31 @@ class Distribution:
         return self.strategy.num_replicas_in_sync
 
     @property
-    def mine(self) -> range:
+    def local_replicas(self) -> range:
         """Numbers of the replicas in this process."""
         local = len(self.strategy.extended.worker_devices) if self.name == "multi_worker" else self.replicas
         first = self.cluster.rank * local if self.peers else 0
         return range(first, first + local)
 
+    @cached_property
+    def sum_over_processes(self) -> Callable[[np.ndarray], tf.Tensor]:
+        """Compiled sum of an int32 vector over all processes."""
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)])
+        def run(values: tf.Tensor) -> Any:
+            def on_replica() -> tf.Tensor:
+                context = tf.distribute.get_replica_context()
+                is_first = context.replica_id_in_sync_group == self.local_replicas.start
+                return context.all_reduce("SUM", tf.where(is_first, values, tf.zeros_like(values)))
+
+            return self.strategy.run(on_replica)
+
+        return run
+
     @property
     def is_chief(self) -> bool:
         """Whether this process writes metrics and checkpoints for all."""
-        return self.cluster is None or self.cluster.reports
+        return self.cluster is None or self.cluster.is_chief
 
     def __repr__(self) -> str:
         replicas = f"{self.replicas} replica{'s' if self.replicas > 1 else ''}"
@@ -212,11 +221,9 @@ def _parameter_server(cluster: Cluster) -> Distribution:
     return Distribution("parameter_server", tf.distribute.ParameterServerStrategy(resolver), cluster)
 
 # %% ../../nbs/library/training/01_distribution.ipynb #54d8d97f
-_distributions: dict[str, Distribution] = {}  # by name; several processes can connect only once
-
-
-def _make_distribution(name: str, cluster: Cluster | None) -> Distribution:
-    if cluster:
+@cache  # several processes can connect only once
+def _make_distribution(name: str) -> Distribution:
+    if cluster := read_cluster():
         return {"multi_worker": _multi_worker, "parameter_server": _parameter_server}[name](cluster)
     if name == "none":
         return Distribution("none", tf.distribute.get_strategy())
@@ -227,11 +234,7 @@ def make_strategy(
     name: str = "auto",  # one of STRATEGIES
 ) -> Distribution:
     """Create a strategy, once in a process; raises ParameterError if it does not fit, MlkitError for missing peers."""
-    cluster = read_cluster()
-    selected = _select_strategy(name, cluster)
-    if selected not in _distributions:
-        _distributions[selected] = _make_distribution(selected, cluster)
-    return _distributions[selected]
+    return _make_distribution(_select_strategy(name, read_cluster()))
 
 # %% ../../nbs/library/training/01_distribution.ipynb #8da80b8f
 def replica_batches(
@@ -262,9 +265,10 @@ def distribute_batches(
     distribution: Distribution,
 ) -> Any:  # endless tf.distribute.DistributedDataset of (shard weight, shard)
     """Distribute batches to the replicas of this process."""
-    shards = replica_batches(batches, distribution.replicas, distribution.mine).repeat().prefetch(tf.data.AUTOTUNE)
+    shards = replica_batches(batches, distribution.replicas, distribution.local_replicas)
+    endless = shards.repeat().prefetch(tf.data.AUTOTUNE)
     on_host = tf.distribute.InputOptions(experimental_fetch_to_device=False)
-    return distribution.strategy.distribute_datasets_from_function(lambda context: shards, on_host)
+    return distribution.strategy.distribute_datasets_from_function(lambda context: endless, on_host)
 
 # %% ../../nbs/library/training/01_distribution.ipynb #d4aab217
 def model_variables(
@@ -336,41 +340,23 @@ def weighted_loss(
         del optimizer.scale_loss
 
 # %% ../../nbs/library/training/01_distribution.ipynb #2712b6be
-def _sum_function(distribution: Distribution, dtype: np.dtype) -> Callable:
-    """Compile the sum of a vector over all processes."""
-
-    @tf.function(input_signature=[tf.TensorSpec([None], dtype)])
-    def sum_over_processes(values):
-        def on_replica():
-            context = tf.distribute.get_replica_context()
-            is_first = context.replica_id_in_sync_group == distribution.mine.start
-            return context.all_reduce("SUM", tf.where(is_first, values, tf.zeros_like(values)))
-
-        return distribution.strategy.run(on_replica)
-
-    return sum_over_processes
-
-
 def _all_reduce(distribution: Distribution, values: np.ndarray) -> np.ndarray:
-    """Sum a vector over all processes."""
-    functions = distribution._sum_functions
-    functions.setdefault(values.dtype, _sum_function(distribution, values.dtype))
-    return distribution.strategy.experimental_local_results(functions[values.dtype](values))[0].numpy()
+    """Sum an int32 vector over all processes."""
+    return distribution.strategy.experimental_local_results(distribution.sum_over_processes(values))[0].numpy()
 
 
-def broadcast_text(
+def broadcast(
     distribution: Distribution,
-    text: str,  # text of the first process; that of the others is ignored
-) -> str:
-    """Send the text of the first process to all processes."""
+    data: bytes,  # data of the first process; that of the others is ignored
+) -> bytes:
+    """Send the data of the first process to all processes."""
     if distribution.peers is None:
-        return text
-    encoded = (
-        np.frombuffer(text.encode(), np.uint8).astype(np.int32) if distribution.is_chief else np.zeros(0, np.int32)
-    )
-    length = int(_all_reduce(distribution, np.array([len(encoded)], np.int32))[0])
-    summed = _all_reduce(distribution, np.resize(encoded, length) * distribution.is_chief)
-    return summed.astype(np.uint8).tobytes().decode()
+        return data
+    padding = -len(data) % 4
+    words = np.frombuffer(data + bytes(padding), np.int32)  # one element carries four bytes
+    count, padding = _all_reduce(distribution, np.array([len(words), padding], np.int32) * distribution.is_chief)
+    received = _all_reduce(distribution, np.resize(words, count) * distribution.is_chief).tobytes()
+    return received[: len(received) - padding]
 
 # %% ../../nbs/library/training/01_distribution.ipynb #e8a46d74
 def broadcast_variables(
@@ -378,17 +364,12 @@ def broadcast_variables(
     variables: Sequence[tf.Variable],  # variables that are not distributed
 ) -> None:
     """Assign the values of the first process in all processes."""
-    by_dtype: dict[np.dtype, list[tf.Variable]] = {}
-    for variable in variables if distribution.peers else ():
-        by_dtype.setdefault(np.dtype(variable.dtype.as_numpy_dtype), []).append(variable)
-    for dtype, group in by_dtype.items():
-        values = np.concatenate([variable.numpy().ravel() for variable in group])
-        values = values.astype(np.float32 if dtype.kind == "f" and dtype.itemsize < 4 else dtype)
-        values = values if dtype.kind == "f" else values.astype(np.int64)  # not every dtype has an all-reduce
-        summed = _all_reduce(distribution, values if distribution.is_chief else np.zeros_like(values)).astype(dtype)
-        ends = np.cumsum([int(np.prod(variable.shape)) for variable in group])[:-1]
-        for variable, value in zip(group, np.split(summed, ends), strict=True):
-            variable.assign(value.reshape(variable.shape))
+    if distribution.peers is None:
+        return
+    values = [variable.numpy() for variable in variables]
+    received = io.BytesIO(broadcast(distribution, b"".join(value.tobytes() for value in values)))
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(np.ndarray(value.shape, value.dtype, received.read(value.nbytes)))
 
 
 def check_consistent(
@@ -399,14 +380,15 @@ def check_consistent(
     if distribution.peers is None:
         return
     digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in signature.items()}
-    chief_digests = json.loads(broadcast_text(distribution, json.dumps(digests)))
+    chief_digests = json.loads(broadcast(distribution, json.dumps(digests).encode()))
     differences = np.zeros((distribution.replicas, len(chief_digests)), np.int32)
-    differences[distribution.mine.start] = [digests.get(name) != digest for name, digest in chief_digests.items()]
+    first = distribution.local_replicas.start
+    differences[first] = [digests.get(name) != digest for name, digest in chief_digests.items()]
     differences = _all_reduce(distribution, differences.ravel()).reshape(differences.shape)
     if differences.any():
-        ranks = ", ".join(str(n // len(distribution.mine)) for n in np.flatnonzero(differences.any(axis=1)))
+        workers = np.flatnonzero(differences.any(axis=1)) // len(distribution.local_replicas)
         names = ", ".join(name for name, differs in zip(chief_digests, differences.any(axis=0), strict=True) if differs)
-        raise ParameterError(f"Worker {ranks} does not train the same as worker 0: {names}.")
+        raise ParameterError(f"Worker {', '.join(map(str, workers))} differs from worker 0: {names}.")
 
 # %% ../../nbs/library/training/01_distribution.ipynb #090e5539
 @contextlib.contextmanager
@@ -420,7 +402,7 @@ def translate_peer_loss(
         peers = distribution.peers
         if peers is None:
             raise
-        peers.gone.wait(5.0)  # TensorFlow may notice the loss a moment before the peer connection does
-        if not peers.lost:
+        peers.lost_event.wait(5.0)  # TensorFlow may notice the loss a moment before the peer connection does
+        if not peers.loss_message:
             raise
-        raise MlkitError(f"{peers.lost} The others cannot go on without it.") from error
+        raise MlkitError(f"{peers.loss_message} The other workers cannot continue without it.") from error

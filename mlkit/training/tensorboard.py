@@ -29,19 +29,12 @@ from tensorboard.plugins.projector import ProjectorConfig
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
 from .._files import write_atomic
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras, tf
 from ..data.dataset import Dataset
 from ..data.feature_specs import FeatureSpec
 from ..data.streaming import StreamedDataset
 from ..errors import ParameterError
 from .diagnostics import LayerStatistics, TrainingDiagnostics, probe_batch, sample_values
-
-# %% ../../nbs/library/training/07_tensorboard.ipynb #74936996
-import_tensorflow()  # quietly, and before Keras
-
-# %% ../../nbs/library/training/07_tensorboard.ipynb #250dbe15
-import keras
-import tensorflow as tf
 
 # %% ../../nbs/library/training/07_tensorboard.ipynb #6358c60e
 class EventWriter:
@@ -204,7 +197,7 @@ class PredictionImages:
         self._labels = np.asarray(labels).astype(int).reshape(-1)
         self._confusion = ConfusionMatrixImage(dataset.classes) if len(dataset.classes) <= MAX_CLASSES else None
         specs = list(dataset.features.values())
-        self._image = specs[0] if specs[0].kind == "image" and specs[0].shape[-1] in (1, 3) else None
+        self._image = specs[0] if specs[0].type == "image" and specs[0].shape[-1] in (1, 3) else None
 
     def summaries(
         self,
@@ -248,13 +241,13 @@ def row_names(
     """Names of the rows of a column's embedding table; none for a column without one."""
     unknown = ["(unknown)"] * getattr(spec.options, "unknown", 0)
     hashed = [f"(hash {number}, no name)" for number in range(1, spec.buckets + 1)]
-    if spec.kind == "category":
+    if spec.type == "category":
         return unknown + (["(missing)"] if spec.missing or not spec.vocabulary else []) + list(spec.vocabulary)
-    if spec.kind == "text":
+    if spec.type == "text":
         return ["(no word)", *(hashed or [*unknown, *(spec.vocabulary or ["-"])])]
-    if spec.kind == "hash":
+    if spec.type == "hash":
         return ["(missing)", *hashed]
-    if spec.kind == "bucket":
+    if spec.type == "bucket":
         edges = [f"{edge:g}" for edge in spec.boundaries or (0.0,)]
         between = [f"{low} to {high}" for low, high in itertools.pairwise(edges)]
         return ["(missing)", f"below {edges[0]}", *between, f"{edges[-1]} and above"]
@@ -318,7 +311,7 @@ class StepProfiler:
     def __init__(
         self,
         folder: Path,  # folder of the run's event files
-        first: int,  # first step, counted from 1
+        first: int,  # first step, counted from 1; 0: no profile
         last: int,  # last step
     ):
         self._folder, self._first, self._last = folder, first, last
@@ -372,10 +365,6 @@ class StepProfiler:
         self._running, self._last = False, 0  # not started again
 
 # %% ../../nbs/library/training/07_tensorboard.ipynb #fc183890
-def _hparam_value(value: Any) -> bool | int | float | str:
-    return value if isinstance(value, bool | int | float | str) else str(value)
-
-
 def _write_session(folder: Path, summary: Summary) -> None:
     """Write an event of the run as a whole, beside the folders of the splits."""
     writer = tf.summary.create_file_writer(str(folder), filename_suffix=".hparams")
@@ -400,7 +389,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         self.folder, self.diagnostics, self.resumed = folder, diagnostics, resumed
         self.parameters = dict(parameters or {})
         self.writer = EventWriter(folder)
-        self._profiler = StepProfiler(folder, *profile) if profile else None
+        self.profiler = StepProfiler(folder, *profile or (0, 0))
         self._images: list[PredictionImages] = []  # for each label with classes
         self._epoch_started, self._training_ended = math.nan, math.nan  # times of the current epoch
         self._complete_epoch = not resumed  # whether the current epoch began in this process
@@ -412,13 +401,16 @@ class TensorBoardLogger(keras.callbacks.Callback):
                 self._images.append(PredictionImages(output, f"{label}_" if dataset.task == "multi" else ""))
         if self.resumed:
             return
-        self.profile_step(0)
+        self.profiler.on_step_end(0)
         self.writer.write_graph(self.model, dataset.to_tf("train").element_spec[0])
         if self.parameters:
-            values = {name: _hparam_value(value) for name, value in self.parameters.items()}
+            values = {
+                name: value if isinstance(value, bool | int | float | str) else str(value)
+                for name, value in self.parameters.items()
+            }
             _write_session(self.folder, hparams_pb(values, trial_id=self.folder.parent.name))
-        if self.diagnostics.latest:
-            self.writer.write("train", 0, histogram_summaries(self.diagnostics.latest, self.model))
+        if self.diagnostics.current:
+            self.writer.write("train", 0, histogram_summaries(self.diagnostics.current, self.model))
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self._epoch_started, self._training_ended = time.monotonic(), math.nan
@@ -448,27 +440,7 @@ class TensorBoardLogger(keras.callbacks.Callback):
         return training, {name.removeprefix("val_"): value for name, value in logs.items() if name.startswith("val_")}
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        self.close()
+        self.profiler.close()
         write_projector(self.model, self.diagnostics.dataset, self.folder / "train")
         if self.parameters:
             _write_session(self.folder, hparams_summary.session_end_pb(STATUS_SUCCESS))
-
-    def profile_step(
-        self,
-        step: int,  # steps that are done, over the whole training
-    ) -> None:
-        """Start or stop the profiler where requested; to be called after each step."""
-        if self._profiler:
-            self._profiler.on_step_end(step)
-
-    def next_profile_step(
-        self,
-        step: int,  # steps that are done, over the whole training
-    ) -> int | None:
-        """Step after which `profile_step` has to be called next; None without a profile."""
-        return self._profiler.next_boundary(step) if self._profiler else None
-
-    def close(self) -> None:
-        """Write a profile that is being recorded; to be called when training is interrupted."""
-        if self._profiler:
-            self._profiler.close()

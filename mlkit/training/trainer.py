@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras, tf
 from ..data.dataset import Dataset
 from ..errors import DatasetError, MlkitError, ModelError, ParameterError, join_names
 from ..runs.run import Run
@@ -34,7 +34,7 @@ from .compilation import compile_model, set_seed
 from .diagnostics import LayerMetrics, TrainingDiagnostics, constant_loss, diagnose
 from mlkit.training.distribution import (
     Distribution,
-    broadcast_text,
+    broadcast,
     broadcast_variables,
     check_consistent,
     distributed_variables,
@@ -50,22 +50,14 @@ from mlkit.training.steps import (
     StepsPerCall,
     TrainingSteps,
     build_variables,
-    increase_micro_batches,
     remote_lookups,
 )
 from .tensorboard import TensorBoardLogger, parse_profile
 from .transfer import align_ftrl
 
-# %% ../../nbs/library/training/08_trainer.ipynb #4185ce1b
-import_tensorflow()  # quietly, and before Keras
-
-# %% ../../nbs/library/training/08_trainer.ipynb #1ef06b10
-import keras
-import tensorflow as tf
-
 # %% ../../nbs/library/training/08_trainer.ipynb #1be93fe4
 class AutoMicroBatching:
-    """Doubles the number of micro-batches until the first step fits into memory."""
+    """Doubles the number of micro-batches, up to single rows, until the first step fits into memory."""
 
     def __init__(
         self,
@@ -92,13 +84,15 @@ class AutoMicroBatching:
         micro_batches: int,  # number with which a step ran out of memory
         error: Exception,  # TensorFlow's error
     ) -> int:
-        """Restore all variables and return the next number of micro-batches; raises MlkitError after the first step."""
+        """Restore all variables and return the next number of micro-batches; raises MlkitError where none helps."""
         if self._fits:
             raise MlkitError(
                 "The device ran out of memory in the middle of training. Use more micro-batches, "
                 f"micro_batches={2 * micro_batches}, or choose a smaller batch_size."
             ) from error
-        increased = increase_micro_batches(micro_batches, self.batch_size)
+        if micro_batches >= self.batch_size:
+            raise ParameterError("Not even a single row fits into memory: choose a smaller model.") from error
+        increased = min(2 * micro_batches, self.batch_size)
         print(f"A batch of {self.batch_size} rows does not fit into memory: using {increased} micro-batches.")
         for variable, value in zip(model_variables(self.model), self._initial_values, strict=True):
             variable.assign(value)
@@ -145,7 +139,6 @@ class TrainingLoop:
         self.callbacks = keras.callbacks.CallbackList(all_callbacks, add_history=True, model=model, **params)
         batch_callbacks = [callback for callback in user_callbacks if _uses_batches(callback)]
         self.batch_callbacks = keras.callbacks.CallbackList(batch_callbacks, model=model, **params)
-        self._calls_back = bool(batch_callbacks)
         self._train_iterator = self._validation_iterator = None
         self._started = time.monotonic() - state.seconds
 
@@ -153,7 +146,8 @@ class TrainingLoop:
         """Train to the end; raises KeyboardInterrupt when interrupted, MlkitError for a NaN or infinite loss."""
         model, state = self.model, self.state
         model.stop_training = False
-        with self.signals, contextlib.closing(self.tensorboard) if self.tensorboard else contextlib.nullcontext():
+        profiler = contextlib.closing(self.tensorboard.profiler) if self.tensorboard else contextlib.nullcontext()
+        with self.signals, profiler:
             self.callbacks.on_train_begin()
             while len(state.epochs) < self.epochs and not model.stop_training:
                 self._run_epoch()
@@ -186,24 +180,22 @@ class TrainingLoop:
     def _train(self) -> dict[str, tf.Tensor]:
         """Execute the next steps and notify progress, profiler and callbacks; returns the metrics."""
         state = self.state
-        if self._calls_back:
-            self.batch_callbacks.on_train_batch_begin(state.step)
+        self.batch_callbacks.on_train_batch_begin(state.step)
         started = time.monotonic()
         done, metrics = self._run_steps(min(self._max_steps(), state.steps_per_epoch - state.step))
         state.step += done
         self.train_steps_per_call.update(time.monotonic() - started)
-        if not math.isfinite(float(metrics["loss"])):
+        logs = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(logs["loss"]):
             raise MlkitError(
-                f"The loss is no longer a number since epoch {len(state.epochs) + 1}, step {state.step}. "
+                f"The loss is NaN or infinite since epoch {len(state.epochs) + 1}, step {state.step}. "
                 "Try a smaller learning_rate, and look for infinite or huge values in the data."
             )
         if self.tensorboard:
-            self.tensorboard.profile_step(self._total_steps())
+            self.tensorboard.profiler.on_step_end(self._total_steps())
         try:
-            self.progress.on_train_batch_end(state.step - 1, metrics)
-            if self._calls_back:
-                logs = {name: float(value) for name, value in metrics.items()}
-                self.batch_callbacks.on_train_batch_end(state.step - 1, logs)
+            self.progress.on_train_batch_end(state.step - 1, logs)
+            self.batch_callbacks.on_train_batch_end(state.step - 1, logs)
         except KeyboardInterrupt:  # raised by a callback: handled like a signal
             self.signals.pending = self.signals.pending or 0
         return metrics
@@ -223,14 +215,11 @@ class TrainingLoop:
 
     def _max_steps(self) -> int:
         """Upper limit of steps in the next call."""
-        limit = self.model.steps_per_execution if self._calls_back else self.train_steps_per_call.count
-        if (
-            self.tensorboard
-            and not self.steps.lockstep
-            and (stop := self.tensorboard.next_profile_step(self._total_steps()))
-        ):
-            return min(limit, stop - self._total_steps())
-        return limit
+        has_hooks, done = bool(self.batch_callbacks.callbacks), self._total_steps()
+        limit = self.model.steps_per_execution if has_hooks else self.train_steps_per_call.count
+        can_profile = self.tensorboard and not self.steps.lockstep
+        boundary = self.tensorboard.profiler.next_boundary(done) if can_profile else None
+        return limit if boundary is None else min(limit, boundary - done)
 
     def _total_steps(self) -> int:
         """Steps done since the beginning of training."""
@@ -291,22 +280,18 @@ def _check_arguments(dataset: Dataset, **numbers: float | None) -> None:
         raise DatasetError(f"{dataset.name} has no rows to train on: its training split is empty.")
 
 
-_REBUILD = "Build the model for this data set: build_model(..., dataset)."
-
-
 def _check_labels(model: keras.Model, dataset: Dataset) -> None:
     """Raise ModelError when a model predicts other labels than the data set has."""
     if not hasattr(model, "output_names"):  # not a graph of layers: its first step would fail
         return
     outputs = sorted(model.output) if isinstance(model.output, Mapping) else []
-    if dataset.task == "multi" and outputs != sorted(dataset.label):
+    is_multi = dataset.task == "multi"
+    if outputs != sorted(dataset.label) if is_multi else len(outputs) > 1:
+        labels = f"labels {join_names(dataset.label)}" if is_multi else f"label {dataset.label}"
         predicts = f"predicts {join_names(outputs)}" if outputs else "has one output"
         raise ModelError(
-            f"{dataset.name} has the labels {join_names(dataset.label)}, and the model {predicts}. {_REBUILD}"
-        )
-    if dataset.task != "multi" and len(outputs) > 1:
-        raise ModelError(
-            f"{dataset.name} has the label {dataset.label}, and the model predicts {join_names(outputs)}. {_REBUILD}"
+            f"{dataset.name} has the {labels}, and the model {predicts}. "
+            "Build the model for this data set: build_model(..., dataset)."
         )
 
 
@@ -341,7 +326,7 @@ def _restore_state(
     """Restore training state and variables, equal in all processes."""
     check_consistent(distribution, signature)
     state = restore_checkpoint(checkpoint, signature) if checkpoint else TrainingState(signature)
-    state = TrainingState(**json.loads(broadcast_text(distribution, json.dumps(vars(state)))))
+    state = TrainingState(**json.loads(broadcast(distribution, json.dumps(vars(state)).encode())))
     if state.started:
         broadcast_variables(distribution, variables)
     return state
@@ -353,7 +338,7 @@ def _make_run_logger(run: Run, seed: int, state: TrainingState) -> RunLogger:
     logger = RunLogger(run)
     if state.started:
         logger.resume(state.epochs)
-        print("Training was finished already; its result is restored." if state.finished else f"Continues {state}.")
+        print("Training has finished; its result is restored." if state.finished else f"Resumes {state}.")
     return logger
 
 
@@ -418,9 +403,14 @@ def fit(
     profile: str | None = None,  # steps to profile for TensorBoard, counted from 1 over the whole training: "10,20"
 ) -> History:
     """Train, restore the best weights; raises ParameterError, DatasetError, ModelError, MlkitError for a NaN loss."""
-    numbers = {"learning_rate": learning_rate, "patience": patience, "micro_batches": micro_batches}
     _check_arguments(
-        dataset, epochs=epochs, batch_size=batch_size, checkpoint_every_minutes=checkpoint_every_minutes, **numbers
+        dataset,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        patience=patience,
+        micro_batches=micro_batches,
+        checkpoint_every_minutes=checkpoint_every_minutes,
     )
     profiled_steps = parse_profile(profile)
     distribution = strategy if isinstance(strategy, Distribution) else make_strategy(strategy)
@@ -430,12 +420,11 @@ def fit(
     own_callbacks = [progress := Progress(run), best := BestWeights(model, monitor, patience)]
     checkpoint, tensorboard, state = None, None, TrainingState({})
     if run and distribution.is_chief:
-        interval, between_epochs = (
-            checkpoint_every_minutes and 60 * checkpoint_every_minutes,
-            distribution.name != "none",
+        interval = checkpoint_every_minutes and 60 * checkpoint_every_minutes
+        between_epochs = distribution.name != "none"
+        checkpoint = TrainingCheckpoint(
+            _checkpoint_folder(run), model, best.weights, interval, between_epochs=between_epochs
         )
-        folder = _checkpoint_folder(run)
-        checkpoint = TrainingCheckpoint(folder, model, best.weights, interval, between_epochs=between_epochs)
     with translate_peer_loss(distribution):
         if run or distribution.peers:
             settings = {"epochs": epochs, "batch_size": batch_size, "patience": patience, "seed": seed}

@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from .._compat.keras_training import flatten_layers, ftrl_slots, own_variables
+from .._compat.keras import ftrl_slots, iter_layers, own_variables
 from .._display import html_table
 from .._files import write_atomic
-from .._tensorflow import import_tensorflow
+from .._tensorflow import keras, tf
 from ..data.dataset import Dataset, load_dataset, reload_dataset
-from ..data.feature_specs import KINDS, Cross, FeatureSpec, count_words
+from ..data.feature_specs import FEATURE_TYPES, Cross, FeatureSpec, count_words
 from ..data.labels import map_labels
 from ..errors import DatasetError, ModelError, NotFoundError, ParameterError, did_you_mean, join_names
 from ..models.families import FAMILIES, build_model
@@ -34,13 +34,6 @@ from ..models.preprocessing import Blocks
 from ..runs.run import Run, find_model_version
 from ..runs.store import RunStore
 from .distribution import optimizer_chain
-
-# %% ../../nbs/library/training/09_transfer.ipynb #b0548f0e
-import_tensorflow()  # quietly, and before Keras
-
-# %% ../../nbs/library/training/09_transfer.ipynb #07a09314
-import keras
-import tensorflow as tf
 
 # %% ../../nbs/library/training/09_transfer.ipynb #12b849f9
 def _spec_to_record(spec: FeatureSpec) -> dict[str, Any]:
@@ -50,18 +43,19 @@ def _spec_to_record(spec: FeatureSpec) -> dict[str, Any]:
         {"name": cross.name, "columns": cross.columns, "options": cross.options.model_dump(mode="json")}
         for cross in spec.crosses
     ]
-    declared = spec.declared.model_dump(mode="json") if spec.declared else None
-    return values | {"crosses": crosses, "declared": declared}
+    config = spec.config.model_dump(mode="json") if spec.config else None
+    return values | {"crosses": crosses, "config": config}
 
 
 def _spec_from_record(record: Mapping[str, Any]) -> FeatureSpec:
     """Feature specification from its record."""
     crosses = [
-        Cross(cross["name"], tuple(cross["columns"]), KINDS["cross"](**cross["options"])) for cross in record["crosses"]
+        Cross(cross["name"], tuple(cross["columns"]), FEATURE_TYPES["cross"](**cross["options"]))
+        for cross in record["crosses"]
     ]
-    declared = None if record["declared"] is None else KINDS[record["kind"]](**record["declared"])
+    config = None if record["config"] is None else FEATURE_TYPES[record["type"]](**record["config"])
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-    return FeatureSpec(**values | {"crosses": tuple(crosses), "declared": declared})
+    return FeatureSpec(**values | {"crosses": tuple(crosses), "config": config})
 
 # %% ../../nbs/library/training/09_transfer.ipynb #a96d5ea5
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class SavedWeight:
 
 def _table_blocks(model: keras.Model) -> dict[str, Blocks]:
     """Meaning of the rows of embedding tables, by path."""
-    layers = [layer for layer in flatten_layers(model) if getattr(layer, "blocks", ())]
+    layers = [layer for layer in iter_layers(model) if getattr(layer, "blocks", ())]
     return {layer.embeddings.path: layer.blocks for layer in layers}
 
 
@@ -155,9 +149,9 @@ def load_source_model(
 ) -> SourceModel:
     """Load the record of a source model; raises NotFoundError, or ModelError for a model without a usable record."""
     folder = version_folder(_source_folder(source))
-    file = folder / "assets.extra" / "continuing.json"
+    file = folder / "assets.extra" / "warm_start.json"
     if not file.is_file():
-        raise ModelError(f"{folder} cannot be a source model: assets.extra/continuing.json is missing. Train it again.")
+        raise ModelError(f"{folder} cannot be a source model: assets.extra/warm_start.json is missing. Train it again.")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         specs = [_spec_from_record(spec) for spec in record.pop("features")]
@@ -178,15 +172,15 @@ def _weight_from_record(record: Mapping[str, Any]) -> SavedWeight:
 # %% ../../nbs/library/training/09_transfer.ipynb #0d338738
 def _is_extensible(spec: FeatureSpec) -> bool:
     """Whether the vocabulary of a feature may be extended."""
-    if spec.kind not in ("category", "text") or spec.buckets:
+    if spec.type not in ("category", "text") or spec.buckets:
         return False
-    has_table = bool(spec.vocabulary) or (spec.kind == "category" and spec.missing)
+    has_table = bool(spec.vocabulary) or (spec.type == "category" and spec.missing)
     return has_table and spec.options.vocabulary is None and not spec.options.one_hot
 
 
 def _new_values(spec: FeatureSpec, dataset: Dataset) -> list[str]:
     """Values of the training rows that are not in a vocabulary, the most frequent first."""
-    if spec.kind == "text":
+    if spec.type == "text":
         counts = count_words(dataset.inputs[spec.name].gather(dataset.rows("train"))).counts
     else:
         counts = dataset.statistics.columns[spec.name].counts
@@ -217,20 +211,22 @@ def _check_columns(dataset: Dataset, source_model: SourceModel) -> None:
         )
     for name, spec in source_model.features.items():
         current = dataset.features[name]
-        if (current.kind, current.shape) != (spec.kind, spec.shape):
+        if (current.type, current.shape) != (spec.type, spec.shape):
             raise DatasetError(
-                f"'{name}' is a {current.kind} of shape {current.shape} in {dataset.name}, and was a {spec.kind} of "
+                f"'{name}' is a {current.type} of shape {current.shape} in {dataset.name}, and was a {spec.type} of "
                 f"shape {spec.shape} for {source_model.name}."
             )
 
 
-def _vocabulary_notes(spec: FeatureSpec, dataset: Dataset, previous: FeatureSpec) -> list[str]:
+def _vocabulary_warnings(spec: FeatureSpec, dataset: Dataset, previous: FeatureSpec) -> list[str]:
     """Number of added values and of unknown values of a feature, one sentence each."""
-    if spec.kind not in ("category", "text") or spec.buckets:
+    if spec.type not in ("category", "text") or spec.buckets:
         return []
     added, unknown = len(spec.vocabulary) - len(previous.vocabulary), len(_new_values(spec, dataset))
-    notes = [f"{added:,} new values of '{spec.name}' were added to {len(previous.vocabulary):,}."] if added else []
-    return notes + ([f"{unknown:,} values of '{spec.name}' in training are unknown to the model."] if unknown else [])
+    warnings = [f"{added:,} new values of '{spec.name}' were added to {len(previous.vocabulary):,}."] if added else []
+    return warnings + (
+        [f"{unknown:,} values of '{spec.name}' in training are unknown to the model."] if unknown else []
+    )
 
 # %% ../../nbs/library/training/09_transfer.ipynb #a5e97d5f
 def _tasks_and_classes(data: Dataset | SourceModel) -> list[tuple[str, Any]]:
@@ -269,15 +265,15 @@ def encode_as_source(
             f"{dataset.name} is {dataset.task} with classes {join_names(dataset.classes)}, and {model.name} is "
             f"{model.task} with classes {join_names(model.classes)}: classes stay the same in a warm start."
         )
-    features, notes = dict(model.features), list(dataset.notes)
+    features, warnings = dict(model.features), list(dataset.warnings)
     has_training_rows = dataset.sizes["train"] > 0
     if vocabulary == "grow" and has_training_rows:
         features |= {name: _extend_vocabulary(spec, dataset) for name, spec in features.items() if _is_extensible(spec)}
     for name, spec in features.items() if has_training_rows else ():
-        notes += _vocabulary_notes(spec, dataset, model.features[name])
-    changes: dict[str, Any] = {"features": features, "notes": tuple(notes)}
+        warnings += _vocabulary_warnings(spec, dataset, model.features[name])
+    changes: dict[str, Any] = {"features": features, "warnings": tuple(warnings)}
     if model.task in ("regression", "multi"):
-        changes["kept_scale" if isinstance(dataset, Dataset) else "label_scale"] = model.label_scale
+        changes["source_label_scale" if isinstance(dataset, Dataset) else "label_scale"] = model.label_scale
     if isinstance(getattr(dataset, "inputs", None), pl.DataFrame):
         changes["inputs"] = dataset.inputs.select(list(features))
     return replace(dataset, **changes)
@@ -293,10 +289,10 @@ def _fixed_options(source_model: SourceModel, options: Mapping[str, Any]) -> dic
         raise ParameterError(f"task='{options['task']}', but the source model {source_model.name} is {task}.")
     features, specs = {}, source_model.features.values()
     for spec in specs:
-        declared = spec.declared.model_dump(exclude_defaults=True, mode="json") if spec.declared else {}
-        features[spec.name] = {"kind": spec.kind, **declared}
+        config = spec.config.model_dump(exclude_defaults=True, mode="json") if spec.config else {}
+        features[spec.name] = {"type": spec.type, **config}
     for cross in (cross for spec in specs for cross in spec.crosses):
-        features[cross.name] = {"kind": "cross", **cross.options.model_dump(exclude_defaults=True, mode="json")}
+        features[cross.name] = {"type": "cross", **cross.options.model_dump(exclude_defaults=True, mode="json")}
     return {"task": task, "classes": source_model.classes or None, "features": features}
 
 # %% ../../nbs/library/training/09_transfer.ipynb #e7145a47
@@ -408,7 +404,7 @@ def map_rows(
     return tuple(np.concatenate(rows) for rows in zip(*pairs, strict=True))
 
 # %% ../../nbs/library/training/09_transfer.ipynb #d8f549f9
-_REBUILD = "Build it with the sizes of that run."
+_REBUILD = "Build it with the hyperparameters of that run."
 
 
 def _match_weights(model: keras.Model, source_model: SourceModel) -> list[tuple[keras.Variable, int]]:

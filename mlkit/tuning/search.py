@@ -20,7 +20,7 @@ from ..errors import JobFailedError, MlkitError, ParameterError, did_you_mean
 from ..jobs.executor import ProgressCallback, interrupt_on_sigterm, resume_run, run_job
 from ..jobs.notebook import find_job, read_notebook
 from ..jobs.parameters import ParameterSchema
-from ..jobs.points import TrialQueue, TrialState, close_abandoned, write_hparams
+from ..jobs.points import TrialQueue, TrialState, close_abandoned, trial_states, write_hparams
 from ..jobs.ray import import_ray
 from ..jobs.resources import default_max_parallel, split_resources
 from ..jobs.sweep import connected_engine
@@ -54,35 +54,25 @@ def merge_parameters(
 def check_space(
     space: "Space",
     schema: ParameterSchema,  # parameters of the job that trials execute
-    sizes: Mapping[str, Any] | None = None,  # known keys of model_options; None: not known
+    hyperparameters: Mapping[str, Any] | None = None,  # known keys of model_options; None: not known
 ) -> None:
     """Validate a search space against a job; raises ParameterError with all problems."""
     problems = []
-    for name, values in _boundary_values(space):
-        root, _, path = name.partition(".")
-        size = path.partition(".")[0]
-        if root == "model_options" and sizes is not None and size not in sizes:
-            problems.append(
-                f"The model takes no size '{size}'.{did_you_mean(size, sizes)} It takes {', '.join(sizes)}."
-            )
-        for value in values:
-            parameter: Any = value
-            for step in reversed(path.split(".") if path else []):
-                parameter = {step: parameter}
-            try:
-                schema.check({root: parameter})
-            except ParameterError as error:
-                problems.append(f"In the search space: {error}")
+    for parameters in space.boundary_parameters():
+        options = parameters.get("model_options")
+        if hyperparameters is not None and isinstance(options, Mapping):
+            problems += [
+                f"The model has no hyperparameter '{name}'.{did_you_mean(name, hyperparameters)} "
+                f"It takes {', '.join(hyperparameters)}."
+                for name in options
+                if name not in hyperparameters
+            ]
+        try:
+            schema.validate(parameters)
+        except ParameterError as error:
+            problems.append(f"In the search space: {error}")
     if problems:
         raise ParameterError("\n".join(dict.fromkeys(problems)))
-
-
-def _boundary_values(space: "Space") -> Iterator[tuple[str, list[Any]]]:
-    """Dotted names and the values that are validated."""
-    for name, axis in space.axes.items():
-        yield name, axis.boundary_values
-    for name, value in space.fixed.items():
-        yield name, [value]
 
 # %% ../../nbs/library/tuning/02_search.ipynb #c492f89f
 MAX_FAILURES = 3  # consecutive failed trials after which a search fails
@@ -99,8 +89,7 @@ class Trials(TrialQueue):
     ):
         super().__init__([])
         self.run, self.oracle, self.make_parameters = run, oracle, make_parameters
-        self.store = RunStore(run.folder.parent)
-        self.most = oracle.plan.trials
+        self.max_parallel = oracle.plan.trials
         self.consecutive_failures = 0
         self._resume()
 
@@ -109,15 +98,11 @@ class Trials(TrialQueue):
         suggestions = self.oracle.suggestions
         for number in range(len(self.run.record.points) + 1, len(suggestions) + 1):
             self._add(suggestions[number])
-        unrecorded = _unrecorded_runs(self.run)
-        states = [TrialState(n, point.parameters) for n, point in enumerate(self.run.record.points, 1)]
+        self._record_created_runs()
+        states = [state for state in trial_states(self.run) if state.number not in self.oracle.ended]
+        self.queued.extend(state for state in states if state.status not in ("completed", "failed"))
         for state in states:
-            if state.number not in self.oracle.ended:
-                self._find_run(state, unrecorded)
-                self.waiting.append(state)
-        for state in [state for state in self.waiting if state.status in ("completed", "failed")]:
-            self.waiting.remove(state)
-            self.give_back(state)
+            self.report(state)
 
     def _add(self, suggestion: "Suggestion") -> TrialState:
         """Add a point to the record."""
@@ -126,27 +111,24 @@ class Trials(TrialQueue):
             record.points.append(SweepPoint(parameters=parameters))
         return TrialState(suggestion.number, parameters)
 
-    def _find_run(self, state: TrialState, unrecorded: list[Run]) -> None:
-        """Find the run of a trial, also one that was created just before a kill."""
-        run_id = self.run.record.points[state.number - 1].run
-        matching = [run for run in unrecorded if run.record.parameters == state.parameters]
-        if run_id is None and matching:
-            unrecorded.remove(matching[0])
-            run_id = matching[0].id
-            with self.run.edit() as record:
-                record.points[state.number - 1].run = run_id
-        if run_id and (self.store.root / run_id).is_dir():
-            state.run = self.store.get(run_id)
-            state.status = state.run.status
+    def _record_created_runs(self) -> None:
+        """Record the runs of trials that were created just before a kill."""
+        unrecorded = _unrecorded_runs(self.run)
+        for number, point in enumerate(self.run.record.points, 1):
+            matching = [run for run in unrecorded if run.record.parameters == point.parameters]
+            if point.run is None and matching and number not in self.oracle.ended:
+                unrecorded.remove(matching[0])
+                with self.run.edit() as record:
+                    record.points[number - 1].run = matching[0].id
 
-    def take(self) -> TrialState | None:
+    def next_trial(self) -> TrialState | None:
         """Next trial: an interrupted one, or a new one."""
-        if self.waiting:
-            return self.waiting.popleft()
+        if self.queued:
+            return self.queued.popleft()
         suggestion = self.oracle.ask()
         return self._add(suggestion) if suggestion else None
 
-    def give_back(self, state: TrialState) -> None:
+    def report(self, state: TrialState) -> None:
         """Report the result of a trial to the oracle; raises JobFailedError after MAX_FAILURES, ParameterError."""
         if state.status not in ("completed", "failed"):
             return  # interrupted: it will be resumed
@@ -154,7 +136,7 @@ class Trials(TrialQueue):
         write_hparams(state)
         self.oracle.tell(state.number, score, step)
         self.consecutive_failures = 0 if state.status == "completed" else self.consecutive_failures + 1
-        self.run.log_progress(trial=len(self.oracle.ended), trials=self.most)
+        self.run.log_progress(trial=len(self.oracle.ended), trials=self.max_parallel)
         if self.consecutive_failures >= MAX_FAILURES:
             raise JobFailedError(
                 f"{MAX_FAILURES} trials in a row have failed, the last one: {state.error or 'see its run'}"
@@ -192,7 +174,7 @@ def tune(
     max_parallel: int | None = None,  # trials in parallel; by default as many as machine or cluster have room for
     engine: str = "local",  # local, or ray: over the nodes of the running Ray cluster
     timeout: float | None = None,  # seconds after which a trial fails
-    dataset: "Dataset | None" = None,  # data set with which objective and sizes are checked before the first trial
+    dataset: "Dataset | None" = None,  # data set to check objective and hyperparameters with, before the first trial
     run: Run | None = None,  # run of the search: the job's, an interrupted one to resume, or None for a new one
 ) -> "Search":
     """Search good parameters of a job; raises ParameterError before any trial, JobFailedError if too many fail."""
@@ -212,8 +194,8 @@ def tune(
     if BACKEND is None:  # set by the imports above; with it trials would need another kernel server
         os.environ.pop("KERAS_BACKEND", None)
     notebook = find_job(job).absolute()
-    schema = ParameterSchema.of(read_notebook(notebook))
-    validated = schema.check(parameters or {})
+    schema = ParameterSchema.from_notebook(read_notebook(notebook))
+    validated = schema.validate(parameters or {})
     common = {name: value for name, value in validated.items() if value != schema.defaults.get(name)}
     if common.get("warm_start"):
         common["model"] = resolve_family(common.get("model", "auto"), common["warm_start"])
@@ -270,18 +252,12 @@ def _search_run(run: Run | None, common: Mapping[str, Any]) -> Iterator[Run]:
         run = RunStore().create("tune", parameters=common)
     if run is None:
         yield Run.current()
-    elif run.status == "created":
-        with run:
-            yield run
     elif run.status in ("running", "interactive"):
         yield run  # its owner will complete it
     else:
-        try:
-            yield run.restart()
-        except BaseException as error:
-            run.__exit__(type(error), error, None)
-            raise
-        run.complete()
+        with contextlib.ExitStack() as stack:
+            stack.push(run.start() if run.status == "created" else run.restart())  # closes the run
+            yield run
 
 # %% ../../nbs/library/tuning/02_search.ipynb #dad5d36a
 def prepare_space(
@@ -295,24 +271,24 @@ def prepare_space(
 
     family = common.get("model", schema.defaults.get("model", "auto"))
     suggested = None
-    has_source_model = common.get("warm_start")  # its sizes are fixed
+    has_source_model = common.get("warm_start")  # its hyperparameters are fixed
     if not callable(space) and space.get("model_options") == "auto" and not has_source_model:
         from mlkit.models.families import search_space
 
         suggested = search_space(family, dataset)
     prepared = read_space(space, suggested)
-    check_space(prepared, schema, _sizes(family, dataset) if "model" not in prepared.axes else None)
+    check_space(prepared, schema, _hyperparameters(family, dataset) if "model" not in prepared.axes else None)
     return prepared
 
 
-def _sizes(family: str, dataset: "Dataset | None") -> Mapping[str, Any] | None:  # None: not known
-    """Sizes that a family takes, with their defaults."""
+def _hyperparameters(family: str, dataset: "Dataset | None") -> Mapping[str, Any] | None:  # None: not known
+    """Hyperparameters of a family, with their defaults."""
     from mlkit.models.families import FAMILIES, search_space
 
     if family == "auto" and dataset is not None:
         suggestion = search_space(family, dataset)
         family = next((name for name, known in FAMILIES.items() if known.space is suggestion), family)
-    return FAMILIES[family].sizes if family in FAMILIES else None
+    return FAMILIES[family].hyperparameters if family in FAMILIES else None
 
 # %% ../../nbs/library/tuning/02_search.ipynb #0c247811
 def trial_parameters(
@@ -327,7 +303,7 @@ def trial_parameters(
         parameters |= {"epochs": suggestion.epochs, "save_state": True}
     if suggestion.promoted_from is not None:
         parameters["promoted_from"] = search.record.points[suggestion.promoted_from - 1].run
-    return schema.check(parameters)
+    return schema.validate(parameters)
 
 # %% ../../nbs/library/tuning/02_search.ipynb #669d9fd9
 def final_parameters(
@@ -366,7 +342,10 @@ def train_best(
             trained = run if run.status == "completed" else resume_run(run, warm=True, on_progress=on_progress)
             break
     else:
-        schema, options = ParameterSchema.of(read_notebook(find_job(job))), {"store": store, "parents": parents}
+        schema, options = (
+            ParameterSchema.from_notebook(read_notebook(find_job(job))),
+            {"store": store, "parents": parents},
+        )
         trained = run_job(job, final_parameters(search, schema), warm=True, on_progress=on_progress, **options)
     _log_final_result(search, trained)
     return trained

@@ -152,6 +152,15 @@ class Space:
             _set_nested(parameters, name, axis.choose(hp))
         return json.loads(json.dumps(parameters))  # as in the record of a run
 
+    def boundary_parameters(self) -> Iterator[dict[str, Any]]:
+        """Parameters of the job with which the space is validated; each sets one parameter to one of its bounds."""
+        values = {name: axis.boundary_values for name, axis in self.axes.items()}
+        for name, bounds in (values | {name: [value] for name, value in self.fixed.items()}).items():
+            for value in bounds:
+                parameters: dict[str, Any] = {}
+                _set_nested(parameters, name, value)
+                yield parameters
+
 
 def _set_nested(parameters: dict[str, Any], name: str, value: Any) -> None:
     """Set the parameter with a dotted name."""

@@ -16,7 +16,7 @@ const load = async () => ({ modelTopology, weightSpecs, weightData, signature, f
 const model = await tf.loadGraphModel({ load });
 const outputNames = Object.entries(signature.outputs).sort().map(([, { name }]) => name);
 
-const preprocessor = new Preprocessor(JSON.parse(read("host.json")));
+const preprocessor = new Preprocessor(JSON.parse(read("preprocessing.json")));
 const predictions = [];
 for (const row of JSON.parse(readFileSync(0))) {
   const encoded = Object.entries(preprocessor.encode(row));

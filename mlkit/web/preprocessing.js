@@ -199,7 +199,7 @@ function rowLookup(encoder) {
 }
 
 function rowEncoder(encoder) {
-  if (encoder.kind === "bucket") {
+  if (encoder.type === "bucket") {
     const boundaries = encoder.boundaries.map(float);
     return (value) => [Number.isNaN(value) ? 0 : boundaries.filter((boundary) => boundary <= value).length + 1];
   }
@@ -251,7 +251,7 @@ function readValue(feature, value) {
 export class Preprocessor {
   constructor(record) {
     this.record = record;
-    const encoders = Object.entries(record.rows).filter(([, encoder]) => encoder.kind !== "cross");
+    const encoders = Object.entries(record.rows).filter(([, encoder]) => encoder.type !== "cross");
     this.encoders = Object.fromEntries(encoders.map(([name, encoder]) => [name, rowEncoder(encoder)]));
     this.features = Object.fromEntries(record.features.map((feature) => [feature.name, feature]));
   }
@@ -284,13 +284,13 @@ export class Preprocessor {
 
   encodeRows(name, values) {
     const encoder = this.record.rows[name];
-    if (encoder.kind !== "cross") return this.encoders[name](values[encoder.feature]);
+    if (encoder.type !== "cross") return this.encoders[name](values[encoder.feature]);
     return [crossRows(encoder.columns.flatMap((column) => this.encodeRows(column, values)), encoder.buckets)];
   }
 
   encodeColumn(column, values) {
     const value = values[column.feature];
-    const moment = this.features[column.feature].kind === "datetime";
+    const moment = this.features[column.feature].type === "datetime";
     return moment ? momentColumn(column, momentFields(value)) : numberColumn(column, value);
   }
 

@@ -83,6 +83,14 @@ def test_show_by_prefix_suffix_and_latest(cli: Callable, store: RunStore) -> Non
     assert "no luck" in cli("runs", "show", failed.id).stdout
 
 
+def test_show_begins_with_the_result(cli: Callable, store: RunStore) -> None:
+    run = store.get(store.list(where="learning_rate == 0.1").runs[0].id)
+    run.log_summary("accuracy 0.89, better than the dummy baseline [0.5]\nlog_loss 0.3")
+    lines = cli("runs", "show", run.id).stdout.splitlines()
+    assert lines[1:3] == ["accuracy 0.89, better than the dummy baseline [0.5]", "log_loss 0.3"]
+    assert json.loads(cli("runs", "show", run.id, "--json").stdout)["summary"].startswith("accuracy 0.89")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -160,7 +168,7 @@ def test_new_makes_a_project_that_explains_itself(cli: Callable, project: Path) 
     shop = project / "shop"
     assert {path.name for path in (shop / "jobs").iterdir()} >= {"train.ipynb", "evaluate.ipynb"}
     assert (shop / "first_model.ipynb").exists()
-    assert "# folder in which every run is archived" in (shop / "settings.ini").read_text()
+    assert "# folder of the run store" in (shop / "settings.ini").read_text()
     assert json.loads(run_cli("settings", "--json", folder=shop).stdout)[0]["from"].startswith("settings.ini, line")
     assert cli("new", "shop").returncode == 2
     (project / "file").write_text("")

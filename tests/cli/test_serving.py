@@ -38,7 +38,7 @@ def test_engines() -> None:
 
 def test_the_closing_line_of_a_batch_prediction(capsys: pytest.CaptureFixture) -> None:
     names = {"model": "churn", "version": 3, "run": "k3f9"}
-    result = SimpleNamespace(names=names, rows=1_000_000, kept=0, speed=210_000.0)
+    result = SimpleNamespace(names=names, rows=1_000_000, rows_resumed=0, speed=210_000.0)
     with console.capture() as captured:
         console.print(result_table(result))
     assert captured.get().split("\n")[1].split() == ["churn", "3", "k3f9", "1,000,000", "-", "210,000"]

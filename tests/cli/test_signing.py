@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mlkit.cli.export import _read_tolerances
+from mlkit.cli.console import parse_pairs
 from mlkit.cli.signing import _find_folder
-from mlkit.errors import InputError, NotFoundError
+from mlkit.errors import NotFoundError
 from mlkit.runs import Run, RunStore
 
 
@@ -76,7 +76,8 @@ def test_what_cannot_be_done(line: str, code: int, signed: Run, tmp_path: Path, 
     assert mlkit(*line.split())[0] == code
 
 
-def test_tolerances_of_parity() -> None:
-    assert _read_tolerances(["litert-int8=0.02", "keras=1e-6"]) == {"litert-int8": 0.02, "keras": 1e-6}
-    with pytest.raises(InputError, match=r"as litert-int8=0\.02"):
-        _read_tolerances(["0.02"])
+def test_tolerances_of_parity(mlkit: Callable) -> None:
+    assert parse_pairs(["litert-int8=0.02", "keras=1e-6"], "", float) == {"litert-int8": 0.02, "keras": 1e-6}
+    for text in ("0.02", "=0.02", "litert-int8=much"):
+        code, _, message = mlkit("parity", "--tolerance", text)
+        assert (code, f"as litert-int8=0.02. Received: '{text}'" in message) == (2, True)

@@ -1,4 +1,4 @@
-"""TensorFlow's private interfaces: sessions in a process without the rest of TensorFlow."""
+"""TensorFlow's private interfaces: sessions without the rest of TensorFlow, SavedModels, collectives."""
 
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import mlkit.models.families  # noqa: F401  before TensorFlow, which it imports 
 
 # isort: split
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 
 import mlkit._compat.tensorflow as compat
 
@@ -89,3 +90,60 @@ def test_an_error_in_the_graph_has_its_code(doubling: Path) -> None:
     assert compat.op_error(ValueError("x")) is None
     del call
     session.close()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A SavedModel that doubles numbers."""
+    module = tf.Module()
+    module.double = tf.function(lambda x: {"y": 2 * x}, input_signature=[tf.TensorSpec([None], name="x")])
+    with compat.save_context():
+        signature = module.double.get_concrete_function()
+    tf.saved_model.save(module, str(tmp_path), signatures=signature)
+    return tmp_path
+
+
+def test_functions_are_traced_once_for_saving() -> None:
+    traces = []
+    double = tf.function(lambda x: traces.append(x) or 2 * x, input_signature=[tf.TensorSpec([None])])
+    module = tf.Module()
+    module.double = double
+    with compat.save_context():
+        double.get_concrete_function()
+        double.get_concrete_function()
+    assert len(traces) == 1
+
+
+def test_the_fingerprint_is_that_of_the_edited_file(saved: Path) -> None:
+    before = tf.saved_model.experimental.read_fingerprint(str(saved))
+    message = saved_model_pb2.SavedModel.FromString((saved / "saved_model.pb").read_bytes())
+    message.meta_graphs[0].meta_info_def.tags.append("edited")
+    (saved / "saved_model.pb").write_bytes(message.SerializeToString())
+    compat.write_fingerprint(saved)
+    after = tf.saved_model.experimental.read_fingerprint(str(saved))
+    assert after.saved_model_checksum != before.saved_model_checksum
+
+
+def test_a_model_is_loaded_into_a_session(saved: Path) -> None:
+    with tf.compat.v1.Session(graph=tf.Graph()) as session:
+        signature = compat.load_into_session(session, saved).signature_def["serving_default"]
+        outputs = session.run(signature.outputs["y"].name, {signature.inputs["x"].name: np.float32([1, 2])})
+    assert outputs.tolist() == [2, 4]
+
+
+ABORT = """
+from mlkit._compat.tensorflow import abort_collectives
+import tensorflow as tf
+from tensorflow.python.ops import collective_ops
+abort_collectives("worker 1 has ended")
+try:
+    collective_ops.all_reduce_v2(tf.constant([1.0]), group_size=2, group_key=1, instance_key=1, timeout=30)
+except tf.errors.UnavailableError as error:
+    assert "worker 1 has ended" in str(error)
+    print("aborted")
+"""
+
+
+def test_collective_operations_fail_after_an_abort() -> None:
+    result = subprocess.run([sys.executable, "-c", ABORT], capture_output=True, text=True, timeout=120, check=False)
+    assert result.stdout.strip() == "aborted", result.stderr[-2000:]

@@ -20,6 +20,14 @@ def test_the_import_is_silent_and_restores_standard_error() -> None:
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "True tensorflow", "after")
 
 
+def test_keras_is_imported_after_tensorflow_and_as_silently() -> None:
+    code = (
+        "import os; from mlkit._tensorflow import keras, tf; os.write(2, b'after'); print(tf.__name__, keras.__name__)"
+    )
+    result = run_python(code)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "tensorflow keras", "after")
+
+
 def test_another_backend_of_keras_is_rejected_before_tensorflow_is_imported() -> None:
     code = (
         f"import sys\ntry:\n    {IMPORT}"

@@ -18,7 +18,7 @@ CATEGORIES = "books|electronics|fashion|garden|grocery|home|sports|toys"
 
 def check_accounting(table: pl.DataFrame, cleaned: CleaningResult) -> None:
     """Rows in = rows out + rows in quarantine, and the quarantine holds the original rows with their numbers."""
-    removed = cleaned.quarantine.filter(_taken="row")
+    removed = cleaned.quarantine.filter(_scope="row")
     assert removed["_row"].is_unique().all()
     assert cleaned.table.height + removed.height == table.height
     original = table.with_row_index("_row", offset=1).filter(
@@ -37,8 +37,8 @@ def test_no_row_disappears_whatever_the_steps(seed):
         {"step": "match", "column": "category", "pattern": CATEGORIES},
         {"step": "match", "column": "device", "pattern": "desktop|mobile", "otherwise": "value"},
         {"step": "match", "column": "brand", "pattern": "[a-h].*"},
-        {"step": "convert", "column": "price", "kind": "integer", "otherwise": "row"},
-        {"step": "convert", "column": "day", "kind": "text"},
+        {"step": "convert", "column": "price", "type": "integer", "otherwise": "row"},
+        {"step": "convert", "column": "day", "type": "text"},
         {"step": "missing", "columns": ["quantity", "age"], "values": [-1, 999], "rule": "drop"},
         {"step": "missing", "columns": ["brand"], "rule": "most_frequent"},
         {"step": "deduplicate", "columns": ["user_id"], "keep": "last"},
@@ -58,7 +58,7 @@ def test_a_quarantined_value_is_stored_with_its_row():
     [entry] = cleaned.quarantine.to_dicts()
     assert entry == {
         "_row": 2, "_step": "1 match", "_column": "mail", "_value": "nothing", "_reason": "does not match .+@.+",
-        "_taken": "value", "id": 2, "mail": "nothing",
+        "_scope": "value", "id": 2, "mail": "nothing",
     }  # fmt: skip
     assert cleaned.counts["values_quarantined"].to_list() == [1]
 
@@ -83,14 +83,14 @@ def test_the_record_and_the_quarantine_can_be_written(tmp_path):
     ],
 )
 def test_numbers_with_separators(values, options, expected):
-    step = {"step": "convert", "column": "x", "kind": "number", **options}
+    step = {"step": "convert", "column": "x", "type": "number", **options}
     cleaned = clean(pl.DataFrame({"x": values}), [step])
     assert cleaned.table["x"].to_list() == expected
     assert cleaned.quarantine["_value"].to_list() == [v for v, e in zip(values, expected, strict=True) if e is None]
 
 
 def test_dates_in_a_declared_format():
-    step = {"step": "convert", "column": "x", "kind": "date", "format": "%d.%m.%Y"}
+    step = {"step": "convert", "column": "x", "type": "date", "format": "%d.%m.%Y"}
     cleaned = clean(pl.DataFrame({"x": ["31.01.2026", "30.02.2026", " 1.2.2026", ""]}), [step])
     assert cleaned.table["x"].cast(pl.String).to_list() == ["2026-01-31", None, "2026-02-01", None]
     assert cleaned.quarantine["_value"].to_list() == ["30.02.2026"]
@@ -99,7 +99,7 @@ def test_dates_in_a_declared_format():
 def test_unusual_tables():
     empty = pl.DataFrame({"x": pl.Series([], dtype=pl.String)})
     steps = [{"step": "trim"}, {"step": "match", "column": "x", "pattern": "a"}, {"step": "deduplicate"}]
-    steps += [{"step": "missing", "rule": "drop"}, {"step": "convert", "column": "x", "kind": "number"}]
+    steps += [{"step": "missing", "rule": "drop"}, {"step": "convert", "column": "x", "type": "number"}]
     assert clean(empty, steps).table.shape == (0, 1)
     void = pl.DataFrame({"x": pl.Series([None, None], dtype=pl.String)})
     assert clean(void, steps[:3]).table.height == 1
@@ -116,8 +116,8 @@ def test_unusual_tables():
     [
         ([{"step": "dedup"}], "Did you mean 'deduplicate'?"),
         ([{"step": "trim"}, {"step": "match", "column": "x"}], "Step 2: 'match' needs the option 'pattern'"),
-        ([{"step": "convert", "column": "x", "kind": "integr"}], "Did you mean 'integer'?"),
-        ([{"step": "convert", "column": "x", "kind": "number", "thousand": ","}], "Did you mean 'thousands'?"),
+        ([{"step": "convert", "column": "x", "type": "integr"}], "Did you mean 'integer'?"),
+        ([{"step": "convert", "column": "x", "type": "number", "thousand": ","}], "Did you mean 'thousands'?"),
         ([{"step": "match", "column": "x", "pattern": "["}], "is no regular expression"),
         ([{"step": "trim", "columns": ["n"]}], "holds Int64 and no text"),
         ([{"step": "deduplicate", "columns": ["X"]}], "Did you mean 'x'?"),

@@ -144,7 +144,7 @@ def test_statistics_come_from_the_training_split_only(tmp_path):
     spec = dataset.features["x"]
     assert (spec.minimum, spec.maximum) == (0.0, 799.0)
     assert np.isclose(spec.mean, values[:800].mean())
-    assert np.isclose(spec.deviation, values[:800].std())
+    assert np.isclose(spec.std, values[:800].std())
     assert dataset.features["kind"].vocabulary == ("old",)
 
 
@@ -156,8 +156,8 @@ def test_rows_without_a_label_are_dropped_and_counted(tmp_path):
     (tmp_path / "t.csv").write_text("x,y\n" + rows)
     dataset = load_dataset(tmp_path / "t.csv", "y")
     assert len(dataset.labels) == 80
-    assert dataset.notes == ("20 of 100 rows have no 'y' and were dropped.",)
-    assert dataset.record()["notes"] == list(dataset.notes)
+    assert dataset.warnings == ("20 of 100 rows have no 'y' and were dropped.",)
+    assert dataset.record()["warnings"] == list(dataset.warnings)
 
 
 def test_columns_become_arrays(tmp_path):
@@ -257,8 +257,8 @@ def assert_rejected(path, *messages, **options):
         ("twice.csv", b"a,b,a\n1,2,3\n", ("more than one column named 'a'",)),
         ("index.csv", b",a\n0,1\n", ("Column 1", "no name")),
         ("stray.csv", b'a,b\n5" disk,2\n', ("Line 2", "unbalanced quote")),
-        ("broken.parquet", b"PAR1nothing", ("not a whole Parquet file",)),
-        ("empty.parquet", b"", ("not a whole Parquet file",)),
+        ("broken.parquet", b"PAR1nothing", ("not a complete Parquet file",)),
+        ("empty.parquet", b"", ("not a complete Parquet file",)),
         ("broken.jsonl", b'{"a": 1}\n\n{"a": oops}\n', ("Line 3", "not valid JSON")),
         ("list.jsonl", b'{"a": 1}\n[1, 2]\n', ("Line 2", "not a JSON object")),
         ("bytes.jsonl", b'{"a": "\xe9"}\n', ("byte 7 (line 1)",)),
@@ -274,7 +274,7 @@ def test_a_truncated_parquet_file(tmp_path):
     retail(rows=500).write_parquet(tmp_path / "t.parquet")
     whole = (tmp_path / "t.parquet").read_bytes()
     (tmp_path / "t.parquet").write_bytes(whole[: len(whole) // 2])
-    assert_rejected(tmp_path / "t.parquet", "not a whole Parquet file")
+    assert_rejected(tmp_path / "t.parquet", "not a complete Parquet file")
 
 
 def test_a_file_that_is_not_there(tmp_path, monkeypatch):
@@ -436,7 +436,7 @@ def test_cleaned_and_checked_rows_are_recorded_and_loaded_again(dirty, tmp_path)
     dataset = load_dataset(dirty, "purchased", clean=STEPS, schema=dirty.parent / "schema.pbtxt")
     assert len(dataset.labels) == table.height - soiled
     assert set(dataset.features["device"].vocabulary) == {"desktop", "mobile", "tablet"}
-    assert dataset.notes[0] == f"Cleaning has moved {soiled} rows and 0 values to the quarantine."
+    assert dataset.warnings[0] == f"Cleaning has moved {soiled} rows and 0 values to the quarantine."
     dataset.save(tmp_path / "data")
     assert pl.read_parquet(tmp_path / "data" / "quarantine.parquet")["quantity"].to_list() == [-1] * soiled
     statistics = Statistics.from_json((tmp_path / "data" / "statistics.json").read_text())

@@ -57,7 +57,7 @@ def test_a_table_shows_rows_splits_label_and_features(shop: Path) -> None:
 
 
 def test_features_that_are_bucketed_and_hashed_show_their_sizes(shop: Path) -> None:
-    features = {"user_id": {"kind": "hash", "buckets": 5000}, "age": {"kind": "bucket", "boundaries": [18, 65]}}
+    features = {"user_id": {"type": "hash", "buckets": 5000}, "age": {"type": "bucket", "boundaries": [18, 65]}}
     page = render_dataset(load_dataset(shop, "purchased", features=features))
     assert "5,000 hash buckets" in page
     assert "3 buckets" in page

@@ -97,7 +97,7 @@ def test_the_record_is_plain_json_that_a_gate_can_read() -> None:
     assert record["passed"] is False
     assert "normal" in record["drifted"]
     column = next(column for column in record["columns"] if column["name"] == "normal")
-    assert column["verdict"] == "drifted"
+    assert column["result"] == "drifted"
     assert column["distance_name"] == "population_stability"
     assert column["distance"] > column["threshold"] == 0.2
     assert column["p_value"] < 0.01
@@ -132,11 +132,9 @@ def test_every_column_type_gets_a_result() -> None:
         list=pl.concat_list(pl.lit(1)),
         huge=pl.lit(2**63, pl.UInt64),
     )
-    verdicts = {
-        name: column.verdict for name, column in measure_drift(describe(table), describe(table)).columns.items()
-    }
-    assert verdicts == dict.fromkeys(("time", "lasted", "list", "huge"), "stable") | dict.fromkeys(
-        ("at", "date"), "not judged"
+    results = {name: column.result for name, column in measure_drift(describe(table), describe(table)).columns.items()}
+    assert results == dict.fromkeys(("time", "lasted", "list", "huge"), "stable") | dict.fromkeys(
+        ("at", "date"), "not tested"
     )
     later = table.with_columns(
         time=pl.lit(None, pl.Time), list=pl.lit(None, pl.List(pl.Int32)), lasted=pl.duration(days=99)
@@ -149,7 +147,7 @@ def test_single_rows_are_not_statistically_significant() -> None:
         describe(pl.DataFrame({"x": [1.0], "y": ["a"]})), describe(pl.DataFrame({"x": [9.0], "y": ["b"]}))
     )
     assert drift.passed
-    assert {column.verdict for column in drift.columns.values()} == {"unproven"}
+    assert {column.result for column in drift.columns.values()} == {"not significant"}
     assert "but not statistically significant with 1 and 1 rows" in drift.columns["x"].reason
 
 

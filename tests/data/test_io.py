@@ -159,8 +159,8 @@ def test_a_truncated_file_is_named(tmp_path, ending, share):
         ("parquet.csv", b"PAR1\x15\x04\x15", "is a Parquet file; let its name end in .parquet"),
         ("sheet.csv", b"PK\x03\x04\x14\x00", "spreadsheet"),
         ("arrow.jsonl", b"ARROW1\0\0", "is an Arrow file"),
-        ("text.parquet", b"a,b\n1,2\n", "not a whole Parquet file"),
-        ("text.arrow", b"a,b\n1,2\n", "not a whole Arrow file"),
+        ("text.parquet", b"a,b\n1,2\n", "not a complete Parquet file"),
+        ("text.arrow", b"a,b\n1,2\n", "not a complete Arrow file"),
         ("text.tfrecord", b"a,b\n1,2\n3,4\n5,6\n", "Is this an undamaged TFRecord file?"),
         ("other.parquet.gz", b"", "is compressed inside"),
         ("mixed.csv", "stadt,n\nGenève,1\n".encode() + "Zürich,2\n".encode("latin-1"), "line 3) is 0xfc. Before that"),
@@ -209,8 +209,7 @@ def test_large_fields_and_many_columns(tmp_path):
     assert scan_table(tmp_path / "wide.csv").collect().equals(wide)
 
 
-def test_json_chunks_are_typed_like_the_whole_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlkit.data.io._JSON_CHUNK_BYTES", 40)
+def test_json_columns_are_typed_over_all_lines(tmp_path):
     late = '{"x": 1}\n' * 20 + '{"x": 1.5, "late": "a"}\n'
     for content, schema in (
         (late, {"x": pl.Float64, "late": pl.String}),

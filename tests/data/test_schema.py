@@ -74,10 +74,10 @@ def test_uninterpreted_fields_are_preserved(tmp_path: Path) -> None:
 
 def test_interpreted_fields() -> None:
     schema = parse_schema(TFX_SCHEMA)
-    kinds = {column.name: column.kind for column in schema}
-    assert kinds["age"] == kinds["when"] == kinds["ragged"] == "integer"
-    assert (kinds["day"], kinds["odd day"], kinds["flag"]) == ("date", "text", "boolean")
-    assert kinds["photo"] == kinds["nested"] == kinds["untyped"] == "other"
+    types = {column.name: column.type for column in schema}
+    assert types["age"] == types["when"] == types["ragged"] == "integer"
+    assert (types["day"], types["odd day"], types["flag"]) == ("date", "text", "boolean")
+    assert types["photo"] == types["nested"] == types["untyped"] == "other"
     assert schema["job"].domain == ("private", "state")
     assert schema["rate"].maximum == 0.3
     assert (schema["work"].domain_share, schema["work"].shape, schema["tags"].values) == (0.9, (), (0, 8))
@@ -101,7 +101,7 @@ CHANGES = {
     "not_in_environment": ("TRAINING",),
     "drift": dict.fromkeys(DISTANCES, 0.3),
     "skew": {"population_stability": 0.2},
-    "severity": {"presence": "warning", "kind": "off"},
+    "severity": {"presence": "warning", "type": "off"},
     "checked": False,
     "unit": "euros = €",
     "description": 'said "so"\nonce',
@@ -125,7 +125,7 @@ def test_a_change_is_written_and_touches_nothing_else(field: str) -> None:
 
 
 def test_every_field_has_a_change_that_is_tested() -> None:
-    elsewhere = {"name", "kind", "domain", "minimum", "maximum", "finite"}
+    elsewhere = {"name", "type", "domain", "minimum", "maximum", "finite"}
     assert {field.name for field in fields(ColumnSchema)} == elsewhere | CHANGES.keys()
 
 

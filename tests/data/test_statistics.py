@@ -82,13 +82,13 @@ def test_merged_statistics_of_shards_are_those_of_the_table(seed: int) -> None:
     assert (merged.rows, list(merged.columns)) == (whole.rows, list(whole.columns))
     for name, truth in whole.columns.items():
         column = merged.columns[name]
-        for exact in ("kind", "rows", "missing", "zeros", "infinite", "shortest", "longest"):
+        for exact in ("type", "rows", "missing", "zeros", "infinite", "shortest", "longest"):
             assert getattr(column, exact) == getattr(truth, exact), name
-        for number in ("mean", "deviation", "minimum", "maximum", "mean_length"):
+        for number in ("mean", "std", "minimum", "maximum", "mean_length"):
             np.testing.assert_allclose(getattr(column, number), getattr(truth, number), rtol=1e-9, err_msg=name)
         if column.unique_exact:
             assert column.unique == truth.unique, name
-        elif column.kind != "other":
+        elif column.type != "other":
             assert column.unique == pytest.approx(truth.unique, rel=0.09), name  # four standard errors
         if truth.complete:
             assert list(column.counts.items()) == list(truth.counts.items()), name
@@ -266,7 +266,7 @@ def test_odd_columns_are_described_merged_shown_and_saved(case: str) -> None:
     table = pl.DataFrame({"odd": ODD[case]})
     statistics = describe(table)
     column = statistics.columns["odd"]
-    assert (column.rows, column.known + column.missing) == (table.height, table.height)
+    assert (column.rows, column.count + column.missing) == (table.height, table.height)
     assert all(len(str(value)) <= 200 for value in column.counts)
     restored = Statistics.from_json(statistics.to_json())
     assert restored.to_json() == statistics.to_json()
@@ -286,8 +286,8 @@ def test_each_odd_column_has_the_expected_figures() -> None:
     assert columns["unsigned"].counts == {0: 1, 2**64 - 1: 1}
     assert columns["signed"].counts == {-(2**63): 1, 2**63 - 1: 1}
     assert columns["beyond 64 bits"].maximum == 2.0**100
-    assert (columns["decimals"].kind, columns["decimals"].counts) == ("number", {1.1: 1, 2.2: 1})
-    assert [columns[case].kind for case in ("categories", "enumeration", "nulls")] == ["text"] * 3
+    assert (columns["decimals"].type, columns["decimals"].counts) == ("number", {1.1: 1, 2.2: 1})
+    assert [columns[case].type for case in ("categories", "enumeration", "nulls")] == ["text"] * 3
     assert [columns[case].unique for case in ("bytes", "lists", "structs", "arrays")] == [2, 2, 1, 1]
     assert (columns["objects"].unique, columns["objects"].unique_exact) == (0, False)
     assert (columns["a megabyte"].longest, columns["a megabyte"].counts) == (1_000_000, {})
@@ -310,7 +310,7 @@ def test_shards_whose_types_differ() -> None:
         merge_statistics([empty, numbers, texts])
     with pytest.raises(DatasetError, match=r"'y' \(only in two\)"):
         numbers.merge(describe(pl.DataFrame({"x": [1], "y": [1]}), name="two"))
-    assert empty.merge(numbers).columns["x"].kind == "integer"
+    assert empty.merge(numbers).columns["x"].type == "integer"
     assert numbers.merge(empty).columns["x"].missing == 2
     milliseconds = describe(pl.DataFrame({"x": pl.Series([datetime(2026, 1, 1)]).dt.cast_time_unit("ms")}))
     assert milliseconds.merge(describe(pl.DataFrame({"x": [datetime(2026, 1, 1)]}))).columns["x"].unique == 1
@@ -442,13 +442,13 @@ def test_statistics_as_tfdv_makes_them_are_read() -> None:
     assert (statistics.rows, list(statistics.slices)) == (200, ["device_mobile"])
     assert (columns["age"].missing, columns["age"].infinite, columns["age"].zeros) == (10, 2, 7)
     assert (columns["age"].minimum, columns["age"].quantile(0.25), columns["age"].maximum) == (0, 5, 20)
-    assert math.isnan(columns["age"].deviation)
+    assert math.isnan(columns["age"].std)
     assert (columns["device"].missing, columns["device"].unique) == (4, 2)
     assert (columns["device"].counts, columns["device"].complete) == ({"mobile": 120, "täblet": 76}, True)
     assert (columns["device"].shortest, columns["device"].mean_length) == (6, 6)
-    assert (columns["gone"].kind, columns["gone"].missing, columns["gone"].known) == ("text", 200, 0)
-    assert (columns["code"].kind, columns["code"].counts, columns["code"].mean) == ("integer", {7: 150, 10: 50}, 7.75)
-    assert (columns["several"].kind, columns["several"].missing) == ("other", 10)
+    assert (columns["gone"].type, columns["gone"].missing, columns["gone"].count) == ("text", 200, 0)
+    assert (columns["code"].type, columns["code"].counts, columns["code"].mean) == ("integer", {7: 150, 10: 50}, 7.75)
+    assert (columns["several"].type, columns["several"].missing) == ("other", 10)
     assert statistics.merge(statistics).columns["age"].rows == 400
     assert "device_mobile" in statistics.overlay(statistics).to_html()
 
@@ -460,13 +460,13 @@ def test_the_proto_message_preserves_what_it_has_fields_for() -> None:
     assert {key: part.rows for key, part in restored.slices.items()} == sizes
     for name, column in statistics.columns.items():
         same = restored.columns[name]
-        assert (same.kind, same.rows, same.missing, same.unique) == (
-            column.kind,
+        assert (same.type, same.rows, same.missing, same.unique) == (
+            column.type,
             column.rows,
             column.missing,
             column.unique,
         )
-        np.testing.assert_equal([same.mean, same.deviation], [column.mean, column.deviation])
+        np.testing.assert_equal([same.mean, same.std], [column.mean, column.std])
         np.testing.assert_allclose(same.quantiles[::100], column.quantiles[::100])
     message = statistics_to_proto(statistics).datasets[0].features[10]
     assert sum(bucket.sample_count for bucket in message.num_stats.histograms[0].buckets) == pytest.approx(5000)

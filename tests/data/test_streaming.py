@@ -82,7 +82,7 @@ def test_rows_without_a_label_belong_to_no_split(tmp_path: Path) -> None:
     table.write_parquet(tmp_path / "t.parquet")
     data = open_dataset(tmp_path / "t.parquet", "y")
     assert data.sizes["all"] == 500
-    assert data.notes == ("500 of 1000 rows have no 'y' and were dropped.",)
+    assert data.warnings == ("500 of 1000 rows have no 'y' and were dropped.",)
     assert (
         sorted(x for batch in data.batches("all") for x in batch["x"]) == table.filter(pl.col("y") != "")["x"].to_list()
     )

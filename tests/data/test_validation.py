@@ -150,8 +150,8 @@ def test_mixed_types_in_a_column_are_named_by_value(tmp_path: Path) -> None:
     table = conform(read_table(tmp_path / "mixed.csv"), schema)
     anomalies = validate(table, schema)
     assert {(anomaly.column, anomaly.rule): anomaly.count for anomaly in anomalies} == {
-        ("price", "kind"): 2,
-        ("day", "kind"): 2,
+        ("price", "type"): 2,
+        ("day", "type"): 2,
     }
     assert "'1,234.50' (1 row)" in anomalies[0].message
     assert "'free' (1 row)" in anomalies[0].message
@@ -236,8 +236,8 @@ def test_columns_of_every_type_are_validated() -> None:
     assert conform(table, schema).drop("object").equals(table.drop("object"))
     wrong = Schema({name: ColumnSchema(name, "date", required=1) for name in table.columns})
     rules = {rule for _, rule in count_anomalies(table, wrong)}
-    assert rules == {"kind", "presence"}
-    assert {name for name, rule in count_anomalies(table, wrong) if rule == "kind"} == set(table.columns)
+    assert rules == {"type", "presence"}
+    assert {name for name, rule in count_anomalies(table, wrong) if rule == "type"} == set(table.columns)
     small = Schema({name: ColumnSchema(name, "integer", minimum=0, maximum=1, domain=(1,)) for name in table.columns})
     for schema in (wrong, small):
         anomalies = validate(table, schema)

@@ -36,11 +36,11 @@ before = peak_memory()
 record = {"name": "wide", "task": "binary", "tasks": {}, "label": "bought", "classes": ["no", "yes"],
           "features": {f"x{number:02}": "number" for number in range(COLUMNS)}, "arguments": {"source": None}}
 evaluation = evaluate(model, open_rows(record, "wide-*.parquet"))
-predictions = evaluation.answers(["device"])
+predictions = evaluation.predictions(["device"])
 report = make_report(predictions, ["device"], group="device", weak=evaluation.weak_slices())
 record = report.record()
-save_predictions(predictions, Path("answers.parquet"))
-rows, auc = len(load_predictions("answers.parquet")), record["measures"]["auc"]["value"]
+save_predictions(predictions, Path("predictions.parquet"))
+rows, auc = len(load_predictions("predictions.parquet")), record["metrics"]["auc"]["value"]
 print(peak_memory() - before, rows, len(record["slices"]), auc)
 """
 

@@ -279,11 +279,11 @@ def test_variants_of_a_table_are_measured_on_the_same_rows(compressed: Any, shop
         "quantize_aware, LiteRT int8",
         "int8, SavedModel",
     ]
-    assert variants.measure == "auc"
+    assert variants.metric == "auc"
     served = evaluate(load_saved_model(run.folder / "variants" / "original" / "saved_model"), shop)
-    assert variants.variants[0].measures["auc"][0] == served.metrics["auc"]
+    assert variants.variants[0].metrics["auc"][0] == served.metrics["auc"]
     assert all(variant.worst.name.startswith("device=") for variant in variants.variants)
-    assert all(variant.worst.value <= variant.measures["auc"][0] + 1e-9 for variant in variants.variants)
+    assert all(variant.worst.value <= variant.metrics["auc"][0] + 1e-9 for variant in variants.variants)
     assert read_variants(run) == variants
     listed = {artifact.path for artifact in run.record.artifacts}
     assert {"variants.json", "variants/int8/saved_model/1/saved_model.pb"} <= listed
@@ -293,18 +293,18 @@ def test_the_front_has_all_variants_that_are_not_dominated(compressed: Any) -> N
     _, variants = compressed
     for cost in ("packed", "milliseconds"):
         front = variants.front(cost)
-        points = [(getattr(variant, cost), -variant.measures["auc"][0]) for variant in variants.variants]
+        points = [(getattr(variant, cost), -variant.metrics["auc"][0]) for variant in variants.variants]
         for variant, (price, loss) in zip(variants.variants, points, strict=True):
             dominating = [
                 point for point in points if point[0] <= price and point[1] <= loss and point != (price, loss)
             ]
-            assert (variant in front) == (not dominating) or variant.measures == front[0].measures
+            assert (variant in front) == (not dominating) or variant.metrics == front[0].metrics
 
 
 def test_a_variant_is_kept_unless_the_run_is_signed(compressed: Any) -> None:
     run, _ = compressed
     report = keep_variant(run, "quantize_aware")
-    assert report.kept == read_variants(run).kept == "quantize_aware"
+    assert report.kept_method == read_variants(run).kept_method == "quantize_aware"
     source = run.folder / "variants" / "quantize_aware"
     for file in ("saved_model/1/saved_model.pb", "litert/int8/model.tflite"):
         assert (run.folder / file).read_bytes() == (source / file).read_bytes()
@@ -313,7 +313,7 @@ def test_a_variant_is_kept_unless_the_run_is_signed(compressed: Any) -> None:
     with pytest.raises(InputError, match="is signed"):
         keep_variant(run, "int8")
     (run.folder / "model.sig").unlink()
-    assert read_variants(run).kept == "quantize_aware"
+    assert read_variants(run).kept_method == "quantize_aware"
 
 
 def test_missing_and_damaged_results_are_reported(compressed: Any, shop: Dataset, tmp_path: Path) -> None:
@@ -327,8 +327,8 @@ def test_missing_and_damaged_results_are_reported(compressed: Any, shop: Dataset
     (empty.folder / "variants.json").write_text((empty.folder / "variants.json").read_text()[:-20])
     with pytest.raises(ModelError, match="is damaged"):
         read_variants(empty)
-    with pytest.raises(ParameterError, match="keep='distil' is none of what is made"):
-        keep_variant(run, "distil")
+    with pytest.raises(ParameterError, match="keep='distill' is none of what is made"):
+        keep_variant(run, "distill")
 
 
 # -- the command --

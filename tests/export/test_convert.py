@@ -136,7 +136,9 @@ def fake_uv(folder: Path, monkeypatch: pytest.MonkeyPatch, then: str = "") -> Pa
 
 def test_every_format_is_written_listed_and_reported(exported: tuple[Path, Run, dict]) -> None:
     _, run, output = exported
-    assert [(result["target"], result["state"]) for result in output["targets"]] == [(name, "made") for name in LITERT]
+    assert [(result["target"], result["state"]) for result in output["targets"]] == [
+        (name, "exported") for name in LITERT
+    ]
     formats, listed = find_formats(run.folder), {artifact.path: artifact for artifact in run.record.artifacts}
     assert set(formats) == {"savedmodel", *LITERT}
     for result in output["targets"]:
@@ -168,12 +170,12 @@ def test_a_second_export_makes_and_imports_nothing(exported: tuple[Path, Run, di
     script = f"{EXPORT}; print([result.state for result in results], 'tensorflow' in sys.modules)"
     command = [sys.executable, "-c", script, run.folder, "litert,litert-int8"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "['kept', 'kept'] False\n"
+    assert done.stdout == "['existing', 'existing'] False\n"
     assert (run.folder / "litert" / "int8" / "model.tflite").stat().st_mtime_ns == before
     shown = run_cli("export", run.id, "--to", "litert,litert-int8", folder=folder, COLUMNS="120")
     assert [line.split()[:2] for line in shown.stdout.splitlines()[1:3]] == [
-        ["litert", "kept"],
-        ["litert-int8", "kept"],
+        ["litert", "existing"],
+        ["litert-int8", "existing"],
     ]
     assert f"mlkit parity {run.id}" in shown.stdout
 
@@ -191,8 +193,8 @@ def test_a_failed_format_is_reported_and_the_exit_code_is_1(exported: tuple[Path
     folder, run, _ = exported
     done = run_cli("export", run.id, "--to", "litert,litertjs", "--json", folder=folder)  # no node_modules there
     assert done.returncode == 1
-    kept, failed = json.loads(done.stdout)["targets"]
-    assert (kept["state"], failed["state"]) == ("kept", "failed")
+    existing, failed = json.loads(done.stdout)["targets"]
+    assert (existing["state"], failed["state"]) == ("existing", "failed")
     assert "npm install @litertjs/core" in failed["reason"]
 
 
@@ -218,10 +220,10 @@ def test_the_card_has_the_results_of_the_evaluation(exported: tuple[Path, Run, d
     for section in ("Model details", "Intended use", "Factors", "Metrics", "Evaluation data", "Training data",
                     "Quantitative analyses", "Ethical considerations", "Caveats and recommendations"):  # fmt: skip
         assert f"\n## {section}\n" in card
-    auc = report["measures"]["auc"]
+    auc = report["metrics"]["auc"]
     assert f"AUC {auc['value']:.4g} ({auc['low']:.4g} to {auc['high']:.4g}) on {report['rows']:,} unseen rows" in card
     worst = min(
-        (part for part in report["slices"] if not part["uncertain"]), key=lambda part: part["measures"]["auc"]["value"]
+        (part for part in report["slices"] if not part["uncertain"]), key=lambda part: part["metrics"]["auc"]["value"]
     )
     table = card.partition("Requested slices")[2].splitlines()
     assert table[4].startswith(f"| {worst['slice']} | {worst['rows']:,} |")
@@ -250,8 +252,14 @@ def test_the_card_has_gate_and_parity_and_keeps_handwritten_sections(run: Run) -
     gate = {"passed": False, "reason": "0.99 is required.", "against": "train-x", "checks": [check]}
     (run.folder / "gate.json").write_text(json.dumps(gate))
     targets = [
-        {"target": "litert-int8", "signature": "", "largest": 0.0123456, "passed": False, "reason": "beyond 0.01"},
-        {"target": "tfjs", "signature": "", "largest": None, "passed": None, "reason": "not exported"},
+        {
+            "target": "litert-int8",
+            "signature": "",
+            "max_difference": 0.0123456,
+            "passed": False,
+            "reason": "beyond 0.01",
+        },
+        {"target": "tfjs", "signature": "", "max_difference": None, "passed": None, "reason": "not exported"},
     ]
     (run.folder / "parity.json").write_text(json.dumps({"passed": False, "targets": targets}))
     again = write_card(run).read_text(encoding="utf-8")
@@ -271,7 +279,7 @@ def test_an_unsupported_operation_is_named_and_other_formats_are_made(own_model:
     run = handmade(own_model / "runs", odd=True)
     results = {result.name: result for result in export_run(run, "savedmodel,litert,litert-int8,litertjs,tfjs")}
     assert {name: result.state for name, result in results.items()} == {
-        "savedmodel": "kept", "litert": "failed", "litert-int8": "failed", "litertjs": "failed", "tfjs": "made",
+        "savedmodel": "existing", "litert": "failed", "litert-int8": "failed", "litertjs": "failed", "tfjs": "exported",
     }  # fmt: skip
     assert results["litert-int8"].reason.startswith("LiteRT has no Svd. Replace the layer that needs it")
     assert results["litertjs"].reason.startswith("It contains the format litert, which failed: LiteRT has no Svd")
@@ -283,7 +291,7 @@ def test_a_custom_layer_needs_no_registration(own_model: Path) -> None:
     from mlkit.export import load_saved_model
 
     run = handmade(own_model / "runs")
-    assert [result.state for result in export_run(run, "litert")] == ["made"]
+    assert [result.state for result in export_run(run, "litert")] == ["exported"]
     image = np.random.default_rng(0).uniform(0, 16, (3, 8, 8, 1))
     outputs = [
         model({"image": image})["probabilities"] for model in (load_litert(run.folder), load_saved_model(run.folder))
@@ -318,7 +326,7 @@ def test_replaced_formats_leave_no_old_files_in_the_list(run: Run) -> None:
     (run.folder / "litert" / "int8" / "old.bin").write_text("of an earlier version")
     run.log_artifact(run.folder / "litert" / "int8" / "old.bin")
     export_run(run, "litert-int8", replace=True)
-    assert {path.name for path in (run.folder / "litert" / "int8").iterdir()} == {"model.tflite", "host.json"}
+    assert {path.name for path in (run.folder / "litert" / "int8").iterdir()} == {"model.tflite", "preprocessing.json"}
     assert "litert/int8/old.bin" not in {artifact.path for artifact in run.record.artifacts}
 
 
@@ -327,7 +335,7 @@ def test_a_page_is_written_atomically(run: Run) -> None:
     command = [sys.executable, "-c", KILLED_PAGE, run.folder, "litertjs"]
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True).returncode == -signal.SIGKILL
     assert "litertjs" not in find_formats(run.folder)
-    assert [result.state for result in export_run(run, "litertjs", installed=REPOSITORY)] == ["kept", "made"]
+    assert [result.state for result in export_run(run, "litertjs", installed=REPOSITORY)] == ["existing", "exported"]
     assert find_formats(run.folder)["litertjs"].bytes > 3_000_000
 
 
@@ -342,7 +350,7 @@ def test_a_killed_conversion_to_tfjs_leaves_no_model(run: Run, tmp_path: Path, m
     assert len(list(run.folder.glob(".writing-*"))) == 1
     shutil.rmtree(recorded / "network")
     fake_uv(tmp_path, monkeypatch)
-    assert [result.state for result in export_run(run, "tfjs")] == ["made"]
+    assert [result.state for result in export_run(run, "tfjs")] == ["exported"]
     assert not list(run.folder.glob(".writing-*"))
 
 
@@ -358,13 +366,13 @@ def test_the_converter_gets_a_numeric_network_in_its_own_environment(run: Run, c
     assert {"tensorflowjs==4.22.0", "ydf<0.14", "setuptools<81", "--signature_name=serving_default"} <= set(arguments)
     assert (converter / "path").read_text() == "\n"  # its packages belong to another TensorFlow
     network = tf.saved_model.load(str(converter / "network")).signatures["serving_default"]
-    record = json.loads((result.form.path / "host.json").read_text(encoding="utf-8"))
+    record = json.loads((result.model_format.path / "preprocessing.json").read_text(encoding="utf-8"))
     _, inputs = network.structured_input_signature
     assert {(name, spec.dtype.name, *spec.shape) for name, spec in inputs.items()} == {
         (spec["name"], spec["dtype"], None, *spec["shape"]) for spec in record["inputs"]
     }
     assert sorted(record["model"]["files"]) == ["group1-shard1of1.bin", "model.json"]
-    assert {"tfjs/model.json", "tfjs/host.json"} <= {artifact.path for artifact in run.record.artifacts}
+    assert {"tfjs/model.json", "tfjs/preprocessing.json"} <= {artifact.path for artifact in run.record.artifacts}
 
 
 @pytest.mark.parametrize(
@@ -408,11 +416,11 @@ def test_tfjs_gives_the_predictions_of_the_saved_model(run: Run) -> None:
     from mlkit.export.tfjs import predict_tfjs
 
     (result,) = export_run(run, "tfjs")
-    assert result.state == "made", result.reason
+    assert result.state == "exported", result.reason
     rows, _ = reload_dataset(run.record.data[0]).take("test")
     rows = {name: values[:40] for name, values in rows.items()}
     requests = [{name: values[row] for name, values in rows.items()} for row in range(40)]
-    outputs = predict_tfjs(result.form.path, requests, Path(os.environ["WITH_TFJS"]))
+    outputs = predict_tfjs(result.model_format.path, requests, Path(os.environ["WITH_TFJS"]))
     expected = load_saved_model(run.folder)(rows)
     np.testing.assert_allclose([row["probabilities"] for row in outputs], expected["probabilities"], atol=1e-5)
     assert [row["class"] for row in outputs] == expected["class"].tolist()

@@ -204,7 +204,7 @@ def test_a_record_that_differs_from_the_model_is_rejected(shop: Dataset) -> None
 
 
 def test_a_newer_format_is_rejected(converted: Path, tmp_path: Path) -> None:
-    record = json.loads((converted / "float32" / "host.json").read_text(encoding="utf-8"))
-    (tmp_path / "host.json").write_text(json.dumps(record | {"format": 2}), encoding="utf-8")
+    record = json.loads((converted / "float32" / "preprocessing.json").read_text(encoding="utf-8"))
+    (tmp_path / "preprocessing.json").write_text(json.dumps(record | {"format": 2}), encoding="utf-8")
     with pytest.raises(ModelError, match="newer mlkit"):
         load_litert(tmp_path)

@@ -127,7 +127,7 @@ def test_every_format_gives_the_predictions_of_keras(all_formats: Run) -> None:
     assert record["requests"] == 32
     assert "parity.json" in [artifact.path for artifact in all_formats.record.artifacts]
     server = next(target for target in record["targets"] if target["target"] == "server")
-    assert (server["passed"], server["largest"]) == (None, None)
+    assert (server["passed"], server["max_difference"]) == (None, None)
     assert "--server URL" in server["reason"]
 
 
@@ -136,7 +136,7 @@ def test_a_table_with_two_labels(both: tuple[Dataset, Run]) -> None:
     assert matches.passed, matches.reason
     signatures = [result.signature for result in matches.results if result.target == "savedmodel"]
     assert signatures[3:] == ["kept_classify", "weight_regress"]
-    assert {result.agreement for result in matches.results if result.signature == "weight_regress"} == {None}
+    assert {result.agreement_rate for result in matches.results if result.signature == "weight_regress"} == {None}
 
 
 # -- an error of 1e-2 in one format --
@@ -341,7 +341,7 @@ def test_an_unreachable_server(all_formats: Run) -> None:
 
 def test_damaged_formats_are_named(copied: Run) -> None:
     (copied.folder / "litert" / "float32" / "model.tflite").write_bytes(b"TFL3" * 100)
-    (copied.folder / "litert" / "int8" / "host.json").write_text("{")
+    (copied.folder / "litert" / "int8" / "preprocessing.json").write_text("{")
     (copied.folder / "page.html").write_text("<html>")
     (copied.folder / "saved_model" / "1" / "variables" / "variables.index").unlink()
     matches = check_parity(copied)
@@ -541,7 +541,7 @@ def test_vocabularies_are_assets(both: tuple[Dataset, Run], tmp_path: Path) -> N
     place = export_saved_model(network, shop, tmp_path / "shop")
     assert [layer.lookup_table for layer in lookups] == tables  # the model is unchanged
     names = [path.name for path in sorted((place / "assets").iterdir())]
-    assert names[0] == "00_user_id_lookup.tsv"
+    assert names[0] == "00_string_lookup_user_id.tsv"
     lines = (place / "assets" / names[5]).read_text().splitlines()
     assert sorted(line.partition("\t")[0] for line in lines) == sorted(shop.features["device"].vocabulary)
     rows = next(shop.batches("test", 20))

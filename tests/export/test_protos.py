@@ -13,7 +13,6 @@ from mlkit.errors import ServingError
 from mlkit.export.protos import (
     _FIELDS,
     STRING,
-    array_to_tensor,
     fill_tensor,
     message_class,
     parse_message,
@@ -61,6 +60,13 @@ theirs = type(prediction_log_pb2.PredictLog().request).FromString(request.Serial
 assert (theirs.model_spec.version.value, list(theirs.inputs["age"].float_val)) == (3, [31.0, 47.0])
 assert message_class("PredictRequest").FromString(theirs.SerializeToString()) == request
 """
+
+
+def array_to_tensor(array: np.ndarray) -> Message:
+    """A TensorProto with the values of an array."""
+    tensor = message_class("TensorProto")()
+    fill_tensor(tensor, array)
+    return tensor
 
 
 def make_tensor(number: int, shape: list[int], **values: Any) -> Message:

@@ -84,14 +84,14 @@ def make_orders(count: int = 200) -> pl.DataFrame:
 
 FEATURES = {
     "price in €": {"normalise": "log"},
-    "age": {"kind": "bucket", "boundaries": [18, 30, 65]},
-    "sent/at": {"kind": "datetime", "parts": ["days", "month", "weekday", "hour", "minute", "day"]},
-    "postcode": {"kind": "category", "unknown": 3},
-    "user": {"kind": "hash", "buckets": 500, "salt": 7},
-    "shop": {"kind": "hash", "buckets": 100},
-    "comment": {"kind": "text", "length": 5, "buckets": 40},
-    "age x postcode": {"kind": "cross", "buckets": 50},
-    "age x postcode x shop": {"kind": "cross", "buckets": 90},
+    "age": {"type": "bucket", "boundaries": [18, 30, 65]},
+    "sent/at": {"type": "datetime", "parts": ["days", "month", "weekday", "hour", "minute", "day"]},
+    "postcode": {"type": "category", "unknown": 3},
+    "user": {"type": "hash", "buckets": 500, "salt": 7},
+    "shop": {"type": "hash", "buckets": 100},
+    "comment": {"type": "text", "length": 5, "buckets": 40},
+    "age x postcode": {"type": "cross", "buckets": 50},
+    "age x postcode x shop": {"type": "cross", "buckets": 90},
 }
 
 
@@ -206,7 +206,7 @@ def test_without_litert_js_the_error_names_the_command_that_installs_it(tmp_path
 def test_no_page_is_written_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="There is no converted model"):
         write_page(tmp_path, tmp_path / "page.html")
-    (tmp_path / "host.json").write_text("{", encoding="utf-8")
+    (tmp_path / "preprocessing.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="is damaged"):
         write_page(tmp_path, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
@@ -216,8 +216,8 @@ def test_no_page_is_written_without_a_model(tmp_path: Path) -> None:
 def test_javascript_rejects_invalid_rows(tmp_path: Path) -> None:
     shutil.copy(REPOSITORY / "mlkit" / "web" / "preprocessing.js", tmp_path / "preprocessing.mjs")
     features = [
-        {"name": "age", "kind": "number", "dtype": "float32", "shape": []},
-        {"name": "city", "kind": "category", "dtype": "string", "shape": []},
+        {"name": "age", "type": "number", "dtype": "float32", "shape": []},
+        {"name": "city", "type": "category", "dtype": "string", "shape": []},
     ]
     record = {
         "features": features,

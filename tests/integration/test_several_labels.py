@@ -92,15 +92,15 @@ def test_rows_that_lack_any_label_are_dropped_and_told(tmp_path):
     holes.drop("index").write_csv(tmp_path / "holes.csv")
     data = load_dataset(tmp_path / "holes.csv", LABELS)
     assert data.sizes["all"] == 81
-    assert "10 of 100 rows have no 'returned' and were dropped." in data.notes
-    assert "10 of 100 rows have no 'amount' and were dropped." in data.notes
+    assert "10 of 100 rows have no 'returned' and were dropped." in data.warnings
+    assert "10 of 100 rows have no 'amount' and were dropped." in data.warnings
 
 
 def test_rows_weigh_for_all_labels(table, both):
     from mlkit.models import build_model
     from mlkit.training import fit
 
-    weighed = load_dataset(table, LABELS, weight="weight")
+    weighed = load_dataset(table, LABELS, sample_weight="weight")
     *_, weights = next(iter(weighed.to_tf(batch_size=16)))
     assert set(np.unique(weights)) <= {1.0, 2.0, 3.0}
     history = fit(build_model("linear", weighed), weighed, epochs=2)
@@ -116,7 +116,7 @@ def test_what_cannot_be_meant_is_refused(table):
     refuse("names 'amount' twice", ["amount", "amount"])
     refuse("names no column", [])
     refuse("Did you mean 'amount'", ["returned", "amuont"])
-    refuse("weight='amount' is a label", weight="amount")
+    refuse("sample_weight='amount' is a label", sample_weight="amount")
     refuse("key='returned' is a label", split="hash", key="returned")
     refuse("class_weight= is for one label", class_weight="balanced")
     refuse("names 'amont', which is not a label. Did you mean", task={"amont": "regression"})

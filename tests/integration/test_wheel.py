@@ -88,3 +88,10 @@ def test_the_warm_kernel_comes_with_it(installed: Path, tmp_path: Path, monkeypa
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernelspec}), tmp_path / "in.ipynb")
     result = run(installed / "papermill", "in.ipynb", "out.ipynb", folder=tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_its_templates_and_web_pages_come_with_it(installed: Path, tmp_path: Path) -> None:
+    code = "import importlib.resources\nfrom mlkit._display import html_page\nprint(html_page('Report', '')[:15])\n"
+    code += "print((importlib.resources.files('mlkit') / 'web' / 'page.html').is_file())"
+    result = run(installed / "python", "-c", code, folder=tmp_path)
+    assert result.stdout == "<!DOCTYPE html>\nTrue\n", result.stderr

@@ -57,19 +57,19 @@ distribution = make_strategy()
 """
 TRAIN = """
 def wait(epoch, logs):
-    marker = Path(f"{hold}.{distribution.mine.start}")
+    marker = Path(f"{hold}.{distribution.local_replicas.start}")
     if hold and epoch == 1 and not marker.exists():  # in the first attempt
         marker.write_text(str(os.getpid()))
         while not os.path.exists(hold):
             time.sleep(0.05)
 
-if distribution.mine.start and "OTHER_ROWS" in os.environ:
+if distribution.local_replicas.start and "OTHER_ROWS" in os.environ:
     rows = int(os.environ["OTHER_ROWS"])
 data = load_dataset("retail", rows=rows)
 network = build_model(model, data, seed=1)
 callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=wait)] if hold else []
-if distribution.mine.start:
-    StepsPerCall.GOAL = 100.0  # this worker would use ever more steps per call if it decided alone
+if distribution.local_replicas.start:
+    StepsPerCall.TARGET_SECONDS = 100.0  # this worker would use ever more steps per call if it decided alone
 options = {"strategy": distribution, "checkpoint_every_minutes": 1e-6, "patience": 99}
 history = fit(network, data, epochs=epochs, batch_size=250, run=run, callbacks=callbacks, **options)
 run.log_metrics({"weights": sum(float(abs(weight).sum()) for weight in network.get_weights())})
@@ -157,8 +157,8 @@ def test_two_workers_train_the_same_model_as_one_process(single: dict, distribut
     assert worker.record.status == "completed"
     assert worker.record.metrics == distributed["metrics"]
     assert list((folder / "tensorboard").rglob("events.*"))
-    assert "TF_CONFIG" not in distributed["variables"]
-    assert distributed["crew"] == {"workers": 2, "servers": 0}
+    assert "TF_CONFIG" not in distributed["environment_variables"]
+    assert distributed["worker_group"] == {"workers": 2, "servers": 0}
     listed = {artifact["path"] for artifact in distributed["artifacts"]}
     assert "workers/1/notebook.ipynb" in listed
 
@@ -176,7 +176,7 @@ def test_training_resumes_after_a_worker_dies(
     assert (record["status"], record["attempts"]) == ("completed", 2)
     assert_same(record, distributed, 1e-6)
     outputs = nbformat.read(training.run.folder / "notebook.ipynb", 4).cells[-1].outputs
-    assert any("Continues after epoch 1" in output.get("text", "") for output in outputs)
+    assert any("Resumes after epoch 1" in output.get("text", "") for output in outputs)
 
 
 def test_an_interrupted_run_resumes_with_the_same_worker_group(
@@ -210,7 +210,7 @@ def test_a_worker_that_dies_without_retries_fails_the_run(training: TrainingProj
 def test_workers_with_different_data_are_rejected(training: TrainingProject) -> None:
     record = training.execute("--workers", 2, code=2, OTHER_ROWS="1600")
     assert record["failure"]["error"] == "ParameterError"
-    assert "Worker 1 does not train the same as worker 0: data" in record["failure"]["message"]
+    assert "Worker 1 differs from worker 0: data" in record["failure"]["message"]
     assert record["attempts"] == 1
 
 
@@ -226,7 +226,7 @@ def test_an_invalid_cluster_is_rejected_in_time(config: str, message: str, train
         peers = tuple(f"127.0.0.1:{port}" for port in free_ports(2))
         config = Cluster({"worker": peers}, "worker", 0).config()
     code = 1 if "After" in message else 2
-    record = training.execute(code=code, TF_CONFIG=config, MLKIT_WORKERS_MEETING_TIMEOUT="2")
+    record = training.execute(code=code, TF_CONFIG=config, MLKIT_DISTRIBUTED_RENDEZVOUS_TIMEOUT="2")
     assert message in record["failure"]["message"]
     assert record["cells"][-1]["seconds"] < 60
 
@@ -248,7 +248,7 @@ def test_processes_that_disagree_report_the_same_error(training: TrainingProject
 
 def test_parameter_servers_store_what_workers_learn(training: TrainingProject, single: dict) -> None:
     record = training.execute("--workers", 2, "--servers", 1, "-p", "model=wide_deep", "-p", "epochs=6")
-    assert record["crew"] == {"workers": 2, "servers": 1}
+    assert record["worker_group"] == {"workers": 2, "servers": 1}
     losses = [value for _, value in record["history"]["val_loss"]]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
@@ -289,23 +289,23 @@ def test_a_cluster_that_is_too_small_is_rejected() -> None:
 
 def test_a_worker_run_is_transferred_with_its_checkpoints(tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
-    mirror, node = (tmp_path / "mirror").as_uri(), RunStore(tmp_path / "node")
+    remote, node = (tmp_path / "remote").as_uri(), RunStore(tmp_path / "node")
     run = RunStore(tmp_path / "home").create("train").start()
     (run.checkpoints / "old").write_text("of the first attempt")
-    upload_worker_run(run, "sent", mirror)
+    upload_worker_run(run, "sent", remote)
     node.root.mkdir()
-    on_node = download_run("sent", node, mirror)
+    on_node = download_run("sent", node, remote)
     on_node.log_metrics({"loss": 0.5})
     (on_node.checkpoints / "old").rename(on_node.checkpoints / "new")
     on_node.interrupt()
-    upload_run(on_node, mirror, "returned")
+    upload_run(on_node, remote, "returned")
     worker_run(run, 1)
-    download_worker_run(run, "returned", mirror)
+    download_worker_run(run, "returned", remote)
     assert (run.status, run.record.metrics) == ("interrupted", {"loss": 0.5})
     assert [path.name for path in run.checkpoints.iterdir()] == ["new"]
     assert (run.folder / "workers" / "1" / RUN_FILE).exists()
     with pytest.raises(StorageError, match="nothing is not at"):
-        download_worker_run(run, "nothing", mirror)
+        download_worker_run(run, "nothing", remote)
 
 
 RENDEZVOUS = """
@@ -317,8 +317,8 @@ print(cluster)
 FAIL = """
 assert cluster.rank != fail, 'failure on request'
 if fail >= 0:  # as in training: a peer is lost
-    peers.gone.wait(60)
-    raise RuntimeError(f'{peers.lost} The others cannot go on without it.')
+    peers.lost_event.wait(60)
+    raise RuntimeError(f'{peers.loss_message} The other workers cannot continue without it.')
 """
 LOG_RANK = "from mlkit.runs import Run\nRun.current().log_metrics({'rank': cluster.rank})"
 
@@ -345,7 +345,7 @@ def test_each_worker_has_a_run_inside_the_run(rendezvous_job: str, tmp_path: Pat
     assert worker_group_of(run) == WorkerGroup(3)
     artifacts = [artifact.path for artifact in run.record.artifacts]
     assert artifacts == [artifact.path for artifact in list_artifacts(run.folder)]
-    assert "TF_CONFIG" not in run.record.variables
+    assert "TF_CONFIG" not in run.record.environment_variables
     assert [summary.id for summary in store.list()] == [run.id]
     with pytest.raises(MlkitError, match="is completed; only an interrupted or failed run"):
         resume_distributed(run)

@@ -142,7 +142,7 @@ def test_jobs_run_under_plain_papermill(job: str, trained: tuple[Path, dict], tm
     assert result.returncode == 0, result.stderr
     run = RunStore(trained[0] / "runs").list(status="interactive").runs[0]
     assert run.job == job
-    assert run.values[parameters[1]] in (1, trained[1]["id"])
+    assert run.effective_parameters[parameters[1]] in (1, trained[1]["id"])
 
 
 def test_sigkill_in_the_middle_of_training_leaves_a_readable_run_and_no_kernel(project: Path) -> None:

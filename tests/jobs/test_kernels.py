@@ -194,16 +194,16 @@ def test_the_kit_is_imported_already_unless_it_has_changed(kit_copy: Path, monke
 
 
 def test_newly_installed_packages_mean_a_new_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = ForkServerClient.fitting(os.environ).key
+    before = ForkServerClient.for_environment(os.environ).key
     site_packages = Path(nbformat.__file__).parent.parent
     marker = Path(tempfile.mkdtemp(dir=site_packages))
     marker.rmdir()
-    assert ForkServerClient.fitting(os.environ).key != before
+    assert ForkServerClient.for_environment(os.environ).key != before
 
 
 def test_many_clients_start_the_same_server_once() -> None:
     with ThreadPoolExecutor(8) as pool:
-        holds = list(pool.map(lambda _: ForkServerClient.fitting(os.environ).hold(), range(8)))
+        holds = list(pool.map(lambda _: ForkServerClient.for_environment(os.environ).hold(), range(8)))
     (server,) = running_servers()
     assert server["holds"] == 8
     for hold in holds:
@@ -307,14 +307,14 @@ def test_without_fork_an_ordinary_kernel_starts_with_a_warning(
 def test_a_folder_that_others_can_enter_is_rejected(private: Path) -> None:
     servers_folder().chmod(0o777)
     with pytest.raises(MlkitError, match="should belong to you alone"):
-        ForkServerClient.fitting(os.environ).hold()
+        ForkServerClient.for_environment(os.environ).hold()
     (private / f"mlkit-{os.getuid()}").chmod(0o700)
 
 
 def test_a_server_that_cannot_start_reports_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SERVER_CODE", "raise SystemExit('no luck')")
     with pytest.raises(MlkitError, match="no luck"):
-        ForkServerClient.fitting(os.environ).hold()
+        ForkServerClient.for_environment(os.environ).hold()
 
 
 @pytest.fixture
@@ -404,7 +404,7 @@ def test_a_pool_that_was_killed_is_started_again(project: Path, job: str) -> Non
 def test_stopping_a_pool_leaves_its_kernels_running(start: Callable) -> None:
     _, client = start()
     (server,) = running_servers()
-    ForkServerClient(server["key"]).ask("stop")
+    ForkServerClient(server["key"]).request("stop")
     assert not ForkServerClient(server["key"]).is_running()
     assert execute(client, "print('running')") == "running"
     start()

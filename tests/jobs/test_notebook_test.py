@@ -19,7 +19,7 @@ from rich.console import Console
 from mlkit.cli import test as test_command
 from mlkit.errors import InputError, NotFoundError
 from mlkit.jobs import kernels, notebook_test
-from mlkit.jobs.import_graph import affected, affected_tests, changed_files, reach
+from mlkit.jobs.import_graph import affected, any_imports, changed_files
 from mlkit.jobs.notebook_test import (
     DURATIONS,
     Result,
@@ -29,6 +29,7 @@ from mlkit.jobs.notebook_test import (
     read_notebook,
     run_notebooks,
 )
+from tests.affected import files_of_tests
 from tests.conftest import REPOSITORY, run_cli, wait_until
 
 PRELOAD = "matplotlib.pyplot,matplotlib_inline.backend_inline"  # no TensorFlow: it takes seconds
@@ -52,7 +53,7 @@ def variables() -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        server = kernels.ForkServerClient.fitting(os.environ).hold() if kernels.CAN_FORK else None
+        server = kernels.ForkServerClient.for_environment(os.environ).hold() if kernels.CAN_FORK else None
         yield variables
         if server:
             server.close()
@@ -488,22 +489,16 @@ def test_names_that_come_through_a_package(layered: Path, request: pytest.Fixtur
     assert "root" in names_affected(layered)
 
 
-def test_the_tests_that_a_change_affects(flat: Path) -> None:
-    fixtures = "import pytest\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kit import lazy\n"
-    fixtures += "def start():\n    import kit.other\n@pytest.fixture\ndef server():\n    return start()\n"
-    files = {"conftest": fixtures, "test_server": "def test_it(server):\n    pass", "__init__": ""}
-    files |= {"test_base": "from kit.base import x\nfrom .conftest import y", "test_tree": "ROOT / 'nbs'"}
-    for name, code in files.items():
-        (flat / "tests").mkdir(exist_ok=True)
-        (flat / "tests" / f"{name}.py").write_text(code)
-    commit(flat)
-    assert affected_tests(flat) == []
-    expected = {"kit/other.py": ["test_server"], "kit/base.py": ["test_base"], "tests/test_base.py": ["test_base"]}
-    expected |= {"nbs/alone.ipynb": ["test_tree"], "pyproject.toml": ["test_base", "test_server", "test_tree"]}
-    for name, tests in expected.items():
-        (flat / name).write_text((flat / name).read_text() + "\n")
-        assert [path.stem for path in affected_tests(flat)] == tests, name
-        commit(flat)
+def test_the_tests_that_a_change_affects(tmp_path: Path) -> None:
+    always, ray, files = (
+        tmp_path / "tests" / name for name in ("test_architecture.py", "jobs/test_ray.py", "core/test_files.py")
+    )
+    for path in (always, ray, files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for changed, test in {"mlkit/jobs/ray.py": ray, "mlkit/_files.py": files, "tests/jobs/test_ray.py": ray}.items():
+        assert set(files_of_tests({tmp_path / changed}, tmp_path)) == {always, test}, changed
+    assert files_of_tests({tmp_path / "mlkit/jobs/other.py", tmp_path / "README.md"}, tmp_path) == [always]
 
 
 def test_notebooks_that_need_no_tensorflow(flat: Path) -> None:
@@ -512,8 +507,8 @@ def test_notebooks_that_need_no_tensorflow(flat: Path) -> None:
     direct = write(flat / "nbs" / "direct.ipynb", "if True:\n    import tensorflow.data as d")
     indirect = write(flat / "nbs" / "indirect.ipynb", "from kit.heavy import f")
     packages = ("tensorflow", "keras")
-    assert [reach([path], packages, flat) for path in (light, direct, indirect)] == [False, True, True]
-    assert reach([light, indirect], packages, flat)
+    assert [any_imports([path], packages, flat) for path in (light, direct, indirect)] == [False, True, True]
+    assert any_imports([light, indirect], packages, flat)
 
 
 @pytest.mark.skipif(not kernels.CAN_FORK, reason="warm kernels need Linux")

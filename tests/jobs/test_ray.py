@@ -260,9 +260,9 @@ def test_a_sweep_fans_out_over_the_nodes(two_nodes: Cluster, sweeps: Sweeps) -> 
     assert [run.record.attempts for run in runs] == [1, 2, 2, 1]
     assert {run.record.metrics["node"] for run in runs} == {two_nodes.raylet(session) for session in two_nodes.sessions}
     assert {run.record.parents[0] for run in runs} == {sweeps.sweep.id}
-    assert {run.record.working_folder for run in runs} == {str(sweeps.folder)}
+    assert {run.record.working_directory for run in runs} == {str(sweeps.folder)}
     assert {run.record.notebook for run in runs} == {"where.ipynb"}
-    assert all(run.record.variables["TF_NUM_INTRAOP_THREADS"] == "1" for run in runs)
+    assert all(run.record.environment_variables["TF_NUM_INTRAOP_THREADS"] == "1" for run in runs)
     assert list((runs[0].folder / "tensorboard").glob("*.hparams"))
     assert "('running', True)" in errors  # the callback receives runs while they are executed
     assert not [path for path in sweeps.sweep.folder.iterdir() if path.name.startswith(".seen")]
@@ -338,17 +338,17 @@ def test_a_node_without_the_shared_run_store_uses_the_remote_one(cluster: Cluste
     next(line for line in driver.stderr if "failed" in line)  # the other node is held
     first.touch()
     finish(driver, code=1)
-    assert "runs.mirror is not set" in sweeps.sweep.record.failure.message
+    assert "runs.remote is not set" in sweeps.sweep.record.failure.message
 
-    sweeps.environment["MLKIT_RUNS_MIRROR"] = (sweeps.meeting / "mirror").as_uri()
+    sweeps.environment["MLKIT_RUNS_REMOTE"] = (sweeps.meeting / "remote").as_uri()
     finish(sweeps.start(job="where.ipynb", points=sweeps.points(3, nodes=2)))
     runs = sweeps.points_runs()
     assert [run.status for run in runs] == ["completed"] * 3
     remote_runs = [run for run in runs if node_of(run) == raylet]
     assert remote_runs
-    assert {run.record.working_folder for run in runs} == {str(sweeps.folder)}
+    assert {run.record.working_directory for run in runs} == {str(sweeps.folder)}
     assert {run.record.notebook for run in remote_runs} == {str(sweeps.folder / "where.ipynb")}
-    assert all((sweeps.meeting / "mirror" / run.id / "run.json").exists() for run in remote_runs)
+    assert all((sweeps.meeting / "remote" / run.id / "run.json").exists() for run in remote_runs)
 
     nbformat.write(new_notebook(cells=[new_code_cell(RENDEZVOUS)]), sweeps.folder / "rendezvous.ipynb")
     record = finish_json(sweeps.command("run", "rendezvous.ipynb", "--workers", 2, "--engine", "ray", "--json"))
@@ -461,10 +461,10 @@ def test_distributed_training_on_a_cluster(two_nodes: Cluster, sweeps: Sweeps) -
     record = finish_json(driver)
     assert (record["status"], record["attempts"]) == ("completed", 3)
     output = nbformat.read(run.folder / "notebook.ipynb", 4).cells[-1].outputs
-    assert any("Continues after epoch 1" in line.get("text", "") for line in output)
+    assert any("Resumes after epoch 1" in line.get("text", "") for line in output)
     worker = Run(run.folder / "workers" / "1").record
     assert (worker.status, worker.metrics) == ("completed", record["metrics"])
-    assert "TF_CONFIG" not in record["variables"] | worker.variables
+    assert "TF_CONFIG" not in record["environment_variables"] | worker.variables
     single = run_cli("run", "learn.ipynb", "--json", folder=sweeps.folder, **sweeps.environment)
     test_distributed.assert_same(record, json.loads(single.stdout), 1e-4)
 
@@ -545,7 +545,7 @@ def remote_spec(project: Path, monkeypatch: pytest.MonkeyPatch) -> TaskSpec:
     pytest.importorskip("fsspec")
     monkeypatch.chdir(project)
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
-    monkeypatch.setenv("MLKIT_RUNS_MIRROR", (project / "mirror").as_uri())
+    monkeypatch.setenv("MLKIT_RUNS_REMOTE", (project / "remote").as_uri())
     cells = [new_code_cell("rate: float = 0.1", metadata={"tags": ["parameters"]}), new_code_cell("rate")]
     nbformat.write(new_notebook(cells=cells), project / "job.ipynb")
     sweep = RunStore(project / "runs").create("job-sweep", notebook=str(project / "job.ipynb")).start()
@@ -561,18 +561,18 @@ def test_a_task_without_the_run_store_uploads_its_run(remote_spec: TaskSpec, pro
     store = RunStore(project / "runs")
     run = download_run(update.run, store, remote_spec.remote_url)
     assert (run.status, run.record.parents) == ("completed", [remote_spec.parent_folder.name])
-    assert run.record.working_folder == os.getcwd()
+    assert run.record.working_directory == os.getcwd()
     assert download_run("nothing", store, remote_spec.remote_url) is None
 
     store.delete(run)
-    report = project / "mirror" / run.id / "notebook.html"
+    report = project / "remote" / run.id / "notebook.html"
     report.write_text(report.read_text() + "<!-- altered -->")
     with pytest.raises(StorageError, match="its files differ from its record"):
         download_run(run.id, store, remote_spec.remote_url)
-    with pytest.raises(SettingsError, match=re.escape("runs.mirror = 's4://bucket'")):
+    with pytest.raises(SettingsError, match=re.escape("runs.remote = 's4://bucket'")):
         open_remote_store("s4://bucket")
 
 
 def test_a_task_whose_run_could_not_be_uploaded_is_rejected(remote_spec: TaskSpec) -> None:
     *_, update = run_task(replace(remote_spec, remote_url=""))
-    assert (update.ended, update.run, "set runs.mirror" in update.error) == (True, "", True)
+    assert (update.ended, update.run, "set runs.remote" in update.error) == (True, "", True)

@@ -81,7 +81,7 @@ def test_a_training_killed_repeatedly_is_bit_identical(tmp_path: Path) -> None:
             saved = (interrupted.checkpoints / "fit-1" / "checkpoint").stat().st_mtime
             assert saved > signalled - 0.1  # a file's time lags behind the clock
     lines, result = finish(restarted(interrupted))
-    assert lines[0].startswith("Continues after epoch ")
+    assert lines[0].startswith("Resumes after epoch ")
     assert result == expected
     assert interrupted.record.history == reference.record.history
     assert interrupted.record.metrics == reference.record.metrics
@@ -113,11 +113,11 @@ def test_a_damaged_checkpoint_is_reported_and_training_restarts(
     damage(run.checkpoints / "fit-1")
     capsys.readouterr()
     again = fit(build_model("mlp", data), data, epochs=2, run=restarted(run))
-    assert "Training starts anew: the checkpoint cannot be read" in capsys.readouterr().out
+    assert "Training starts from the beginning: the checkpoint cannot be read" in capsys.readouterr().out
     assert again.epochs == expected.epochs
     assert len(run.record.history["loss"]) == 2
     restored = fit(build_model("mlp", data), data, epochs=2, run=restarted(run))  # the new checkpoint is intact
-    assert "Training was finished already" in capsys.readouterr().out
+    assert "Training has finished" in capsys.readouterr().out
     assert restored.epochs == expected.epochs
 
 
@@ -134,7 +134,7 @@ def test_a_different_training_does_not_resume_this_one(
     capsys.readouterr()
     history = fit(build_model("mlp", data), data, run=restarted(run), **settings | change)
     output = capsys.readouterr().out
-    assert "Training starts anew: the checkpoint is of another training (" in output
+    assert "Training starts from the beginning: the checkpoint is of another training (" in output
     assert ("optimizer" if "learning_rate" in change else next(iter(change))) in output
     assert len(history) == change.get("epochs", 2)
 

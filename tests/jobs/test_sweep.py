@@ -248,7 +248,7 @@ def test_a_killed_training_is_resumed_to_the_same_weights_and_reproduced(
     result = run_cli("reproduce", original["id"], "--json", folder=trained[0])
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert (report["verdict"], report["model"], report["first_difference"]) == ("identical", "same weights", "")
+    assert (report["result"], report["model"], report["first_difference"]) == ("identical", "same weights", "")
 
 
 def test_a_warm_training_is_the_same_as_a_cold_one(
@@ -278,6 +278,6 @@ def test_the_exit_code_of_reproduce_reports_a_difference(cli: Callable, job: str
 
 def test_environment_of_a_point_is_recorded_for_its_repetition(cli: Callable, job: str) -> None:
     sweep = json.loads(cli("run", job, "--sweep", "rate=0.1,0.2", "--max-parallel", "2", "--json").stdout)
-    variables = [run["variables"] for run in sweep["runs"]]
+    variables = [run["environment_variables"] for run in sweep["runs"]]
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [run.get("TF_NUM_INTRAOP_THREADS") for run in variables] == [threads, threads]

@@ -33,7 +33,7 @@ def texts(folder: Path, length: int = 12, rows: int = 300, **options) -> Dataset
         "y": rng.choice(["no", "yes", "perhaps"], rows),
     }
     pl.DataFrame(columns).write_csv(folder / "texts.csv")
-    text = {"kind": "text", "length": length}
+    text = {"type": "text", "length": length}
     return load_dataset(str(folder / "texts.csv"), "y", features={"review": text, "title/line": text} | options)
 
 
@@ -45,20 +45,25 @@ def predictions_of(model, dataset: Dataset, rows: int = 30) -> np.ndarray:
 
 # -- families --
 
-SIZES = {
+HYPERPARAMETERS = {
     "resnet": [{}],
     "linear": [{}, {"l2": 0.01}],
     "text": [{}, {"encoder": "transformer", "blocks": 2}],
 }
 
 
-@pytest.mark.parametrize(("family", "sizes"), [(name, sizes) for name, all_of in SIZES.items() for sizes in all_of])
-def test_exported_model_predicts_as_keras_does(family: str, sizes: dict, digits: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "hyperparameters"),
+    [(name, hyperparameters) for name, all_of in HYPERPARAMETERS.items() for hyperparameters in all_of],
+)
+def test_exported_model_predicts_as_keras_does(
+    family: str, hyperparameters: dict, digits: Dataset, tmp_path: Path
+) -> None:
     from mlkit.export import export_saved_model, load_saved_model
     from mlkit.models import build_model
 
     data = digits if family == "resnet" else texts(tmp_path)
-    model = build_model(family, data, **sizes)
+    model = build_model(family, data, **hyperparameters)
     model.compile("adam", "sparse_categorical_crossentropy")
     history = model.fit(data.to_tf("train"), epochs=2, shuffle=False, verbose=0).history["loss"]
     assert np.isfinite(history).all()
@@ -90,8 +95,8 @@ def test_order_of_words_matters_to_text_and_not_to_mlp(encoder: str, tmp_path: P
     turned = {name: values.copy() for name, values in data.arrays.items()}
     turned["review"] = np.array([" ".join(reversed(text.split())) for text in turned["review"]], object)
     other = replace(data, inputs=pl.DataFrame({name: pl.Series(values) for name, values in turned.items()}))
-    for family, sizes, same in (("text", {"encoder": encoder}, False), ("mlp", {}, True)):
-        model = build_model(family, data, **sizes)
+    for family, hyperparameters, same in (("text", {"encoder": encoder}, False), ("mlp", {}, True)):
+        model = build_model(family, data, **hyperparameters)
         assert np.allclose(predictions_of(model, data), predictions_of(model, other), atol=1e-5) == same
 
 
@@ -99,16 +104,16 @@ def test_texts_of_every_kind(tmp_path: Path) -> None:
     """Hashed words, texts alone in a table, and texts of which training knows none."""
     from mlkit.models import build_model
 
-    hashed = texts(tmp_path, review={"kind": "text", "buckets": 20, "embedding": 5})
+    hashed = texts(tmp_path, review={"type": "text", "buckets": 20, "embedding": 5})
     alone = texts(tmp_path, guests="drop", town="drop")
     void = load_dataset(
         str(_csv(tmp_path, {"t": [None] * 40, "y": ["a", "b"] * 20})), "y", features={"t": "text"}, fractions=(1, 0, 0)
     )
     for data in (hashed, alone, void):
-        for sizes in ({}, {"encoder": "transformer", "hidden": ()}):
-            assert np.isfinite(predictions_of(build_model("text", data, **sizes), data)).all()
+        for hyperparameters in ({}, {"encoder": "transformer", "hidden": ()}):
+            assert np.isfinite(predictions_of(build_model("text", data, **hyperparameters), data)).all()
         assert np.isfinite(predictions_of(build_model("linear", data), data)).all()
-    weights = build_model("text", hashed).get_layer("review_embedding").get_weights()[0]
+    weights = build_model("text", hashed).get_layer("embedding_review").get_weights()[0]
     assert weights.shape == (21, 5)
 
 
@@ -124,8 +129,8 @@ def test_images_of_many_sizes(digits: Dataset) -> None:
         images = np.random.default_rng(1).uniform(0, 255, (len(digits.labels), *shape)).astype("float32")
         spec = replace(digits.features["image"], shape=shape, maximum=255.0)
         data = replace(digits, inputs=images[:40], features={"image": spec})
-        for family, sizes in (("resnet", {"blocks": 1, "filters": 4}), ("linear", {})):
-            predictions = predictions_of(build_model(family, data, **sizes), data, rows=3)
+        for family, hyperparameters in (("resnet", {"blocks": 1, "filters": 4}), ("linear", {})):
+            predictions = predictions_of(build_model(family, data, **hyperparameters), data, rows=3)
             assert predictions.sum(axis=1) == pytest.approx(np.ones(3), abs=1e-5)
 
 
@@ -156,7 +161,7 @@ def test_the_penalty_draws_weights_to_zero(cancer: Dataset) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes", "message"),
+    ("family", "hyperparameters", "message"),
     [
         ("text", {}, r"tables with text.*features=\{'column': 'text'\}"),
         ("resnet", {}, "Families for tables: mlp, wide_deep"),
@@ -165,18 +170,18 @@ def test_the_penalty_draws_weights_to_zero(cancer: Dataset) -> None:
         ("linnear", {}, "Did you mean 'linear'"),
     ],
 )
-def test_unsuitable_families_are_errors(family: str, sizes: dict, message: str, cancer: Dataset) -> None:
+def test_unsuitable_families_are_errors(family: str, hyperparameters: dict, message: str, cancer: Dataset) -> None:
     from mlkit.models import build_model
 
     with pytest.raises(ModelError, match=message):
-        build_model(family, cancer, **sizes)
+        build_model(family, cancer, **hyperparameters)
 
 
 def test_sizes_out_of_range_are_refused(digits: Dataset, tmp_path: Path) -> None:
     from mlkit.models import build_model
 
     data = texts(tmp_path)
-    for family, dataset, sizes in (
+    for family, dataset, hyperparameters in (
         ("resnet", digits, {"blocks": 0}),
         ("resnet", digits, {"filters": -1}),
         ("text", data, {"encoder": "lstm"}),
@@ -184,7 +189,7 @@ def test_sizes_out_of_range_are_refused(digits: Dataset, tmp_path: Path) -> None
         ("text", data, {"dimension": 0}),
     ):
         with pytest.raises(ModelError):
-            build_model(family, dataset, **sizes)
+            build_model(family, dataset, **hyperparameters)
 
 
 # -- search spaces --
@@ -208,8 +213,8 @@ def test_both_ends_of_a_search_space_build_a_model(family: str, digits: Dataset,
 
     data = digits if "images" in FAMILIES[family].data else texts(tmp_path)
     for last in (False, True):
-        sizes = search_space(family, data)(corner(last))
-        assert build_model(family, data, **sizes).count_params() > 0
+        hyperparameters = search_space(family, data)(corner(last))
+        assert build_model(family, data, **hyperparameters).count_params() > 0
 
 
 # -- builders of one's own --
@@ -339,13 +344,13 @@ def test_verdicts_are_fair(cancer: Dataset) -> None:
 
     measured = measure_baselines(cancer)
     best = measured.best.evaluation
-    assert measured.compare(best).verdict == "same"
+    assert measured.compare(best).result == "same"
     worse = replace(best, scores=0.8 * best.scores + 0.1)
-    assert measured.compare(worse, "the timid one").verdict == "worse"
+    assert measured.compare(worse, "the timid one").result == "worse"
     assert "the timid one is worse than the best baseline" in str(measured.compare(worse, "the timid one"))
     perfect = replace(best, scores=np.eye(2)[best.labels])
-    constant = replace(measured, by_name={"constant": measured.by_name["constant"]})
-    assert constant.compare(perfect).verdict == "better"
+    dummy = replace(measured, by_name={"dummy": measured.by_name["dummy"]})
+    assert dummy.compare(perfect).result == "better"
     train = replace(best, split="train")
     with pytest.raises(DatasetError, match="on the same rows"):
         measured.compare(train)
@@ -394,9 +399,9 @@ def test_tables_of_every_kind_have_baselines(tmp_path: Path) -> None:
     }
     kinds = {"void text": "text", "said": "text", "user": "hash", "at": "datetime", "age": "bucket"}
     data = load_dataset(str(_csv(tmp_path, columns)), "y", features=kinds)
-    assert set(measure_baselines(data).by_name) == {"constant", "linear", "gradient_boosting"}
+    assert set(measure_baselines(data).by_name) == {"dummy", "linear", "gradient_boosting"}
     alone = load_dataset(str(_csv(tmp_path, {"void": [None] * 50, "y": ["a", "b"] * 25})), "y", fractions=(1, 0, 0))
-    assert list(measure_baselines(alone, "train").by_name) == ["constant"]
+    assert list(measure_baselines(alone, "train").by_name) == ["dummy"]
 
 
 def test_too_many_classes_leave_the_constant(tmp_path: Path) -> None:
@@ -405,8 +410,8 @@ def test_too_many_classes_leave_the_constant(tmp_path: Path) -> None:
     item = np.arange(1200) % 60
     data = load_dataset(str(_csv(tmp_path, {"x": item * 1.0, "item": [f"i{first}" for first in item]})), "item")
     measured = measure_baselines(data)
-    assert list(measured.by_name) == ["constant"]
-    assert "60 classes are too many" in measured.notes[0]
+    assert list(measured.by_name) == ["dummy"]
+    assert "60 classes are too many" in measured.warnings[0]
 
 
 def test_without_rows_there_is_no_baseline(cancer: Dataset) -> None:

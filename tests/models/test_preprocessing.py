@@ -22,20 +22,20 @@ FEATURES = {
     "hours-per-week": {"normalise": "minmax"},
     "log": {"normalise": "log", "missing": True},
     "bare": {"normalise": "none"},
-    "bounded": {"kind": "bucket", "boundaries": [-1, 0, 0.5]},
-    "quantiles": {"kind": "bucket", "count": 7, "one_hot": True},
-    "Größe": {"kind": "category", "max_vocabulary": 5, "unknown": 3},
+    "bounded": {"type": "bucket", "boundaries": [-1, 0, 0.5]},
+    "quantiles": {"type": "bucket", "count": 7, "one_hot": True},
+    "Größe": {"type": "category", "max_vocabulary": 5, "unknown": 3},
     "postcode": "category",
-    "given": {"kind": "category", "vocabulary": ["red", "green"], "one_hot": True},
-    "user": {"kind": "hash", "buckets": 50, "embedding": 3},
-    "salted": {"kind": "hash", "buckets": 7, "salt": 3, "one_hot": True},
-    "comment": {"kind": "text", "length": 6},
-    "title": {"kind": "text", "buckets": 40, "length": 4, "one_hot": True},
-    "sent/at": {"kind": "datetime", "parts": ["days", "month", "day", "weekday", "hour", "minute"]},
-    "born": {"kind": "datetime", "cyclic": False, "parts": ["days", "weekday", "month"]},
+    "given": {"type": "category", "vocabulary": ["red", "green"], "one_hot": True},
+    "user": {"type": "hash", "buckets": 50, "embedding": 3},
+    "salted": {"type": "hash", "buckets": 7, "salt": 3, "one_hot": True},
+    "comment": {"type": "text", "length": 6},
+    "title": {"type": "text", "buckets": 40, "length": 4, "one_hot": True},
+    "sent/at": {"type": "datetime", "parts": ["days", "month", "day", "weekday", "hour", "minute"]},
+    "born": {"type": "datetime", "cyclic": False, "parts": ["days", "weekday", "month"]},
     "row": "drop",
-    "bounded x postcode": {"kind": "cross", "buckets": 30},
-    "user x Größe x salted": {"kind": "cross", "buckets": 100, "embedding": 4},
+    "bounded x postcode": {"type": "cross", "buckets": 30},
+    "user x Größe x salted": {"type": "cross", "buckets": 100, "embedding": 4},
 }
 WORDS = ["good", "Bad", "größe", "ΑΣ", "it's", "日本", "🙂", "x-y", "1.5%", "[UNK]", "\u00a0", "naïve"]
 ODD_TEXTS = ["", " ", "[UNK]", "never seen", "Ünïcödé 🙂", "\x00", "a" * 5000, "007", "7", "nan", "-", "\ud7ff"]
@@ -101,7 +101,7 @@ def odd_rows(dataset, rows: int = ROWS) -> dict[str, np.ndarray]:
     requests = {}
     for name, values in dataset.arrays.items():
         spec = dataset.features[name]
-        odd = ODD_NUMBERS if spec.dtype == "float32" else ODD_MOMENTS if spec.kind == "datetime" else ODD_TEXTS
+        odd = ODD_NUMBERS if spec.dtype == "float32" else ODD_MOMENTS if spec.type == "datetime" else ODD_TEXTS
         odd = np.array(odd, values.dtype)
         share = 0.03 if spec.dtype == "float32" else 0.3
         requests[name] = np.where(rng.random(rows) < share, rng.choice(odd, rows), rng.choice(values, rows))
@@ -213,7 +213,7 @@ def test_images_are_served_as_they_were_trained(tmp_path, digits):
     served = load_saved_model(path)
     for broken in (as_examples({"image": [b"no picture"]}), [b""]):
         with pytest.raises(ModelError, match="not what the model takes"):
-            served.answer_examples(broken)
+            served.predict_examples(broken)
 
 
 def test_the_training_pipeline_gives_what_direct_calls_give(trained, shop):
@@ -252,7 +252,7 @@ def test_half_precision_does_not_reach_raw_values(tmp_path):
         {"id": [70001.0, 70002.0, 70003.0], "at": ["2026-01-31T10:15:01", "2026-01-31T10:15:02", None]}
     )
     overrides = read_features(
-        {"id": {"kind": "bucket", "boundaries": [70001.5, 70002.5], "one_hot": True}, "at": "datetime"}
+        {"id": {"type": "bucket", "boundaries": [70001.5, 70002.5], "one_hot": True}, "at": "datetime"}
     )
     ready = cast_columns(table, overrides)
     specs = plan_features(describe(ready), overrides)
@@ -300,7 +300,7 @@ def test_polars_and_the_graph_read_the_same_moments():
             place = rng.integers(len(text))
             text = text[:place] + rng.choice(list("0x- ")) + text[place + 1 :]
         texts.append(text)
-    moments = cast_columns(pl.DataFrame({"at": texts}), {"at": {"kind": "datetime"}})["at"]
+    moments = cast_columns(pl.DataFrame({"at": texts}), {"at": {"type": "datetime"}})["at"]
     fields = DatetimeParser()([tf.constant(texts)]).numpy()[:, 0]
     assert (fields[:, 0] == 1).tolist() == moments.is_not_null().to_list()
     known = moments.is_not_null().to_numpy()
@@ -323,7 +323,7 @@ def test_polars_and_the_graph_read_the_same_moments():
 def test_a_text_that_looks_like_a_number_stays_what_it_is(tmp_path):
     rows = [f"{n % 7:03},{n % 7 + 0.5},{'ab'[n % 2]}\n" for n in range(70)]
     (tmp_path / "t.csv").write_text("zip,x,y\n" + "".join(rows))
-    assert load_dataset(tmp_path / "t.csv", "y", fractions=(1, 0, 0)).features["zip"].kind == "number"
+    assert load_dataset(tmp_path / "t.csv", "y", fractions=(1, 0, 0)).features["zip"].type == "number"
     (tmp_path / "features.yaml").write_text("zip: category\n")
     data = load_dataset(tmp_path / "t.csv", "y", fractions=(1, 0, 0), features=tmp_path / "features.yaml")
     assert set(data.arrays["zip"]) == {f"{n:03}" for n in range(7)}
@@ -375,21 +375,21 @@ def test_what_was_declared_reaches_the_model_of_another_type_of_file(tmp_path):
     [
         ({"prise": "bucket"}, "There is no column for feature 'prise'.*Did you mean 'price'"),
         ({"prise": "category"}, "'prise'.*Did you mean 'price'"),
-        ({"price": "catgory"}, "no kind 'catgory'.*Did you mean 'category'"),
+        ({"price": "catgory"}, "no type 'catgory'.*Did you mean 'category'"),
         ({"price": {"normalize": "log"}}, "no option 'normalize'.*Did you mean 'normalise'"),
-        ({"price": {"kind": "bucket", "boundaries": [1, 1]}}, "boundaries = .*must be ascending"),
-        ({"price": {"kind": "bucket", "boundaries": [1, float("nan")]}}, "finite number"),
-        ({"price": {"kind": "bucket", "count": 1}}, "greater than or equal to 2"),
-        ({"town": {"kind": "category", "vocabulary": ["a", True]}}, "True is not text: put quotes around it"),
-        ({"town": {"kind": "category", "embedding": 0}}, "greater than or equal to 1"),
+        ({"price": {"type": "bucket", "boundaries": [1, 1]}}, "boundaries = .*must be ascending"),
+        ({"price": {"type": "bucket", "boundaries": [1, float("nan")]}}, "finite number"),
+        ({"price": {"type": "bucket", "count": 1}}, "greater than or equal to 2"),
+        ({"town": {"type": "category", "vocabulary": ["a", True]}}, "True is not text: put quotes around it"),
+        ({"town": {"type": "category", "embedding": 0}}, "greater than or equal to 1"),
         ({"town": "number"}, "declared as number, but the column holds String; numbers are needed"),
         ({"town": "bucket"}, "declared as bucket"),
         ({"town": "datetime"}, "none of its values is like 2026-01-31T10:15:00; the first is 'Rome'"),
         ({"price": "datetime"}, "dates or texts like"),
         ({"town": "image"}, "declared as image"),
-        ({"town x price": {"kind": "cross"}}, "'price' is of kind number"),
-        ({"town x twon": {"kind": "cross"}}, "Did you mean 'town'"),
-        ({"town": {"kind": "cross"}}, "expected the names of its columns"),
+        ({"town x price": {"type": "cross"}}, "'price' is of type number"),
+        ({"town x twon": {"type": "cross"}}, "Did you mean 'town'"),
+        ({"town": {"type": "cross"}}, "expected the names of its columns"),
         ({"y": "category"}, "no column for feature 'y'"),
         ({"price": "drop", "town": "drop"}, "No feature is left"),
         ([], "Received: \\[\\]"),
@@ -403,7 +403,7 @@ def test_invalid_feature_overrides_are_errors(features, message, tmp_path):
         load_dataset(tmp_path / "t.csv", "y", fractions=(1, 0, 0), features=features)
 
 
-@pytest.mark.parametrize("text", ["town: {kind: hash", "- a\n- b", "town: 3", "town: [a]", "\x00"])
+@pytest.mark.parametrize("text", ["town: {type: hash", "- a\n- b", "town: 3", "town: [a]", "\x00"])
 def test_a_features_file_that_is_none(text, tmp_path):
     (tmp_path / "features.yaml").write_text(text)
     with pytest.raises(DatasetError):
@@ -458,11 +458,11 @@ def test_a_million_different_values(tmp_path):
     pl.DataFrame({"user": [f"u{n}" for n in number], "y": number % 2}).write_parquet(tmp_path / "t.parquet")
     data = load_dataset(tmp_path / "t.parquet", "y")
     assert len(data.features["user"].vocabulary) == 10_000
-    assert "features={'user': 'hash'}" in data.notes[0]
+    assert "features={'user': 'hash'}" in data.warnings[0]
     assert build_model("mlp", data).count_params() < 1_000_000
     hashed = load_dataset(tmp_path / "t.parquet", "y", features={"user": "hash"})
-    assert (hashed.features["user"].buckets, hashed.notes) == (100_000, ())
-    with pytest.raises(DatasetError, match=r"800,000 distinct values.*max_vocabulary: 10000, or kind: hash"):
+    assert (hashed.features["user"].buckets, hashed.warnings) == (100_000, ())
+    with pytest.raises(DatasetError, match=r"800,000 distinct values.*max_vocabulary: 10000, or type: hash"):
         load_dataset(tmp_path / "t.parquet", "y", max_vocabulary=50_000)
 
 
@@ -479,7 +479,7 @@ def test_examples_that_do_not_fit(trained, shop, tmp_path):
     empty = example(
         standard={}, postcode={"bytes_list": tf.train.BytesList()}, log={"float_list": tf.train.FloatList()}
     )
-    answers = served.answer_examples([empty, b""])["probabilities"]
+    answers = served.predict_examples([empty, b""])["probabilities"]
     assert same_bits(answers[0], answers[1])
     for wrong in (
         example(standard={"bytes_list": tf.train.BytesList(value=[b"x"])}),
@@ -487,7 +487,7 @@ def test_examples_that_do_not_fit(trained, shop, tmp_path):
         b"\xff",
     ):
         with pytest.raises(ModelError, match="not what the model takes"):
-            served.answer_examples([empty, wrong])
+            served.predict_examples([empty, wrong])
 
 
 def test_tf_serving_finds_its_methods(trained, shop, tmp_path):
@@ -542,11 +542,11 @@ def test_words_weekdays_hashes_and_crosses_are_learned(tmp_path):
     left, right = rng.choice(["a", "b"], rows), rng.choice(["c", "d"], rows)
     users = [f"u{number}" for number in rng.integers(0, 20, rows)]
     tasks = {
-        "comment": ({"comment": {"kind": "text"}}, sad),
-        "words": ({"comment": {"kind": "text", "buckets": 100}}, sad),
+        "comment": ({"comment": {"type": "text"}}, sad),
+        "words": ({"comment": {"type": "text", "buckets": 100}}, sad),
         "day": ({}, np.array([day.weekday() >= 5 for day in days])),
         "user": ({"user": "hash"}, np.array([int(user[1:]) % 3 == 0 for user in users])),
-        "left x right": ({"left x right": {"kind": "cross", "buckets": 50}}, (left == "a") == (right == "c")),
+        "left x right": ({"left x right": {"type": "cross", "buckets": 50}}, (left == "a") == (right == "c")),
     }
     table = pl.DataFrame({"comment": comments, "day": days, "user": users, "left": left, "right": right})
     for name, (features, truth) in tasks.items():

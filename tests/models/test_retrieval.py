@@ -23,10 +23,10 @@ def tensors(dataset, split="test"):
     return {name: tf.constant(values) for name, values in dataset.take(split)[0].items()}
 
 
-def towers(dataset, **sizes):
+def towers(dataset, **hyperparameters):
     from mlkit.models import build_model
 
-    return build_model("two_tower", dataset, **{"item": ITEM, "dimension": 8, "hidden": (16,)} | sizes)
+    return build_model("two_tower", dataset, **{"item": ITEM, "dimension": 8, "hidden": (16,)} | hyperparameters)
 
 
 # -- the data --
@@ -191,7 +191,7 @@ def test_an_item_without_training_rows_is_predicted_by_its_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "sizes", "message"),
+    ("options", "hyperparameters", "message"),
     [
         ({"ignore": ["price"]}, {"item": ["prise"]}, "Did you mean 'price'"),
         ({}, {"item": ["price"]}, r"ignore=\['price'\]"),
@@ -202,10 +202,10 @@ def test_an_item_without_training_rows_is_predicted_by_its_columns(tmp_path):
         ({"ignore": ["price"]}, {"item": (), "dimension": -1}, "cannot be built"),
     ],
 )
-def test_items_that_cannot_be_described_are_refused(tmp_path, options, sizes, message):
+def test_items_that_cannot_be_described_are_refused(tmp_path, options, hyperparameters, message):
     data = load_dataset(own(tmp_path), label="item", **options)
     with pytest.raises((ModelError, DatasetError), match=message):
-        towers(data, **sizes)
+        towers(data, **hyperparameters)
 
 
 def test_another_task_is_refused():

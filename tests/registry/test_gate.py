@@ -11,9 +11,9 @@ from tests.conftest import run_cli
 
 pytestmark = pytest.mark.slow
 RULES = """
-measures: {auc: 0.6}
+metrics: {auc: 0.6}
 champion: {improve: {auc: 0.01}, significant: false}
-slices: {by: [device], measure: log_loss, change: -0.5}
+slices: {by: [device], metric: log_loss, change: -0.5}
 limits: {megabytes: 10}
 """
 
@@ -60,8 +60,8 @@ def test_a_worse_model_is_refused_with_exit_code_1(gated: tuple[Path, str, str])
 @pytest.mark.parametrize(
     ("arguments", "rules", "message"),
     [
-        ((), "measures: {auk: 0.5}", "Did you mean 'auc'?"),
-        ((), "slices: {by: [texture], measure: auc, limit: 0}", "texture"),
+        ((), "metrics: {auk: 0.5}", "Did you mean 'auc'?"),
+        ((), "slices: {by: [texture], metric: auc, limit: 0}", "texture"),
         ((), "{}", "without rules"),
         (("--rules", "nowhere.yaml"), None, "nowhere.yaml"),
         (("--against", "zzzz"), None, "zzzz"),
@@ -114,7 +114,7 @@ def test_an_evaluation_tells_measures_slices_and_groups_and_keeps_them(gated: tu
     matches = output["labels"]["purchased"]
     assert output["run"] == challenger
     assert {item["slice"] for item in matches["slices"]} > {"device=desktop", "device=desktop and referrer=email"}
-    assert matches["disparities"][0]["measure"] == "selection_rate"
+    assert matches["fairness_gaps"][0]["metric"] == "selection_rate"
     assert [round(item["threshold"], 1) for item in matches["thresholds"]].count(0.5) == 1
     assert all(item["low"] <= item["value"] <= item["high"] for item in matches["ranking"].values())
 
@@ -143,7 +143,7 @@ def test_a_copy_of_a_model_is_measured_on_rows_that_stay_in_their_files(gated: t
     folder, _, challenger = gated
     copy = shutil.copytree(folder / "runs" / challenger / "saved_model" / "1", folder / "copy" / "7")
     retail(rows=70_000, seed=5).write_parquet(folder / "visits.parquet")
-    (folder / "strict.yaml").write_text("measures: {auc: 0.99}")
+    (folder / "strict.yaml").write_text("metrics: {auc: 0.99}")
     given = ("--data", "visits.parquet", "--streamed", "--slice", "device", "--gate", "strict.yaml", "--json")
     result = run_cli("evaluate", "./copy", *given, folder=folder)
     assert result.returncode == 1, result.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
+from mlkit.cli.registry import _event_text
 from mlkit.errors import InputError, MlkitError, NotFoundError, RegistrationError, StorageError
 from mlkit.registry import Registry
 from mlkit.registry.audit_log import AuditLog, Event, encode_event
@@ -298,6 +299,7 @@ def test_the_door_is_closed_to_runs_that_nobody_answers_for(place: Path, signing
         assert version.version == number
         assert any(reason in item for item in version.overrides)
     assert registry.events()[0].payload["overrides"][0].startswith("it has no gate result")
+    assert ", override: it has no gate result" in _event_text(registry.events()[0])
     (place / "keys" / "alice.pub").unlink()
     with pytest.raises(RegistrationError, match="no key is trusted yet"):
         registry.register(signing_of_another(place, make_run(place)), "churn")
@@ -1191,7 +1193,7 @@ print(*tf.saved_model.load(sys.argv[1]).signatures)
 def test_a_trained_model_goes_all_the_way(place: Path, mlkit: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("model_signing")
     monkeypatch.setenv("MLKIT_SIGNING_KEY", str(place / "alice.pem"))
-    (place / "gate.yaml").write_text("measures: {auc: 0.4}\n")
+    (place / "gate.yaml").write_text("metrics: {auc: 0.4}\n")
     given = ["dataset=retail", "dataset_options={rows: 2000}", "model=linear", "epochs=1"]
     for command in (["run", "train", *(part for item in given for part in ("-p", item))], ["gate", "latest"]):
         result = run_cli(*command, folder=place)

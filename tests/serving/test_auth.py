@@ -204,7 +204,7 @@ def guarded(
     texts = {name: new_api_key(keys, name, scopes) for name, scopes in {"shop": ["predict"], "boss": ["admin"]}.items()}
     options = AuthOptions(str(keys), str(provider.path), ISSUER, AUDIENCE)
     logs = LogOptions(folder=str(folder / "logs"))
-    with serve(folder / "wine", processes=2, access=options, grpc_port=port, logs=logs) as server:
+    with serve(folder / "wine", processes=2, auth=options, grpc_port=port, logs=logs) as server:
         yield server, port, texts, folder / "logs" / "audit.jsonl"
 
 
@@ -268,7 +268,7 @@ def test_administrative_actions_are_recorded(guarded: tuple) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         assert call(channel, "ModelService", "HandleReloadConfigRequest", **bearer(texts["boss"]))[0] == "OK"
     actions = Audit(path).actions()
-    summaries = [(action["action"], action["caller"], action["result"]) for action in actions[before:]]
+    summaries = [(action["action"], action["principal"], action["result"]) for action in actions[before:]]
     done = [("reload", "boss", "begun"), ("reload", "boss", "done")]
     assert summaries == [*done, ("reload", "shop", "denied"), *done]
     assert actions[-1]["versions"] == {"wine": 1}
@@ -294,7 +294,7 @@ def test_denied_actions_are_recorded_too(guarded: tuple, row: dict) -> None:  # 
             call(channel, "ModelService", "HandleReloadConfigRequest", **headers)
         assert call(channel, "PredictionService", "Predict")[0] == "UNAUTHENTICATED"
     actions = Audit(path).actions()[before:]
-    assert [(action["action"], action["caller"].partition(":")[0], action["code"]) for action in actions] == [
+    assert [(action["action"], action["principal"].partition(":")[0], action["code"]) for action in actions] == [
         ("reload", "127.0.0.1", "UNAUTHENTICATED"),
         ("DELETE /models", "shop", "PERMISSION_DENIED"),
         ("reload", "ipv4", "UNAUTHENTICATED"),
@@ -318,7 +318,7 @@ def test_a_revoked_key_is_no_longer_valid(guarded: tuple, keys: Path, row: dict)
 
 def test_the_command_hands_out_lists_and_takes_back(project: Path) -> None:
     def access(*arguments: str) -> Any:
-        result = run_cli("--set", "access.keys=api.keys", "api-keys", *arguments, "--json", folder=project)
+        result = run_cli("--set", "auth.keys=api.keys", "api-keys", *arguments, "--json", folder=project)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
@@ -333,7 +333,7 @@ def test_the_command_hands_out_lists_and_takes_back(project: Path) -> None:
     assert access("list") == []
     result = run_cli("api-keys", "create", "shop", folder=project)
     assert result.returncode == 2
-    assert "access.keys" in result.stderr
+    assert "auth.keys" in result.stderr
 
 
 # Certificates
@@ -404,7 +404,7 @@ def test_only_clients_of_our_authority_get_in(shelf: Path, tmp_path: Path, row: 
             assert call(asking, "PredictionService", "Predict")[0] == "INVALID_ARGUMENT"
             assert call(asking, "ModelService", "HandleReloadConfigRequest")[0] == "OK"
         actions = Audit(tmp_path / "logs" / "audit.jsonl").actions()
-        assert [(action["action"], action["caller"], action["result"]) for action in actions[1:]] == [
+        assert [(action["action"], action["principal"], action["result"]) for action in actions[1:]] == [
             ("reload", "friend", "begun"),
             ("reload", "friend", "done"),
         ] * 2
@@ -475,8 +475,8 @@ fetch("URL", {method: "POST", headers: {"content-type": "application/json", "x-a
 def test_pages_of_allowed_origins_predict_from_a_browser(shelf: Path, tmp_path: Path, row: dict) -> None:  # noqa: F811
     key = new_api_key(tmp_path / "api.keys", "page")
     with site() as ours, site() as theirs:
-        access = AuthOptions(str(tmp_path / "api.keys"))
-        with serve(shelf, origins=(ours,), access=access) as server:
+        auth = AuthOptions(str(tmp_path / "api.keys"))
+        with serve(shelf, cors_origins=(ours,), auth=auth) as server:
             script = ASK.replace("URL", f"{server.url}{WINE}:predict")
             good, bad = (json.dumps({"instances": [instance]}) for instance in (row, {}))
             with Page(f"{ours}/") as page:
@@ -504,6 +504,6 @@ def test_no_cross_origin_page_is_allowed_by_default(guarded: tuple, row: dict) -
 def test_what_is_no_origin_is_refused_before_anything_starts(project: Path) -> None:
     (project / "1").mkdir()
     (project / "1" / "saved_model.pb").touch()
-    result = run_cli("--set", "serving.origins=*", "serve", "shop=.", folder=project)
+    result = run_cli("--set", "serving.cors_origins=*", "serve", "shop=.", folder=project)
     assert result.returncode == 2
     assert "like https://shop.example" in result.stderr

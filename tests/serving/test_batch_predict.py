@@ -98,7 +98,7 @@ def test_two_processes_predict_in_the_order_of_the_rows(
     assert scores["item_id"].to_list() == shop[1]["item_id"].to_list()
     check(scores, official)
     assert [count for count, _ in progress] == list(range(0, ROWS + 1, 100))
-    assert (done.rows, done.kept) == (ROWS, 0)
+    assert (done.rows, done.rows_resumed) == (ROWS, 0)
     assert left_in(tmp_path) == ["orders.parquet", "scores.parquet"]
 
 
@@ -167,7 +167,7 @@ def test_a_killed_job_resumes(
     second = start(shop[0], source, output, "--json")
     stdout, errors = second.communicate(timeout=120)
     assert second.returncode == 0, errors
-    assert json.loads(stdout)["from_before"] >= 20 * len(finished)
+    assert json.loads(stdout)["rows_resumed"] >= 20 * len(finished)
     check(pl.read_parquet(output), official)
     assert left_in(tmp_path) == ["orders.parquet", "scores.parquet"]
 
@@ -189,7 +189,7 @@ def test_a_process_that_is_killed_is_an_error_and_what_is_finished_stays(
     assert left_in(tmp_path) == [".scores.parquet.parts", "orders.parquet", "scores.parquet"]
     assert output.read_text() == "older"
     done = predict_table(shop[0], source, output, replace=True)
-    assert (done.rows, done.kept > 0) == (ROWS, True)
+    assert (done.rows, done.rows_resumed > 0) == (ROWS, True)
 
 
 def test_bad_input_is_refused_before_anything_is_written(
@@ -305,12 +305,12 @@ def test_rows_are_cleaned_as_in_training_and_quarantined_rows_are_written(cleane
     rows, source = visits(350), tmp_path / "today.parquet"
     rows.write_parquet(source)
     done = predict_table(cleaned, source, tmp_path / "scores.parquet", key=["visit"], processes=1)
-    scores, aside = pl.read_parquet(done.path), pl.read_parquet(tmp_path / "scores.set-aside.parquet")
+    scores, quarantine = pl.read_parquet(done.path), pl.read_parquet(tmp_path / "scores.quarantine.parquet")
     expected = clean(rows, CLEAN[:-1])
     assert scores["visit"].to_list() == [row for row in range(350) if row % 7 != 3]
-    assert (done.rows, done.set_aside, done.aside) == (300, 50, tmp_path / "scores.set-aside.parquet")
-    assert aside["visit"].to_list() == aside["_row"].to_list() == [row for row in range(350) if row % 7 == 3]
-    assert aside["_value"].unique().to_list() == ["400"]
+    assert (done.rows, done.quarantined, done.quarantine) == (300, 50, tmp_path / "scores.quarantine.parquet")
+    assert quarantine["visit"].to_list() == quarantine["_row"].to_list() == [row for row in range(350) if row % 7 == 3]
+    assert quarantine["_value"].unique().to_list() == ["400"]
     model = load_saved_model(cleaned / "saved_model")
     answers = model({name: expected.table[name].to_list() for name in model.features})
     np.testing.assert_allclose(scores["probabilities"].to_numpy(), answers["probabilities"], atol=1e-5)
@@ -320,7 +320,7 @@ def test_rows_are_cleaned_as_in_training_and_quarantined_rows_are_written(cleane
     rows.filter(pl.col("age") < 400).write_csv(tmp_path / "today.csv")
     again = predict_table(cleaned, tmp_path / "today.csv", tmp_path / "scores.parquet", replace=True, processes=1)
     unkeyed = pl.read_parquet(again.path)
-    assert (again.set_aside, again.aside, unkeyed["row"].to_list()) == (0, None, list(range(300)))
+    assert (again.quarantined, again.quarantine, unkeyed["row"].to_list()) == (0, None, list(range(300)))
     np.testing.assert_allclose(unkeyed["probabilities"].to_numpy(), answers["probabilities"], atol=1e-5)
     assert left_in(tmp_path) == ["scores.parquet", "today.csv", "today.parquet"]
 
@@ -413,15 +413,15 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, pl.
 
 
 @pytest.mark.parametrize(
-    ("reference", "kind", "names"),
+    ("reference", "precision", "names"),
     [("wine", "savedmodel", ("wine", 1)), ("wine/1", "float32", ("wine", 1)), ("latest", "savedmodel", (None, None))],
 )
 def test_each_prediction_names_its_version_and_run(
-    reference: str, kind: str, names: tuple, registered: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    reference: str, precision: str, names: tuple, registered: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder, run, rows = registered
     monkeypatch.chdir(folder)
-    done = predict_table(reference, "wine", tmp_path / "scores.parquet", kind=kind, key=["cultivar"])
+    done = predict_table(reference, "wine", tmp_path / "scores.parquet", precision=precision, key=["cultivar"])
     scores = pl.read_parquet(tmp_path / "scores.parquet")
     model, version = names
     assert done.names == {"model": model or run, "version": version, "run": run}

@@ -97,7 +97,7 @@ class Served(NamedTuple):
         """The processes are those that were started, and answer what they should."""
         with contextlib.closing(Line(self)) as line:
             line.socket.sendall(b"GET /readyz HTTP/1.1\r\nhost: here\r\n\r\n")
-            assert json.loads(line.answer()[2])["processes"] == {"ready": 2, "of": 2}
+            assert json.loads(line.answer()[2])["processes"] == {"ready": 2, "total": 2}
         for pid in self.server.pids:
             os.kill(pid, 0)
         for _ in range(6):  # on new connections, to either process

@@ -342,7 +342,7 @@ class Here:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def look(self) -> ServingPlan:
+    def poll(self) -> ServingPlan:
         return ServingPlan((VersionSpec(1, self.folder),), 1)
 
 

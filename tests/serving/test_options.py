@@ -17,19 +17,26 @@ def test_options_reach_another_process_unchanged() -> None:
     options = ServerOptions(
         (ServedPath("churn", reference="churn@champion"),),
         processes=2,
-        limits=BatchingConfig(waiting=64),
-        access=AuthOptions("/etc/churn/api.keys"),
-        logs=LogOptions(share=0.01, sensitive=("income",)),
+        batching=BatchingConfig(max_queued=64),
+        auth=AuthOptions("/etc/churn/api.keys"),
+        logs=LogOptions(request_sampling_rate=0.01, masked_features=("income",)),
     )
     assert ServerOptions.from_json(options.to_json()) == options
-    every = ServerOptions((ServedPath("m", "/m"),), tls=TlsOptions("a.pem", "b.pem"), origins=("https://shop.example",))
+    every = ServerOptions(
+        (ServedPath("m", "/m"),), tls=TlsOptions("a.pem", "b.pem"), cors_origins=("https://shop.example",)
+    )
     assert ServerOptions.from_json(every.to_json()) == every
 
 
 def test_log_options_come_from_the_settings() -> None:
-    settings = load_settings({"serving.share": "0.25", "serving.sensitive": "income, name,", "serving.lines": "json"})
+    changed = {"request_sampling_rate": "0.25", "masked_features": "income, name,", "log_format": "json"}
+    settings = load_settings({f"serving.{name}": value for name, value in changed.items()})
     options = LogOptions.from_settings(settings)
-    assert (options.share, options.sensitive, options.lines) == (0.25, ("income", "name"), "json")
+    assert (options.request_sampling_rate, options.masked_features, options.log_format) == (
+        0.25,
+        ("income", "name"),
+        "json",
+    )
 
 
 def test_a_path_without_a_model_has_no_source(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -17,7 +18,7 @@ from mlkit.errors import ServingError
 from mlkit.export.protos import (
     _FIELDS,
     STRING,
-    array_to_tensor,
+    fill_tensor,
     message_class,
     parse_message,
     serialized_examples,
@@ -38,6 +39,13 @@ from mlkit.serving.protocol import (
 )
 
 FLOAT, INT, BOOL = np.dtype("float32"), np.dtype("int32"), np.dtype("bool")
+
+
+def array_to_tensor(array: np.ndarray) -> Message:
+    """A TensorProto with the values of an array."""
+    tensor = message_class("TensorProto")()
+    fill_tensor(tensor, array)
+    return tensor
 
 
 def signature(name: str, method: str = PREDICT, **inputs: tuple) -> SignatureInfo:

@@ -238,8 +238,8 @@ def test_other_options_and_more_load_fail_no_request(
     """Another command replaces the replica by one that requires API keys, and has two of them under load."""
     old = service.replicas()
     models = (ServedPath("digits", str(service.folder / "digits")),)
-    access = AuthOptions(str(service.folder / "api.keys"))
-    options = ServerOptions(models, port=service.port, grpc_port=service.grpc_port, access=access)
+    auth = AuthOptions(str(service.folder / "api.keys"))
+    options = ServerOptions(models, port=service.port, grpc_port=service.grpc_port, auth=auth)
     with Clients(service, images) as crowd:
         wait_until(lambda: crowd.versions)
         second = service.start("-c", REPLACE, options.to_json())
@@ -270,7 +270,7 @@ def test_a_killed_node_fails_its_requests_in_progress_and_nothing_else(
 
 def test_impossible_options_are_rejected(service: Service) -> None:
     for arguments, words in (
-        (("--processes", 2), "--replicas says how many"),
+        (("--processes", 2), "--replicas is the number of replicas"),
         (("--replicas", "2-1"), "--replicas is a number"),
         (("--replicas", 90), "for 90 of them"),
         (("--port", free_port()), "serve shutdown"),

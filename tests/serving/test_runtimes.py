@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlkit._compat.tensorflow import has_tested_sessions
 from mlkit.data import load_dataset
 from mlkit.errors import ModelError, ServingError
 from mlkit.export import convert_model, export_saved_model
@@ -23,7 +24,6 @@ from mlkit.serving.runtimes import (
     find_golden,
     golden_rows,
     load_predictor,
-    sessions_work,
     warm_up,
 )
 
@@ -52,7 +52,7 @@ def bits(values: np.ndarray) -> object:
 
 
 def test_the_sessions_of_the_installed_tensorflow_were_tested(both: tuple[Predictor, Predictor]) -> None:
-    assert sessions_work()
+    assert has_tested_sessions()
     assert [type(predictor).__name__ for predictor in both] == ["SessionPredictor", "EagerPredictor"]
 
 
@@ -101,8 +101,8 @@ def test_a_process_with_sessions_only_predicts_the_same_and_imports_no_keras(
     code = (
         "import sys, json\n"
         "from mlkit.serving.protocol import read_predict\n"
-        "from mlkit.serving.runtimes import golden_rows, load_predictor, use_session_only\n"
-        "use_session_only()\n"
+        "from mlkit.serving.runtimes import golden_rows, load_predictor, prepare_runtime\n"
+        "prepare_runtime('tensorflow')\n"
         "model = load_predictor(sys.argv[1])\n"
         "body = json.dumps({'instances': golden_rows(model.folder)}).encode()\n"
         "answers = model.run('serving_default', read_predict(body, model.signatures).inputs)\n"
@@ -121,8 +121,8 @@ def test_loading_again_and_again_takes_no_more_memory(shop: Path) -> None:
     code = (
         "import gc, sys, psutil\n"
         "from mlkit.serving.runtimes import find_golden, load_predictor, prepare_signatures\n"
-        "from mlkit.serving.runtimes import use_session_only, warm_up\n"
-        "use_session_only()\n"
+        "from mlkit.serving.runtimes import prepare_runtime, warm_up\n"
+        "prepare_runtime('tensorflow')\n"
         "golden, memory = find_golden(__import__('pathlib').Path(sys.argv[1])), []\n"
         "for _ in range(10):\n"
         "    model = load_predictor(sys.argv[1])\n"
@@ -182,7 +182,7 @@ def test_a_small_error_in_all_predictions_is_detected(shop: Path, tmp_path: Path
 def test_a_tampered_converted_model_is_rejected(shop: Path, tmp_path: Path) -> None:
     version = tmp_path / "1"
     shutil.copytree(shop, version)
-    record = version / "litert" / "float32" / "host.json"
+    record = version / "litert" / "float32" / "preprocessing.json"
     features = json.loads(record.read_text())
     column = next(first for item in features["inputs"] for first in item.get("columns", ()) if "scale" in first)
     column["scale"] = 40 * column["scale"]

@@ -57,7 +57,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def row(converted: Path) -> dict[str, float]:
     """A request."""
-    features = json.loads((converted / "litert" / "float32" / "host.json").read_text())["features"]
+    features = json.loads((converted / "litert" / "float32" / "preprocessing.json").read_text())["features"]
     return {feature["name"]: 1.0 for feature in features}
 
 
@@ -65,7 +65,7 @@ def write_version(shelf: Path, number: int, converted: Path) -> Path:
     """A version whose class names contain its number, moved into place atomically."""
     hidden, target = shelf / f".{number}", shelf / str(number)
     shutil.copytree(converted, hidden)
-    record = hidden / "litert" / "float32" / "host.json"
+    record = hidden / "litert" / "float32" / "preprocessing.json"
     content = json.loads(record.read_text())
     content["classes"] = [f"{number}:{name}" for name in content["classes"]]
     record.write_text(json.dumps(content))
@@ -82,7 +82,7 @@ def shelf(tmp_path: Path, converted: Path) -> Path:
 
 
 def serve(shelf: Path, **options: object) -> AbstractContextManager[RunningServer]:
-    options = {"runtime": "litert", "poll": 0.05} | options
+    options = {"runtime": "litert", "poll_interval": 0.05} | options
     return running_server(ServedPath("wine", path=str(shelf)), **options)
 
 
@@ -176,7 +176,7 @@ def test_a_version_that_cannot_be_loaded_is_rejected_until_it_is_repaired(
 
 
 def test_reload_polls_at_once_and_in_all_processes(shelf: Path, converted: Path, row: dict) -> None:
-    with serve(shelf, processes=2, poll=1.0) as server:
+    with serve(shelf, processes=2, poll_interval=1.0) as server:
         write_version(shelf, 2, converted)
         assert httpx.post(f"{server.url}/reload").status_code == 200
         wait_until(lambda: {answered_by(server, row) for _ in range(10)} == {"2"})
@@ -201,14 +201,19 @@ def test_the_registry_decides_which_version_serves(
         running_server(served, runtime="litert"),
     ):
         pass
-    with running_server(served, runtime="litert", poll=0.05, verify=False, shadow="challenger") as server:
+    with running_server(served, runtime="litert", poll_interval=0.05, verify=False, shadow="challenger") as server:
         assert answered_by(server, row) == "1"
         registry.promote("wine", 2, alias="challenger")
         wait_until(lambda: httpx.get(f"{server.url}{WINE}/labels/challenger").status_code == 200)
         assert answered_by(server, row, "/labels/challenger") == "2"
         assert answered_by(server, row) == "1"
         shadow = wait_until(lambda: _shadow(server))
-        assert (shadow["version"], shadow["rows"], shadow["agreeing"], shadow["difference"]) == (2, 1, 0, 0.0)
+        assert (shadow["version"], shadow["rows"], shadow["rows_agreeing"], shadow["largest_difference"]) == (
+            2,
+            1,
+            0,
+            0.0,
+        )
         numbers = httpx.get(server.url + METRICS_PATH).text
         assert 'mlkit_shadow_rows_total{model="wine",version="1",shadow="2"} 1\n' in numbers
         assert httpx.post(f"{server.url}{WINE}/versions/3:predict", json={"instances": [row]}).status_code == 404
@@ -221,12 +226,12 @@ def test_the_registry_decides_which_version_serves(
             registry.delete("wine", 1)
         registry.promote("wine", 3)
         wait_until(lambda: answered_by(server, row) == "3" and states(server)[1] == "END")
-        files = project / "models" / "wine" / "1" / "litert" / "float32" / "host.json"
+        files = project / "models" / "wine" / "1" / "litert" / "float32" / "preprocessing.json"
         files.write_text(files.read_text().replace("1:", "9:"))
         registry.promote("wine", 2)
         wait_until(lambda: answered_by(server, row) == "2")
     with (
-        pytest.raises(MlkitError, match=r"host\.json"),
+        pytest.raises(MlkitError, match=r"preprocessing\.json"),
         running_server(ServedPath("wine", reference="wine/1"), runtime="litert", verify=False),
     ):
         pass
@@ -270,7 +275,7 @@ def test_only_signed_and_unmodified_versions_are_loaded(
     registry.promote("wine", 2, alias="challenger")
     network = place / "models" / "wine" / "2" / "litert" / "float32" / "model.tflite"
     network.write_bytes(network.read_bytes()[:-1] + b"?")
-    with running_server(ServedPath("wine", reference="wine"), runtime="litert", poll=0.05) as server:
+    with running_server(ServedPath("wine", reference="wine"), runtime="litert", poll_interval=0.05) as server:
         assert "model.tflite has changed" in refusal(server, 2)
         for number, reason in ((4, "trusted"), (5, "not signed")):
             registry.promote("wine", number)
@@ -289,7 +294,9 @@ def test_a_registry_whose_disk_is_full_is_served_and_changes_when_there_is_room(
     registry.promote("wine", 1)
     fill_up(small_disk)
     served = ServedPath("wine", reference="wine")
-    with running_server(served, runtime="litert", poll=0.05, verify=False, registry=str(registry.root)) as server:
+    with running_server(
+        served, runtime="litert", poll_interval=0.05, verify=False, registry=str(registry.root)
+    ) as server:
         assert answered_by(server, row) == "1"
         with pytest.raises(MlkitError, match="space"):
             registry.promote("wine", 2)
@@ -319,13 +326,13 @@ def test_a_killed_process_is_replaced_and_readiness_is_current(shelf: Path, row:
     with serve(shelf, processes=2) as server:
         away = shelf.rename(shelf.with_name("away"))  # whoever takes its place finds nothing yet
         os.kill(server.pids[0], signal.SIGKILL)
-        wait_until(lambda: readiness(server) == {"ready": 1, "of": 2})
+        wait_until(lambda: readiness(server) == {"ready": 1, "total": 2})
         assert answered_by(server, row) == "1"
         away.rename(shelf)
-        wait_until(lambda: readiness(server) == {"ready": 2, "of": 2})
+        wait_until(lambda: readiness(server) == {"ready": 2, "total": 2})
     with serve(shelf) as server:
         os.kill(server.pids[0], signal.SIGKILL)
-        assert wait_until(lambda: readiness(server) or None) == {"ready": 1, "of": 1}
+        assert wait_until(lambda: readiness(server) or None) == {"ready": 1, "total": 1}
         assert answered_by(server, row) == "1"
 
 
@@ -348,7 +355,7 @@ def test_spawned_processes_serve_as_well(shelf: Path, row: dict, monkeypatch: py
     with serve(shelf, processes=2) as server:
         assert answered_by(server, row) == "1"
         os.kill(server.pids[0], signal.SIGKILL)
-        wait_until(lambda: not _lives(server.pids[0]) and readiness(server) == {"ready": 2, "of": 2})
+        wait_until(lambda: not _lives(server.pids[0]) and readiness(server) == {"ready": 2, "total": 2})
         everybody = [process.pid for process in psutil.Process(server.supervisor.pid).children()]
         server.supervisor.kill()
         wait_until(lambda: not any(map(_lives, everybody)))
@@ -407,7 +414,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, converted: Path) -> Iterato
     folder = tmp_path_factory.mktemp("served") / "wine"
     folder.mkdir()
     write_version(folder, 1, converted)
-    with serve(folder, body_bytes=1_000_000, limits=BatchingConfig(timeout=1.0)) as server:
+    with serve(folder, body_bytes=1_000_000, batching=BatchingConfig(timeout=1.0)) as server:
         yield server
         assert _lives(server.pids[0])  # after all requests
 
@@ -536,7 +543,7 @@ def test_a_full_queue_rejects_requests_and_deadlines_hold(tmp_path: Path) -> Non
     (tmp_path / "1" / "saved_model.pb").touch()
 
     async def story() -> None:
-        manager = ModelManager({"slow": FolderSource(tmp_path)}, Slow, BatchingConfig(waiting=5, batch_rows=4))
+        manager = ModelManager({"slow": FolderSource(tmp_path)}, Slow, BatchingConfig(max_queued=5, batch_rows=4))
         await manager.update()
         slow = manager.acquire("slow").predictor
         transport = httpx.ASGITransport(RestApplication(manager))
@@ -653,7 +660,7 @@ def test_a_foreign_savedmodel_is_served_and_swapped(tmp_path: Path) -> None:
     shelf = tmp_path / "times"
     shelf.mkdir()
     write(2)
-    with running_server(ServedPath("times", path=str(shelf)), poll=0.05) as server:
+    with running_server(ServedPath("times", path=str(shelf)), poll_interval=0.05) as server:
         url = f"{server.url}/v1/models/times:predict"
         row = {"x": [1, 2.5], "word": "äx"}
         assert httpx.post(url, json={"instances": [row]}).json() == {"predictions": [{"y": [2.0, 5.0], "again": "äX"}]}
@@ -670,7 +677,7 @@ def test_two_processes_switch_to_a_new_version_while_a_client_keeps_predicting(t
     export_saved_model(model, digits, shelf, version=1)
     images = digits.take("test")[0]["image"][:1]
     body, path = json.dumps({"instances": images.tolist()}), "/v1/models/digits:predict"
-    with running_server(ServedPath("digits", path=str(shelf)), processes=2, poll=0.1) as server:
+    with running_server(ServedPath("digits", path=str(shelf)), processes=2, poll_interval=0.1) as server:
         first = httpx.post(server.url + path, content=body)
         ready = httpx.get(f"{server.url}/readyz").json()
         export_saved_model(model, digits, shelf, version=2)
@@ -680,7 +687,7 @@ def test_two_processes_switch_to_a_new_version_while_a_client_keeps_predicting(t
             response = httpx.post(server.url + path, content=body)
             versions.append(response.headers["model-version"])
             assert response.json() == first.json()
-    assert ready == {"ready": True, "processes": {"ready": 2, "of": 2}}
+    assert ready == {"ready": True, "processes": {"ready": 2, "total": 2}}
     assert set(versions) == {"1", "2"}
     expected = model(images).numpy()[0]
     np.testing.assert_allclose(first.json()["predictions"][0]["probabilities"], expected, atol=1e-6)

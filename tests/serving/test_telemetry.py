@@ -104,7 +104,7 @@ def watched(
     folder = tmp_path_factory.mktemp("watched")
     (folder / "wine").mkdir()
     write_version(folder / "wine", 1, converted)
-    logs = LogOptions(folder=str(folder / "logs"), share=1.0, form="jsonl", sensitive=("proline",))
+    logs = LogOptions(str(folder / "logs"), request_sampling_rate=1.0, masked_features=("proline",))
     with serve(folder / "wine", processes=2, logs=logs) as server:
         server.__dict__["logs"] = folder / "logs"
         yield server
@@ -266,7 +266,8 @@ def test_a_trace_is_continued_or_started(tmp_path: Path) -> None:
 def test_errors_get_a_log_line(tmp_path: Path) -> None:
     requests = [({"instances": [[value]]}, {"traceparent": GIVEN}) for value in (1.0, 13.0)] + [(b"{", {})]
     answers, lines, telemetry = in_process(tmp_path, requests)
-    text = telemetry.scrape().decode()
+    telemetry.sample()
+    text = telemetry.read().decode()
     telemetry.close()
     assert Counter(answer.status_code for answer in answers) == {200: 1, 500: 1, 400: 1}
     entries = [json.loads(line) for line in lines]
@@ -299,7 +300,7 @@ def test_the_name_in_a_certificate_is_in_the_log_line(tmp_path: Path) -> None:
 
     asyncio.run(run())
     telemetry.close()
-    assert [json.loads(line).get("caller") for line in lines] == ["webshop", None]
+    assert [json.loads(line).get("principal") for line in lines] == ["webshop", None]
 
 
 class TwoVersions:
@@ -309,7 +310,7 @@ class TwoVersions:
         versions = tuple(VersionSpec(number, folder / str(number)) for number in (1, 2))
         self.plan = ServingPlan(versions, None, 1, {"challenger": 2})
 
-    def look(self) -> ServingPlan:
+    def poll(self) -> ServingPlan:
         return self.plan
 
 
@@ -344,7 +345,8 @@ def test_shadow_results_are_counted_under_both_versions(tmp_path: Path) -> None:
         await manager.close()
 
     asyncio.run(run())
-    samples = numbers(telemetry.scrape().decode())
+    telemetry.sample()
+    samples = numbers(telemetry.read().decode())
     telemetry.close()
     about = {"model": "times", "version": "1", "shadow": "2"}
     assert total(samples, "mlkit_shadow_requests_total", result="compared", **about) == 2
@@ -357,7 +359,7 @@ def test_shadow_results_are_counted_under_both_versions(tmp_path: Path) -> None:
 
 def test_the_server_writes_json_lines(shelf: Path, project: Path) -> None:  # noqa: F811
     port = free_port()
-    command = ["--set", "serving.lines=json", "serve", f"wine={shelf}", "--runtime", "litert", "--port", str(port)]
+    command = ["--set", "serving.log_format=json", "serve", f"wine={shelf}", "--runtime", "litert", "--port", str(port)]
     with open(project / "lines", "wb") as errors:
         server = subprocess.Popen(
             [sys.executable, "-m", "mlkit", *command], stdout=subprocess.DEVNULL, stderr=errors, cwd=project
@@ -481,7 +483,7 @@ def handle(
 ) -> None:
     """Count one request."""
     request = telemetry.start_request(entrypoint, header)
-    request.model, request.version, request.client = model, version, client
+    request.model, request.version, request.principal = model, version, client
     telemetry.end_request(request, "predict" if entrypoint == "REST" else "Predict", *outcome)
 
 
@@ -504,8 +506,9 @@ def scraped(tmp_path: Path) -> Iterator[tuple[dict, list[bytes]]]:
     second.count_shadow("digits", 3, 4, "skipped")
     second.set_version_state("LOADING", "digits", VersionStatus(4, "LOADING"))
     second.set_version_state("AVAILABLE", "digits", VersionStatus(4, "AVAILABLE"))
+    first.sample()
     second.sample()
-    families = {family.name: family for family in text_string_to_metric_families(first.scrape().decode())}
+    families = {family.name: family for family in text_string_to_metric_families(first.read().decode())}
     first.close()
     second.close()
     return families, lines
@@ -535,7 +538,7 @@ def test_each_failed_request_has_a_line(scraped: tuple[dict, list[bytes]]) -> No
     assert len(lines) == 3
     entry = next(json.loads(line) for line in lines if b"pixels" in line)
     assert (entry["trace_id"], entry["parent_id"], entry["status"]) == (GIVEN[3:35], GIVEN[36:52], "INVALID_ARGUMENT")
-    assert entry["caller"] == "shop"
+    assert entry["principal"] == "shop"
 
 
 def test_a_message_that_names_a_sensitive_feature_is_replaced(tmp_path: Path) -> None:

@@ -96,11 +96,11 @@ def test_a_missing_file_is_named(tmp_path: Path, authority: Issuer) -> None:
 
 
 def test_options_are_relative_to_the_project() -> None:
-    auth, tls = read_options(load_settings({"access.keys": "api.keys", "access.certificate": "own.pem"}))
+    auth, tls = read_options(load_settings({"auth.keys": "api.keys", "auth.certificate": "own.pem"}))
     assert Path(auth.keys).is_absolute()
-    assert (Path(tls.certificate).name, tls.clients) == ("own.pem", "")
+    assert (Path(tls.certificate).name, tls.client_ca) == ("own.pem", "")
     assert TlsOptions().open() is None
-    with pytest.raises(InputError, match=r"access\.certificate"):
+    with pytest.raises(InputError, match=r"auth\.certificate"):
         TlsOptions(key="own.key").open()
 
 

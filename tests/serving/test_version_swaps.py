@@ -106,7 +106,7 @@ def test_a_hundred_swaps_under_load_lose_and_misroute_nothing_and_memory_stays(t
     write_version(shelf, 1, first)
     memory = {}
     with (
-        running_server(ServedPath("big", str(shelf)), processes=2, grpc_port=port, poll=0.05) as server,
+        running_server(ServedPath("big", str(shelf)), processes=2, grpc_port=port, poll_interval=0.05) as server,
         Clients(server, port) as crowd,
         httpx.Client(base_url=server.url, timeout=60) as client,
     ):
@@ -146,7 +146,7 @@ def test_a_savedmodel_that_is_copied_slowly_is_loaded_when_it_is_complete(tmp_pa
     ]
     (shelf / "2" / "variables").mkdir(parents=True)
     with (
-        running_server(ServedPath("big", str(shelf)), poll=0.05) as server,
+        running_server(ServedPath("big", str(shelf)), poll_interval=0.05) as server,
         httpx.Client(base_url=server.url, timeout=60) as client,
     ):
         for name, content in stages:

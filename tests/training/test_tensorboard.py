@@ -44,7 +44,9 @@ def train_with_events(folder: Path, model: keras.Model, data: Dataset, loss: str
     diagnostics = TrainingDiagnostics(data)
     logger = TensorBoardLogger(folder, diagnostics, **options)
     steps = iter(range(1, 10**6))
-    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: logger.profile_step(next(steps)))
+    count = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: logger.profiler.on_step_end(next(steps))
+    )
     train(model, data, loss, diagnostics, logger, count)
     return folder
 
@@ -123,20 +125,20 @@ def test_a_profile_of_the_requested_steps(images: tuple[Path, keras.Model]) -> N
 def test_no_profile_without_a_request_or_for_steps_that_are_over(tmp_path: Path) -> None:
     diagnostics = TrainingDiagnostics(load_dataset("breast_cancer"))
     logger = TensorBoardLogger(tmp_path / "resumed", diagnostics, resumed=True, profile=(5, 8))
-    logger.profile_step(8)
-    logger.close()
+    logger.profiler.on_step_end(8)
+    logger.profiler.close()
     assert not (tmp_path / "resumed" / "plugins").exists()
-    assert logger.next_profile_step(8) is None
-    assert TensorBoardLogger(tmp_path / "other", diagnostics).next_profile_step(0) is None
+    assert logger.profiler.next_boundary(8) is None
+    assert TensorBoardLogger(tmp_path / "other", diagnostics).profiler.next_boundary(0) is None
 
 
 def test_an_interrupted_profile_is_written(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, TrainingDiagnostics(load_dataset("breast_cancer")), profile=(3, 9))
-    assert logger.next_profile_step(0) == 2
-    logger.profile_step(2)
+    assert logger.profiler.next_boundary(0) == 2
+    logger.profiler.on_step_end(2)
     tf.constant(1.0) + 1
-    logger.close()
-    logger.profile_step(5)  # does not start again
+    logger.profiler.close()
+    logger.profiler.on_step_end(5)  # does not start again
     assert len(list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))) == 1
 
 
@@ -156,7 +158,7 @@ def test_tables_of_embeddings_with_named_rows(shop: Dataset, tmp_path: Path) -> 
         values, layer = reader.get_tensor(embedding.tensor_name), embedding.tensor_name.partition("/")[0]
         np.testing.assert_array_equal(values, model.get_layer(layer).get_weights()[0])  # at the end of training
         names = (folder / embedding.metadata_path).read_text().splitlines()
-        assert names == row_names(shop.features[layer.removesuffix("_embedding")])
+        assert names == row_names(shop.features[layer.removeprefix("embedding_")])
         assert len(names) == len(values)
 
 

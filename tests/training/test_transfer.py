@@ -33,12 +33,14 @@ def shop(folder: Path, name: str, cities: list[str], rows: int = 240, seed: int 
     return write(folder, name, city=city, device=device, price=price, comment=comment, **{label: outcome})
 
 
-def trained(store: RunStore, data, family: str = "wide_deep", optimizer: str = "adam", epochs: int = 1, **sizes):
+def trained(
+    store: RunStore, data, family: str = "wide_deep", optimizer: str = "adam", epochs: int = 1, **hyperparameters
+):
     """Run with a trained model and its optimizer state, and the model."""
     from mlkit.export import export_saved_model
     from mlkit.training import save_optimizer
 
-    model = ready(data, family, optimizer, **sizes)
+    model = ready(data, family, optimizer, **hyperparameters)
     model.fit(data.to_tf("train", shuffle=False), epochs=epochs, shuffle=False, verbose=0)
     run = store.create("train")
     export_saved_model(model, data, run)
@@ -46,11 +48,11 @@ def trained(store: RunStore, data, family: str = "wide_deep", optimizer: str = "
     return run, model
 
 
-def ready(data, family: str = "wide_deep", optimizer: str = "adam", **sizes):
+def ready(data, family: str = "wide_deep", optimizer: str = "adam", **hyperparameters):
     from mlkit.models import build_model
     from mlkit.training import compile_model
 
-    return compile_model(build_model(family, data, **sizes), data.task, 0.01, optimizer)
+    return compile_model(build_model(family, data, **hyperparameters), data.task, 0.01, optimizer)
 
 
 def predict(model, data) -> np.ndarray:
@@ -60,7 +62,7 @@ def predict(model, data) -> np.ndarray:
 
 
 FAMILIES = {"linear": {}, "wide_deep": {"hidden": (8,)}, "mlp": {"hidden": (8,)}, "text": {"hidden": (8,)}}
-FEATURES = {"comment": "text", "city x device": {"kind": "cross", "buckets": 30}, "price": {"normalise": "minmax"}}
+FEATURES = {"comment": "text", "city x device": {"type": "cross", "buckets": 30}, "price": {"normalise": "minmax"}}
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def test_optimizer_slots_follow_the_rows_of_extended_tables(tmp_path, store):
     before, now = _optimizer_state(model), _optimizer_state(extended)
     assert before.keys() == now.keys()
     assert int(now["Adam/iteration"]) == int(before["Adam/iteration"]) > 0
-    old, new = (np.asarray(state["Adam/city_embedding_embeddings_velocity"]) for state in (before, now))
+    old, new = (np.asarray(state["Adam/embedding_city_embeddings_velocity"]) for state in (before, now))
     np.testing.assert_array_equal(new[: len(old)], old)
     assert not new[len(old) :].any()
     old, new = (np.asarray(state["Adam/wide_categories_embeddings_momentum"]).ravel() for state in (before, now))
@@ -175,11 +177,11 @@ def test_repeated_warm_starts(tmp_path, store):
         data = load_warm_start_data(shop(tmp_path, f"day-{day}", cities[: 2 * day]), source_model=run, ignore="comment")
         before = model
         model = ready(data)
-        assert "city_embedding/embeddings" in warm_start(model, data, run).extended_tables
+        assert "embedding_city/embeddings" in warm_start(model, data, run).extended_tables
         run, model = saved(store, model, data)
     assert data.features["city"].appended == 8
-    widths = [weight.shape[1] for weight in model.weights if weight.path == "city_embedding/embeddings"]
-    assert widths == [weight.shape[1] for weight in before.weights if weight.path == "city_embedding/embeddings"]
+    widths = [weight.shape[1] for weight in model.weights if weight.path == "embedding_city/embeddings"]
+    assert widths == [weight.shape[1] for weight in before.weights if weight.path == "embedding_city/embeddings"]
     now = next(layer for layer in model.layers if layer.name == "wide_categories").blocks
     assert [names for names, _ in now] == [names for names, _ in pairs]
 
@@ -311,7 +313,7 @@ def test_invalid_source_models(tmp_path, store, monkeypatch):
         load_source_model("nosuch")
     with pytest.raises(NotFoundError, match="no SavedModel"):
         load_source_model(tmp_path)
-    (run.folder / "saved_model" / "1" / "assets.extra" / "continuing.json").unlink()
+    (run.folder / "saved_model" / "1" / "assets.extra" / "warm_start.json").unlink()
     with pytest.raises(ModelError, match="Train it again"):
         load_warm_start_data("wine", source_model=run)
 
@@ -365,7 +367,7 @@ def test_the_limit_of_a_vocabulary_holds_when_it_is_extended(tmp_path, store):
     more = shop(tmp_path, "more", ["Rome", "Lisbon", "Paris", "Wien"])
     data = load_warm_start_data(more, source_model=run, ignore="comment")
     assert len(data.features["city"].vocabulary) == 3
-    assert any("2 values of 'city' in training are unknown" in note for note in data.notes)
+    assert any("2 values of 'city' in training are unknown" in note for note in data.warnings)
 
 
 def test_warm_start_data_can_be_reloaded(tmp_path, store):
@@ -376,8 +378,8 @@ def test_warm_start_data_can_be_reloaded(tmp_path, store):
     data = load_warm_start_data(shop(tmp_path, "second", ["Rome", "Lisbon"]), source_model=run)
     again = reload_dataset(json.loads(json.dumps(data.record())))
     assert again.fingerprint == data.fingerprint
-    assert {name: spec.kind for name, spec in again.features.items()} == {
-        name: spec.kind for name, spec in data.features.items()
+    assert {name: spec.type for name, spec in again.features.items()} == {
+        name: spec.type for name, spec in data.features.items()
     }
     np.testing.assert_array_equal(again.splits["test"], data.splits["test"])
 
@@ -405,7 +407,7 @@ def test_a_row_with_weight_three_counts_as_three_rows(tmp_path):
     columns = {"x": rng.normal(size=120), "c": rng.choice(["a", "b"], 120), "y": rng.choice(["no", "yes"], 120)}
     once = write(tmp_path, "once", **columns, n=counts)
     often = write(tmp_path, "often", **{name: np.repeat(values, counts) for name, values in columns.items()})
-    weighted = load_dataset(once, "y", weight="n", fractions=(1, 0, 0))
+    weighted = load_dataset(once, "y", sample_weight="n", fractions=(1, 0, 0))
     repeated = load_dataset(often, "y", fractions=(1, 0, 0))
     repeated = replace(repeated, features=weighted.features)
     model = ready(weighted, "mlp")
@@ -440,7 +442,7 @@ def test_streamed_and_loaded_rows_have_the_same_weights(tmp_path):
     columns = {"x": rng.normal(size=500), "c": rng.choice(["a", "b"], 500), "key": np.arange(500)}
     outcome = rng.choice(["no", "yes"], 500, p=[0.9, 0.1])
     path = write(tmp_path, "rows", **columns, w=rng.integers(0, 3, 500), y=outcome)
-    options = {"weight": "w", "class_weight": "balanced", "split": "hash", "key": "key"}
+    options = {"sample_weight": "w", "class_weight": "balanced", "split": "hash", "key": "key"}
     opened, loaded = open_dataset(path, "y", **options), load_dataset(path, "y", **options)
     for split in ("train", "validation", "all"):
         streamed_batch, loaded_batch = (
@@ -452,7 +454,7 @@ def test_streamed_and_loaded_rows_have_the_same_weights(tmp_path):
     assert again.split_digest == opened.split_digest != open_dataset(path, "y", ignore="w").split_digest
     pl.read_parquet(path).with_columns(w=pl.col("w") - 1).write_parquet(tmp_path / "negative.parquet")
     with pytest.raises(DatasetError, match="Weight column 'w' is missing, negative"):
-        open_dataset(tmp_path / "negative.parquet", "y", weight="w")
+        open_dataset(tmp_path / "negative.parquet", "y", sample_weight="w")
 
 
 def test_rows_with_weight_zero_do_not_change_the_training(tmp_path):
@@ -465,7 +467,7 @@ def test_rows_with_weight_zero_do_not_change_the_training(tmp_path):
     )
     learned = []
     for file in (path, changed):
-        data = load_dataset(file, "y", weight="w", fractions=(1, 0, 0))
+        data = load_dataset(file, "y", sample_weight="w", fractions=(1, 0, 0))
         model = ready(data, "mlp")
         model.fit(data.to_tf("train", shuffle=False, batch_size=8), epochs=2, shuffle=False, verbose=0)
         learned.append(model.get_weights())
@@ -488,7 +490,7 @@ def test_fit_uses_class_weights_for_training_only(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": "alcool"}, "Did you mean 'alcohol'"),
+        ({"sample_weight": "alcool"}, "Did you mean 'alcohol'"),
         ({"class_weight": "balansed"}, "Did you mean 'balanced'"),
         ({"class_weight": {"class_9": 1}}, "class_weight= names 'class_9'"),
         ({"class_weight": {"class_1": "much"}}, "gives 'class_1' 'much'"),
@@ -504,7 +506,7 @@ def test_invalid_weights_are_rejected(options, message):
 def test_rows_without_a_weight_are_named(tmp_path, bad):
     path = write(tmp_path, "rows", x=np.arange(40.0), y=["a", "b"] * 20, w=[1.0] * 7 + [bad] + [1.0] * 32)
     with pytest.raises(DatasetError, match=r"Weight column 'w' .* in 1 rows, among them row 7"):
-        load_dataset(path, "y", weight="w")
+        load_dataset(path, "y", sample_weight="w")
 
 
 def test_class_weights_change_the_training_signature(tmp_path, store, capsys):
