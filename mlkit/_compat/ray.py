@@ -1,4 +1,4 @@
-"""Private interfaces of Ray 2.60: standard output of the driver, key-value store of the cluster, Ray Serve's proxies."""
+"""Private interfaces of Ray 2.60: the driver's standard output, the cluster's key-value store, Serve's proxies."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -152,7 +152,7 @@ def gate(
     as_json: JsonOption = False,
 ) -> None:
     """Apply the quality gate to a run's model; exit code 1 if it fails."""
-    from mlkit.registry.gate import read_rules, read_gate_result, run_gate
+    from mlkit.registry.gate import read_gate_result, read_rules, run_gate
     from mlkit.registry.resolve import resolve_model
 
     store = RunStore()

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 import mlkit
 from mlkit.cli.app import app
+
 from mlkit.cli import (  # noqa: F401  isort: skip  (each adds its commands, in the order of the help page)
     project, test, data, run, runs, jobs, evaluation, export, signing, registry, serving, api_keys, predict,
 )  # fmt: skip

@@ -80,6 +80,7 @@ def predict(
     console.print(result_table(result))
     if result.quarantine:
         print_line(
-            f"\nCleaning quarantined {result.quarantined:,} rows, which have no prediction: {escape(str(result.quarantine))}"
+            f"\nCleaning quarantined {result.quarantined:,} rows, which have no prediction: "
+            f"{escape(str(result.quarantine))}"
         )
     print_line(f"\nDescribe them: [bold]mlkit data describe {escape(str(result.path))}[/]")

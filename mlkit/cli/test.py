@@ -94,7 +94,7 @@ def run_tests(
     as_json: JsonOption = False,
 ) -> None:
     """Run notebooks as tests; exit code 1 if any fails."""
-    from mlkit.jobs.import_graph import affected, changed_files, any_imports
+    from mlkit.jobs.import_graph import affected, any_imports, changed_files
     from mlkit.jobs.notebook_test import Project, find_notebooks, run_notebooks
 
     start, limits = time.monotonic(), load_settings().tests

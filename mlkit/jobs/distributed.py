@@ -1,9 +1,9 @@
 """One job in several processes that train one model together: started, supervised, restarted when one of them dies.
 
 `mlkit run train --workers 2` executes the notebook of the job in two kernels. `TF_CONFIG` states the place of each in
-the cluster (see `mlkit.jobs.cluster`), and the training inside divides the rows among them. The run of worker 0 is the run:
-its metrics, checkpoints and notebook. The runs of the other workers are folders inside it, `workers/1`, `workers/2` and
-so on, each with a record, a notebook and a kernel log of its own, so that no file has two writers.
+the cluster (see `mlkit.jobs.cluster`), and the training inside divides the rows among them. The run of worker 0 is the
+run: its metrics, checkpoints and notebook. The runs of the other workers are folders inside it, `workers/1`,
+`workers/2` and so on, each with a record, a notebook and a kernel log of its own, so that no file has two writers.
 
 With parameter servers, only the chief executes the notebook; workers and servers are TensorFlow's own processes without
 one.
