@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -116,22 +115,26 @@ EXECUTE_JOBS = {"run", "resume", "reproduce", "evaluate", "compress", "gate"}  #
 RUNTIME_FOLDER = os.environ.get("XDG_RUNTIME_DIR")
 
 
-@cache
-def hold_kernels() -> object:
-    """Keep warm kernels for the session, as `mlkit kernels start` does: TensorFlow is imported once."""
+HELD: dict[str, object] = {}  # connections to warm servers, by their keys
+
+
+def hold_server(**environment: str) -> None:
+    """Keep a warm server for the session, as `mlkit kernels start` does: it imports TensorFlow once."""
     from mlkit.jobs import kernels
 
-    return kernels.ForkServerClient.for_environment(os.environ).hold() if kernels.CAN_FORK else None
+    server = kernels.ForkServerClient.for_environment(os.environ | environment)
+    if kernels.CAN_FORK and not (server.key in HELD and server.is_running()):
+        HELD[server.key] = server.hold()
 
 
 def run_cli(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """`mlkit ...` in a process of its own."""
     command = [sys.executable, "-m", "mlkit", *map(str, arguments)]
-    if EXECUTE_JOBS & set(arguments) and (os.environ | environment).get("XDG_RUNTIME_DIR") == RUNTIME_FOLDER:
-        hold_kernels()
-    return subprocess.run(
-        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=600
-    )
+    variables = os.environ | environment
+    shared = variables.get("XDG_RUNTIME_DIR") == RUNTIME_FOLDER
+    if EXECUTE_JOBS & set(arguments) and shared and "MLKIT_KERNELS_PRELOAD" not in variables:
+        hold_server()
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture

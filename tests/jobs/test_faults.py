@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -12,6 +12,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from mlkit.jobs.kernels import ForkServerClient
 from mlkit.runs import Run
 from mlkit.runs.store import RunStore
 from tests.conftest import START_DAEMON, wait_until
@@ -38,14 +39,11 @@ def only_run(project: Path) -> Run:
 
 
 @pytest.fixture(params=["cold", "warm"])
-def kernel(request: pytest.FixtureRequest, cli: Callable, monkeypatch: pytest.MonkeyPatch) -> str:
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Kernel in which a fault happens: an ordinary one, or a forked one."""
-    monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
-    if request.param == "warm":
-        assert cli("kernels", "start").returncode == 0
-    yield request.param
-    if request.param == "warm":
-        cli("kernels", "stop")
+    monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy,cmd")  # the warm server of no other test
+    with ForkServerClient.fitting(os.environ).hold() if request.param == "warm" else contextlib.nullcontext():
+        yield request.param
 
 
 def test_a_notebook_without_a_kernelspec_runs(cli: Callable, project: Path) -> None:

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -17,7 +17,7 @@ from mlkit.data import reload_dataset
 from mlkit.errors import InputError, JobFailedError, ParameterError
 from mlkit.runs import Run
 from mlkit.runs.store import RunStore
-from tests.conftest import run_cli, wait_until
+from tests.conftest import hold_server, run_cli, wait_until
 
 pytestmark = pytest.mark.slow
 PARAMETERS = 'x: float = 0.0\ny: float = 0.0\nheld: str = ""\nafter: int = 0\nfail: bool = False'
@@ -47,14 +47,8 @@ SEARCH_PARAMETERS = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Warm kernel pool of this module alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("xdg")))
-        folder = tmp_path_factory.mktemp("warm")
-        run_cli("kernels", "start", folder=folder)
-        yield
-        run_cli("kernels", "stop", folder=folder)
+def _warm() -> None:
+    hold_server()
 
 
 def write_jobs(folder: Path) -> None:
