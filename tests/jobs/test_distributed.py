@@ -33,7 +33,7 @@ from mlkit.runs import Run
 from mlkit.runs.record import RUN_FILE, list_artifacts
 from mlkit.runs.remote import download_run, upload_run
 from mlkit.runs.store import RunStore
-from tests.conftest import run_cli, wait_until
+from tests.conftest import hold_server, run_cli, wait_until
 
 pytestmark = pytest.mark.slow
 PARAMETERS = """
@@ -81,12 +81,11 @@ class TrainingProject:
     """Project with a training job, and the processes that execute it."""
 
     folder: Path
-    runtime: Path
     started: list[subprocess.Popen] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"XDG_RUNTIME_DIR": str(self.runtime), "CUDA_VISIBLE_DEVICES": "-1"}
+        return {"CUDA_VISIBLE_DEVICES": "-1"}
 
     @property
     def run(self) -> Run:
@@ -119,7 +118,8 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingProje
     folder = tmp_path_factory.mktemp("training")
     cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
     nbformat.write(new_notebook(cells=[*cells, new_code_cell(BEGIN), new_code_cell(TRAIN)]), folder / "learn.ipynb")
-    training = TrainingProject(folder, tmp_path_factory.mktemp("runtime"))
+    training = TrainingProject(folder)
+    hold_server(**training.environment)
     yield training
     for process in training.started:
         process.kill()

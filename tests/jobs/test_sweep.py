@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mlkit.runs import Run
 from mlkit.runs.store import RunStore
-from tests.conftest import run_cli, wait_until
+from tests.conftest import hold_server, run_cli, wait_until
 
 pytestmark = pytest.mark.slow
 PARAMETERS = 'rate: float = 0.1  # step size\nsteps: int = 3  # number of steps\nwait: float = 0.0\nnote: str = ""'
@@ -38,6 +38,7 @@ assert abs(x) < 10, "it diverged"
 @pytest.fixture(autouse=True)
 def _light_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy")
+    hold_server()
 
 
 @pytest.fixture
@@ -217,9 +218,9 @@ def digest(folder: Path) -> str:
 
 
 def test_a_killed_training_is_resumed_to_the_same_weights_and_reproduced(
-    project: Path, trained: tuple[Path, dict]
+    project: Path, trained: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fixture `trained` is the same job without an interruption."""
+    """Fixture `trained` is the same job without an interruption; the first attempt imports TensorFlow, others fork."""
     original = trained[1]
     store = RunStore(project / "runs")
     epochs = 0
@@ -238,6 +239,7 @@ def test_a_killed_training_is_resumed_to_the_same_weights_and_reproduced(
         process.kill()
         process.wait()
         assert store.get("latest").status == "interrupted"
+        monkeypatch.delenv("MLKIT_KERNELS_PRELOAD", raising=False)
     result = run_cli("resume", "latest", "--json", folder=project)
     assert result.returncode == 0, result.stderr
     resumed = json.loads(result.stdout)
