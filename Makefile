@@ -54,8 +54,8 @@ browser:
 test: install lint services browser  ## everything CI checks
 	@# each notebook in a forked process of its own: some settle what TensorFlow can settle only once
 	MLKIT_RUNS_ROOT=$$(mktemp -d) $(BIN)/mlkit test --timeout 1800
-	@# two at a time: most tests wait for processes of their own; those of a file share what it has set up
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+	@# three at a time, for two cores: tests wait for processes of their own; those of a file share what it has set up
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 20
 
 check: lint  ## lint, layers, exports, and the tests of what has changed since the last commit
 	MLKIT_RUNS_ROOT=$$(mktemp -d) $(BIN)/mlkit test --changed

@@ -17,6 +17,9 @@ import pytest
 if TYPE_CHECKING:
     from mlkit.data import Dataset
 
+# The longest files start first, so that none is alone at the end; the two that start Ray stay apart.
+LONG = ["ray", "sweep", "distributed", "search", "version_swaps", "resume", "convert", "gate", "ray_serve", "faults"]
+LONG += ["trainer", "several_labels", "end_to_end", "store", "batch_predict", "transfer", "parity", "server"]
 REPOSITORY = Path(__file__).parent.parent
 ADULT = REPOSITORY.parent / "shared" / "data" / "adult.csv"
 
@@ -24,6 +27,12 @@ ADULT = REPOSITORY.parent / "shared" / "data" / "adult.csv"
 def pytest_configure() -> None:
     """A shell that starts the tests in the background has them ignore Ctrl-C; some tests are about Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Take the longest files first, the others in their order."""
+    rank = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(autouse=True)
