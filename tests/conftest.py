@@ -160,11 +160,18 @@ def cli(project: Path) -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A project in which the digits have been trained once, with the record of that run."""
-    folder = tmp_path_factory.mktemp("trained")
-    result = run_cli("run", "train", "-p", "epochs=12", "--json", folder=folder)
-    assert result.returncode == 0, result.stderr
-    return folder, json.loads(result.stdout)
+    """A project in which the digits have been trained once for all workers, with the record of that run."""
+    from mlkit._files import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (record := folder / "record.json").exists():
+            result = run_cli("run", "train", "-p", "epochs=12", "--json", folder=folder)
+            assert result.returncode == 0, result.stderr
+            record.write_text(result.stdout)
+        return folder, json.loads(record.read_text())
 
 
 @pytest.fixture(scope="session")
