@@ -42,7 +42,7 @@ def only_run(project: Path) -> Run:
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Kernel in which a fault happens: an ordinary one, or a forked one."""
     monkeypatch.setenv("MLKIT_KERNELS_PRELOAD", "numpy,cmd")  # the warm server of no other test
-    with ForkServerClient.fitting(os.environ).hold() if request.param == "warm" else contextlib.nullcontext():
+    with ForkServerClient.for_environment(os.environ).hold() if request.param == "warm" else contextlib.nullcontext():
         yield request.param
 
 

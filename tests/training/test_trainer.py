@@ -21,7 +21,7 @@ def restore_float32():
     prepare_devices("float32")
 
 
-def model_with_memory_limit(rows: int, patient: bool = True):
+def model_with_memory_limit(rows: int, in_tensorflow: bool = True):
     """A network that allocates petabytes when a batch has more rows than that; TensorFlow tries so for ten seconds."""
     import keras
     import tensorflow as tf
@@ -29,7 +29,7 @@ def model_with_memory_limit(rows: int, patient: bool = True):
     class AllocatingLayer(keras.layers.Layer):
         def call(self, inputs):
             size = tf.where(tf.shape(inputs)[0] > rows, tf.constant(2**50, "int64"), 1)
-            if not patient:  # NumPy fails at once
+            if not in_tensorflow:  # NumPy fails at once
                 size = tf.ensure_shape(tf.numpy_function(lambda size: np.empty(size)[:0].sum(), [size], "float64"), ())
             else:
                 size = tf.reduce_max(tf.range(size))
@@ -61,7 +61,7 @@ def test_a_single_row_does_not_fit() -> None:
     from mlkit.training import fit
 
     with pytest.raises(ParameterError, match="Not even a single row fits"):
-        fit(model_with_memory_limit(rows=0, patient=False), load_dataset("digits"), epochs=1, batch_size=4)
+        fit(model_with_memory_limit(rows=0, in_tensorflow=False), load_dataset("digits"), epochs=1, batch_size=4)
 
 
 @pytest.mark.usefixtures("restore_float32")
