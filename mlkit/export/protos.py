@@ -13,7 +13,7 @@ import functools
 import math
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -123,14 +123,25 @@ regress_log=3 RegressLog of log_type, predict_log=6 PredictLog of log_type, \
 multi_inference_log=4 MultiInferenceLog of log_type
 """
 # Other views of the same bytes. A graph takes serialized examples, so `SerializedInput` does not unpack them. Of
-# `saved_model.pb` only the signatures are read, and not the graph.
+# `saved_model.pb` the signatures are read, and of the graph which operations it has.
 _MLKIT = """
 SerializedExamples: examples=1 *bytes, context=2 bytes
 SerializedInput: example_list=1 SerializedExamples of kind, example_list_with_context=2 SerializedExamples of kind
 ExamplesRequest: model_spec=1 ModelSpec, input=2 SerializedInput
 SeveralRequest: tasks=1 *InferenceTask, input=2 SerializedInput
 SavedModel: saved_model_schema_version=1 int64, meta_graphs=2 *SavedModel.MetaGraph
-SavedModel.MetaGraph: meta_info_def=1 SavedModel.MetaInfo, signature_def=5 string->SignatureDef
+SavedModel.MetaGraph: meta_info_def=1 SavedModel.MetaInfo, graph_def=2 SavedModel.Graph, \
+saver_def=3 SavedModel.Saver, collection_def=4 string->SavedModel.Collection, signature_def=5 string->SignatureDef
+SavedModel.Saver: restore_op_name=3 string
+SavedModel.Collection: node_list=1 SavedModel.NodeNames
+SavedModel.NodeNames: value=1 *string
+SavedModel.Graph: node=1 *SavedModel.Node, library=2 SavedModel.Library
+SavedModel.Library: function=1 *SavedModel.Function
+SavedModel.Function: signature=1 SavedModel.Operation, node_def=3 *SavedModel.Node
+SavedModel.Operation: name=1 string
+SavedModel.Node: name=1 string, op=2 string, input=3 *string, attr=5 string->SavedModel.Attribute
+SavedModel.Attribute: list=1 SavedModel.Attributes, func=10 SavedModel.Operation
+SavedModel.Attributes: func=9 *SavedModel.Operation
 SavedModel.MetaInfo: tags=4 *string, tensorflow_version=5 string
 """
 _TABLES = {
@@ -456,3 +467,17 @@ def serialized_examples(
     context = getattr(given, kind).context
     # concatenated messages are parsed as one merged message
     return [context + example for example in examples] if context else examples
+
+
+def read_records(
+    data: bytes,  # content of a TFRecord file
+) -> Iterator[bytes]:
+    """Records of a TFRecord file; raises ValueError for a file that ends within a record."""
+    offset = 0
+    while offset < len(data):
+        size = int.from_bytes(data[offset : offset + 8], "little")
+        end = offset + 12 + size  # the length and its checksum, the record and its checksum
+        if end + 4 > len(data):
+            raise ValueError("the file ends within a record")
+        yield data[offset + 12 : end]
+        offset = end + 4

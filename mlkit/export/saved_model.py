@@ -13,7 +13,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from ..data.io import write_table
 from ..data.labels import map_labels
 from ..errors import ModelError
 from ..evaluation.evaluator import as_scores
-from .golden import GOLDEN_FILE, Golden
+from .golden import GOLDEN_FILE, Golden, are_rows_independent
 from mlkit.export.golden_sampling import (
     as_csv_row,
     as_json_row,
@@ -427,6 +427,9 @@ def keras_outputs(
     return {name: _as_array(values) for name, values in outputs.items()}
 
 
+_INDEPENDENCE_ROWS = 8  # golden requests for which the independence of rows is tested
+
+
 def _make_golden(model: keras.Model, dataset: Dataset) -> Golden:
     """Golden requests with the predictions of the model."""
     cases, instances = choose_requests(dataset)
@@ -434,7 +437,12 @@ def _make_golden(model: keras.Model, dataset: Dataset) -> Golden:
     embeddings = None
     if hasattr(model, "user_embedding"):
         embeddings = model.user_embedding(_as_tensors(dataset, features)).numpy()
-    return golden_requests(dataset, cases, instances, keras_outputs(model, dataset, features), embeddings)
+    golden = golden_requests(dataset, cases, instances, keras_outputs(model, dataset, features), embeddings)
+
+    def predict(rows: Sequence[int]) -> dict[str, np.ndarray]:
+        return keras_outputs(model, dataset, {name: [values[row] for row in rows] for name, values in features.items()})
+
+    return replace(golden, independent_rows=are_rows_independent(predict, min(_INDEPENDENCE_ROWS, len(golden))))
 
 
 def _warm_up_records(golden: Golden, dataset: Dataset) -> bytes:

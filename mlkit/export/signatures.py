@@ -10,8 +10,8 @@ __all__ = ['PREDICT', 'CLASSIFY', 'REGRESS', 'TensorInfo', 'format_shape', 'Sign
 import functools
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from ..errors import ModelError, ServingError, did_you_mean, join_names
-from .protos import array_type, message_class
+from .protos import array_type, message_class, tensor_to_array
 
 # %% ../../nbs/library/export/00_signatures.ipynb #1156a1a8
 class TensorInfo(NamedTuple):
@@ -29,7 +29,7 @@ class TensorInfo(NamedTuple):
     name: str  # name in requests
     dtype: np.dtype | str  # "string" for texts and bytes; TensorFlow's name for a type that no request can hold
     shape: tuple[int | None, ...] | None  # None for an unknown dimension, or for an unknown rank
-    tensor: str  # name in the graph
+    tensor: str  # name in the graph; empty for composite tensors (ragged, sparse)
 
 
 PREDICT, CLASSIFY, REGRESS = (f"tensorflow/serving/{method}" for method in ("predict", "classify", "regress"))
@@ -50,13 +50,30 @@ class SignatureInfo:
     name: str
     inputs: dict[str, TensorInfo]
     outputs: dict[str, TensorInfo]
-    method: str  # PREDICT, CLASSIFY or REGRESS
+    method: str  # PREDICT, CLASSIFY or REGRESS; models of other tools may have another name, or none
+    defaults: Mapping[str, np.ndarray] = field(default_factory=dict)  # values of optional inputs
+    has_varying_cost: bool = False  # whether loops or decoders make the duration of a call depend on values
+    has_python_code: bool = False  # whether it calls Python functions, which a SavedModel does not contain
+    unrestored: tuple[str, ...] = ()  # variables that it reads, and that are not restored from the model's files
+    has_independent_rows: bool = False  # whether each row is computed by itself, as verified or configured
+    takes_missing_values: bool = False  # whether null is a missing value, and large numbers are rounded, as in training
 
     @functools.cached_property
-    def is_batchable(self) -> bool:
-        """Whether rows of several requests can be combined in one batch."""
+    def has_rows(self) -> bool:
+        """Whether the first dimension of all inputs and outputs is not fixed."""
         tensors = [*self.inputs.values(), *self.outputs.values()]
         return bool(self.inputs) and all(info.shape and info.shape[0] is None for info in tensors)
+
+    @property
+    def is_batchable(self) -> bool:
+        """Whether rows of several requests can be combined in one batch."""
+        return self.has_rows and self.has_independent_rows
+
+    @functools.cached_property
+    def has_bounded_cost(self) -> bool:
+        """Whether the duration of a call depends on the number of rows alone."""
+        has_fixed_rows = all(info.shape and None not in info.shape[1:] for info in self.inputs.values())
+        return self.is_batchable and has_fixed_rows and not self.has_varying_cost
 
     @functools.cached_property
     def row_getter(self) -> itemgetter:
@@ -78,11 +95,94 @@ class SignatureInfo:
         lines = (f"| {role} | {info.name} | {info.dtype} | {format_shape(info)} |\n" for role, info in rows)
         return title + "".join(lines)
 
+# %% ../../nbs/library/export/00_signatures.ipynb #6b1d2c40
+# Operations whose duration depends on values: loops, decoders of compressed data, and functions in Python.
+_PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
+_VARYING_OPS = {"While", "StatelessWhile", "For", "Enter", "MapDefun", "DecodeCompressed", *_PYTHON_OPS}
+_VARYING_OPS |= {f"Decode{form}" for form in ("Image", "Jpeg", "AndCropJpeg", "Png", "Gif", "Bmp", "WebP", "Wav")}
+
+
+class _Graph:
+    """Operations of a graph and of the functions that it calls."""
+
+    def __init__(self, graph: Message):
+        self._nodes = {node.name: node for node in graph.node}
+        self._functions = {function.signature.name: function.node_def for function in graph.library.function}
+
+    def ancestors(
+        self,
+        tensors: Iterable[str],  # names of tensors or operations
+    ) -> list[Message]:
+        """Nodes that tensors depend on, their own included."""
+        names = [name.partition(":")[0] for name in tensors]
+        visited, nodes = set(names), []
+        while names:
+            node = self._nodes.get(names.pop())
+            if node is None:
+                continue
+            nodes.append(node)
+            sources = {name.lstrip("^").partition(":")[0] for name in node.input} - visited
+            visited |= sources
+            names.extend(sources)
+        return nodes
+
+    def operations(
+        self,
+        nodes: Iterable[Message],
+    ) -> set[str]:
+        """Operations of nodes, those in called functions included."""
+        operations, pending = set(), []
+        for node in nodes:
+            operations.add(node.op)
+            pending.extend(_called_functions(node))
+        visited = set(pending)
+        while pending:
+            for node in self._functions.get(pending.pop(), ()):
+                operations.add(node.op)
+                new = _called_functions(node) - visited
+                visited |= new
+                pending.extend(new)
+        return operations
+
+
+def _variables(nodes: Iterable[Message]) -> set[str]:
+    """Names of the nodes that are variables."""
+    return {node.name for node in nodes if node.op in ("VarHandleOp", "VariableV2")}
+
+
+def _called_functions(node: Message) -> set[str]:
+    """Names of functions that a node may call."""
+    attributes = node.attr.values()
+    names = {attribute.func.name for attribute in attributes if attribute.HasField("func")}
+    return {node.op, *names, *(function.name for attribute in attributes for function in attribute.list.func)}
+
 # %% ../../nbs/library/export/00_signatures.ipynb #df23ee3c
 def _tensor_info(name: str, message: Message) -> TensorInfo:
     shape = tuple(None if dim.size < 0 else dim.size for dim in message.tensor_shape.dim)
     shape = None if message.tensor_shape.unknown_rank else shape
     return TensorInfo(name, array_type(message.dtype), shape, message.name)
+
+
+def _restored_variables(meta_graph: Message, graph: _Graph) -> set[str]:
+    """Variables that get a value when the model is loaded: restored from its files, or initialized."""
+    initializers = meta_graph.signature_def.get("__saved_model_init_op")
+    names = [meta_graph.saver_def.restore_op_name, *meta_graph.collection_def["saved_model_main_op"].node_list.value]
+    names += meta_graph.collection_def["legacy_init_op"].node_list.value
+    names += [info.name for info in initializers.outputs.values()] if initializers else []
+    return _variables(graph.ancestors(names))
+
+
+def _read_signature(graph: _Graph, restored: set[str], name: str, message: Message) -> SignatureInfo:
+    inputs, outputs = (
+        {key: _tensor_info(key, tensors[key]) for key in sorted(tensors)}
+        for tensors in (message.inputs, message.outputs)
+    )
+    defaults = {key: tensor_to_array(tensor, key) for key, tensor in message.defaults.items()}
+    nodes = graph.ancestors(info.tensor for info in outputs.values())
+    operations, unrestored = graph.operations(nodes), tuple(sorted(_variables(nodes) - restored))
+    has_varying_cost, has_python_code = (bool(operations & names) for names in (_VARYING_OPS, _PYTHON_OPS))
+    method = message.method_name
+    return SignatureInfo(name, inputs, outputs, method, defaults, has_varying_cost, has_python_code, unrestored)
 
 
 def read_signatures(
@@ -96,22 +196,29 @@ def read_signatures(
         raise ModelError(f"{folder} holds no SavedModel that can be read: {error}") from error
     except DecodeError as error:
         raise ModelError(f"{path} is damaged: {error}. Copy it again, or export the model again.") from error
-    graphs = [graph for graph in saved_model.meta_graphs if "serve" in graph.meta_info_def.tags]
+    graphs = [graph for graph in saved_model.meta_graphs if list(graph.meta_info_def.tags) == ["serve"]]
     if not graphs:
-        raise ModelError(f"{path} holds no graph with the tag 'serve', so it cannot be served.")
-    signatures = {}
-    for name, message in sorted(graphs[0].signature_def.items()):
-        inputs, outputs = (
-            {key: _tensor_info(key, tensors[key]) for key in sorted(tensors)}
-            for tensors in (message.inputs, message.outputs)
-        )
-        if message.method_name in (PREDICT, CLASSIFY, REGRESS):
-            signatures[name] = SignatureInfo(name, inputs, outputs, message.method_name)
+        tags = join_names(str(list(graph.meta_info_def.tags)) for graph in saved_model.meta_graphs)
+        raise ModelError(f"{path} holds no graph with the tag 'serve' alone, so it cannot be served. Tags: {tags}.")
+    graph, messages = _Graph(graphs[0].graph_def), graphs[0].signature_def
+    read = functools.partial(_read_signature, graph, _restored_variables(graphs[0], graph))
+    signatures = {name: read(name, messages[name]) for name in sorted(messages) if not name.startswith("__saved_model")}
     if not signatures:
         raise ModelError(f"{path} has no signatures. Export the model with tf.saved_model.save(..., signatures=...).")
     return signatures
 
 # %% ../../nbs/library/export/00_signatures.ipynb #185a9a1b
+_EXAMPLE_OUTPUTS = {CLASSIFY: {"classes", "scores"}, REGRESS: {"outputs"}}
+
+
+def _supports(signature: SignatureInfo, method: str) -> bool:
+    """Whether a signature has the inputs and outputs of a method."""
+    if method in (PREDICT, signature.method):
+        return True
+    dtypes = {name: info.dtype for name, info in signature.inputs.items()}
+    return dtypes == {"inputs": "string"} and not _EXAMPLE_OUTPUTS[method].isdisjoint(signature.outputs)
+
+
 def find_signature(
     signatures: Mapping[str, SignatureInfo],
     name: str,  # "" for serving_default
@@ -126,8 +233,16 @@ def find_signature(
             f"There is no signature '{name}'.{did_you_mean(name, signatures)} The model has {join_names(signatures)}.",
         )
     signature = signatures[name]
-    if method not in (PREDICT, signature.method):
-        suitable = [info.name for info in signatures.values() if info.method == method]
+    if composite := [
+        info.name for info in (*signature.inputs.values(), *signature.outputs.values()) if not info.tensor
+    ]:
+        raise ServingError(
+            "UNIMPLEMENTED",
+            f"Signature '{name}' has composite tensors (ragged or sparse), which no request can hold: "
+            f"{join_names(composite)}. Export a signature with dense tensors, for example x.to_tensor().",
+        )
+    if not _supports(signature, method):
+        suitable = [info.name for info in signatures.values() if _supports(info, method)]
         hint = f"Name one in 'signature_name': {join_names(suitable)}." if suitable else "The model has none."
         requested, actual = method.rpartition("/")[2], signature.method.rpartition("/")[2]
         raise ServingError(

@@ -11,17 +11,20 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ServingError
+from ..errors import ParameterError, ServingError
 from ..export.signatures import SignatureInfo
 
 # %% ../../nbs/library/serving/02_batcher.ipynb #5715a728
+_MODES = ("auto", "on", "off")
+
+
 @dataclass(frozen=True)
 class BatchingConfig:
     """Batching and queue limits of one process."""
@@ -30,18 +33,43 @@ class BatchingConfig:
     max_queued: int = 1024  # maximum queued requests per signature; more are rejected
     loop_seconds: float = 0.001  # maximum duration of a call on the event loop
     timeout: float = 30.0  # seconds, for requests without a deadline
+    shared: str = "auto"  # whether requests share batches: auto, on or off, for all models or as NAME=on, by commas
+
+    def mode(
+        self,
+        model: str,  # name
+    ) -> str:  # auto, on or off
+        """Whether requests for a model share batches; raises ParameterError for an invalid setting."""
+        modes = {}
+        for part in filter(None, map(str.strip, self.shared.split(","))):
+            name, separator, mode = part.rpartition("=")
+            if mode not in _MODES or bool(separator) != bool(name):
+                raise ParameterError(
+                    f"Batching is auto, on or off, for all models, or for one as NAME=on. Received: '{part}'"
+                )
+            modes[name] = mode
+        return modes.get(model, modes.get("", "auto"))
 
 # %% ../../nbs/library/serving/02_batcher.ipynb #9371ed19
+_QUANTILE, _RECENT_CALLS = 0.9, 32
+
+
 class _LatencyEstimator:
     """Expected duration of a call by batch size, in buckets of powers of two."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}  # by bit length of the number of rows
+        self._recent: dict[int, deque[float]] = {}  # seconds of the latest calls by bit length of the number of rows
+        self._seconds: dict[int, float] = {}
 
     def add(self, rows: int, seconds: float) -> None:
         bucket = rows.bit_length()
-        estimate = self._seconds.get(bucket, seconds)
-        self._seconds[bucket] = min(seconds, 0.95 * estimate + 0.05 * seconds)
+        recent = self._recent.setdefault(bucket, deque(maxlen=_RECENT_CALLS))
+        recent.append(seconds)
+        self._seconds[bucket] = sorted(recent)[math.ceil(_QUANTILE * (len(recent) - 1))]
+
+    def is_known(self, rows: int) -> bool:
+        """Whether calls of about this size have been made."""
+        return rows.bit_length() in self._seconds
 
     def seconds(self, rows: int) -> float:
         """Expected duration of a call; 0 where nothing is known."""
@@ -60,6 +88,14 @@ class _QueuedRequest(NamedTuple):
     group: Any  # requests of the same group can share a batch
     queued_at: float  # on the clock of time.monotonic()
     off_loop: bool  # runs in the worker thread, however short
+
+    def has_timed_out(self, now: float) -> bool:
+        """Whether the deadline has passed; if so, the client gets its error."""
+        if self.deadline > now:
+            return False
+        if not self.future.done():
+            self.future.set_exception(ServingError("DEADLINE_EXCEEDED", "The request did not end by its deadline."))
+        return True
 
 
 class _BatchRunner:
@@ -122,6 +158,14 @@ class _Queue:
         """Whether the next batch cannot grow any more."""
         return self._rows >= self._batch_rows
 
+    def discard_done(self) -> None:
+        """Remove requests that have an error already."""
+        self._requests = deque(request for request in self._requests if not request.future.done())
+        self._rows = sum(request.rows for request in self._requests)
+
+    def __iter__(self) -> Iterator[_QueuedRequest]:
+        return iter(self._requests)
+
     def add(self, request: _QueuedRequest) -> None:
         """Append a request."""
         self._requests.append(request)
@@ -138,10 +182,7 @@ class _Queue:
             self._rows -= first.rows
             if first.future.done():  # the client has disconnected
                 continue
-            if first.deadline < now:
-                first.future.set_exception(
-                    ServingError("DEADLINE_EXCEEDED", "The request was queued past its deadline.")
-                )
+            if first.has_timed_out(now):
                 continue
             batch.append(first)
             rows += first.rows
@@ -149,6 +190,7 @@ class _Queue:
 
 # %% ../../nbs/library/serving/02_batcher.ipynb #951a5763
 _LOOP_ITERATIONS = 5  # event-loop iterations between two batches
+_LOOP_TEXT_BYTES = 65_536  # most bytes of texts in a batch that runs on the event loop
 
 
 class Batcher:
@@ -163,9 +205,14 @@ class Batcher:
         on_batch: Callable[[list[int], float, list[float]], None] | None = None,  # rows and wait per request, seconds
     ):
         self._config, self._worker, self._on_batch = config, worker, on_batch
-        self._runner, self._queue = _BatchRunner(run, signature), _Queue(config.batch_rows)
+        self._runner, self._queue, self._signature = _BatchRunner(run, signature), _Queue(config.batch_rows), signature
         self._fixed_shapes = all(None not in info.shape[1:] for info in signature.inputs.values() if info.shape)
+        self._texts = [name for name, info in signature.inputs.items() if info.dtype == "string"]
         self._busy, self._single_groups = False, itertools.count()
+        self._running: list[_QueuedRequest] = []  # off the event loop
+        self._earliest_deadline = math.inf  # of the queued and running requests
+        self._timer: asyncio.TimerHandle | None = None  # for deadlines, while a call runs off the event loop
+        self._timer_deadline = math.inf
 
     @property
     def queued(self) -> int:
@@ -185,9 +232,12 @@ class Batcher:
         future = loop.create_future()
         group = self._group(inputs, rows)
         self._queue.add(_QueuedRequest(inputs, rows or 1, future, deadline, group, time.monotonic(), off_loop))
+        self._earliest_deadline = min(self._earliest_deadline, deadline)
         if not self._busy:
             self._busy = True
             loop.call_soon(self._run_next)  # after the requests that arrive in the same iteration
+        elif self._running:
+            self._watch_deadlines()
         return future
 
     def _group(self, inputs: Mapping[str, np.ndarray], rows: int | None) -> Any:
@@ -212,19 +262,50 @@ class Batcher:
     def _run_next(self) -> None:
         batch = self._queue.next_batch()
         if not batch:
-            self._busy = False
+            self._busy, self._earliest_deadline = False, math.inf
             return
-        loop = asyncio.get_running_loop()
-        short = self._runner.latency.seconds(sum(request.rows for request in batch)) < self._config.loop_seconds
-        if short and not batch[0].off_loop:
+        if self._is_short(batch):
             self._resolve(batch, *self._runner.run(batch))
             self._schedule_next(_LOOP_ITERATIONS)
             return
-        running = loop.run_in_executor(self._worker, self._runner.run, batch)
+        self._running = batch
+        self._watch_deadlines()
+        running = asyncio.get_running_loop().run_in_executor(self._worker, self._runner.run, batch)
         running.add_done_callback(lambda done: self._on_worker_done(batch, done))
+
+    def _is_short(self, batch: list[_QueuedRequest]) -> bool:
+        """Whether a batch is known to take so little time that it can run on the event loop."""
+        rows, latency = sum(request.rows for request in batch), self._runner.latency
+        if not self._signature.has_bounded_cost or batch[0].off_loop or not latency.is_known(rows):
+            return False
+        if latency.seconds(rows) >= self._config.loop_seconds:
+            return False
+        texts = (values for request in batch for name in self._texts for values in request.inputs[name].flat)
+        return sum(map(len, texts)) <= _LOOP_TEXT_BYTES
+
+    def _watch_deadlines(self) -> None:
+        """Have the timer fire at the earliest deadline."""
+        if self._earliest_deadline >= self._timer_deadline:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_deadline = self._earliest_deadline
+        delay = max(0.0, self._earliest_deadline - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._end_timed_out)
+
+    def _end_timed_out(self) -> None:
+        """Give the requests whose deadlines have passed their error."""
+        self._timer, self._timer_deadline, now = None, math.inf, time.monotonic()
+        pending = [request for request in (*self._running, *self._queue) if not request.future.done()]
+        pending = [request for request in pending if not request.has_timed_out(now)]
+        self._queue.discard_done()
+        self._earliest_deadline = min((request.deadline for request in pending), default=math.inf)
+        if self._running:
+            self._watch_deadlines()
 
     def _on_worker_done(self, batch: list[_QueuedRequest], done: asyncio.Future) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        self._running = []
         self._schedule_next(0 if self._queue.has_full_batch else _LOOP_ITERATIONS)  # a full one before the responses
         self._resolve(batch, *(([error] * len(batch), 0.0, 0.0) if error else done.result()))
 

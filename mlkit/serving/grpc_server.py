@@ -19,19 +19,16 @@ from google.protobuf.message import Message
 
 from mlkit.errors import InputError, ServingError, did_you_mean, join_names
 from mlkit.export.protos import (
-    array_type,
     fill_tensor,
     message_class,
     message_pool,
     parse_message,
     serialized_examples,
-    tensor_to_array,
-    type_name,
 )
 from mlkit.export.signatures import CLASSIFY, PREDICT, REGRESS, SignatureInfo, find_signature
 from mlkit.serving.auth import Authenticator
 from mlkit.serving.model_manager import ModelManager
-from mlkit.serving.protocol import check_shape, count_rows, fill_model_spec, fill_result, metadata_message
+from mlkit.serving.protocol import count_rows, fill_model_spec, fill_result, metadata_message, read_tensors
 from mlkit.serving.telemetry import Telemetry, current_request
 from mlkit.serving.tls import grpc_certificate_name, import_grpc
 
@@ -54,29 +51,6 @@ def read_spec(
     choice = spec.WhichOneof("version_choice")
     version = spec.version.value if choice == "version" else None
     return ModelSpec(spec.name, version, spec.version_label if choice == "version_label" else None, spec.signature_name)
-
-
-def read_inputs(
-    signature: SignatureInfo,
-    tensors: Mapping[str, Message],  # inputs of a PredictRequest
-) -> dict[str, np.ndarray]:
-    """Tensors as the arrays of a signature's inputs; raises ServingError for tensors that do not fit."""
-    for name in tensors:  # first, since a wrong name explains more than a missing input
-        if name not in signature.inputs:
-            hint = did_you_mean(name, signature.inputs)
-            raise ServingError("INVALID_ARGUMENT", f"Signature '{signature.name}' takes no input '{name}'.{hint}")
-    if missing := [name for name in signature.inputs if name not in tensors]:
-        raise ServingError(
-            "INVALID_ARGUMENT", f"The request lacks inputs of '{signature.name}': {join_names(missing)}."
-        )
-    inputs = {}
-    for name, info in signature.inputs.items():
-        tensor = tensors[name]
-        if array_type(tensor.dtype) != info.dtype:
-            raise ServingError("INVALID_ARGUMENT", f"Input '{name}' takes {info.dtype}, not {type_name(tensor.dtype)}.")
-        inputs[name] = tensor_to_array(tensor, name)
-        check_shape(info, inputs[name].shape)
-    return inputs
 
 
 def read_output_filter(
@@ -115,7 +89,7 @@ async def predict(
     with manager.acquire(spec.model, spec.version, spec.label, call.key) as version:
         signature = find_signature(version.signatures, spec.signature, PREDICT, "FAILED_PRECONDITION")
         names = read_output_filter(signature, request.output_filter)
-        inputs = read_inputs(signature, request.inputs)
+        inputs = read_tensors(signature, request.inputs)
         rows = count_rows(signature, inputs)
         outputs = await version.run(signature.name, inputs, rows, call.deadline, off_loop=True)
         response = message_class("PredictResponse")()

@@ -29,6 +29,7 @@ from mlkit.serving.runtimes import (
     load_predictor,
     model_format,
     prepare_signatures,
+    set_row_independence,
     warm_up,
 )
 from .shadow import Shadow
@@ -45,19 +46,19 @@ class LoadedVersion:
         spec: VersionSpec,
         predictor: Predictor,
         batching: BatchingConfig,
-        worker: ThreadPoolExecutor,
         on_batch: Callable[..., None] | None = None,  # called for each batch: signature, sizes, seconds, waits
     ):
         self.model, self.number, self.folder = model, spec.number, spec.folder
         self.predictor, self.signatures, self._batching = predictor, predictor.signatures, batching
         self.in_flight, self.draining, self._idle = 0, False, asyncio.Event()
+        self._worker = ThreadPoolExecutor(1, f"{model}/{spec.number}")  # of its own: a slow model delays no other
         self.headers = ((b"model-name", model.encode()), (b"model-version", b"%d" % spec.number))  # of each response
         self._batchers = {
             name: Batcher(
                 functools.partial(predictor.run, name),
                 signature,
                 batching,
-                worker,
+                self._worker,
                 on_batch and functools.partial(on_batch, name),
             )
             for name, signature in self.signatures.items()
@@ -114,7 +115,9 @@ class LoadedVersion:
         self.draining = True
         if self.in_flight:
             await self._idle.wait()
-        await asyncio.to_thread(self.predictor.close)  # takes some milliseconds
+        # After a call that is still running, although its client has had a timeout.
+        await asyncio.get_running_loop().run_in_executor(self._worker, self.predictor.close)
+        self._worker.shutdown(wait=False)
 
 # %% ../../nbs/library/serving/05_model_manager.ipynb #a3d563e3
 class ServedModel:
@@ -247,7 +250,7 @@ class ModelManager:
         self._models = {name: ServedModel(name, source) for name, source in sources.items()}
         self.batching, self._shadow_label = batching or BatchingConfig(), shadow
         self._load, self._lock = load, asyncio.Lock()
-        self._loader, self._worker = ThreadPoolExecutor(1, "load"), ThreadPoolExecutor(1, "run")
+        self._loader = ThreadPoolExecutor(1, "load")
         self._draining: set[asyncio.Task] = set()
         self._started = False
         self.common_versions: Callable[[str], set[int]] | None = None  # versions that all processes have loaded
@@ -354,7 +357,7 @@ class ModelManager:
         self._set_status(model, spec.number, "LOADING")
         held = contextlib.ExitStack()
         try:
-            predictor = await loop.run_in_executor(self._loader, self._open, spec, held)
+            predictor = await loop.run_in_executor(self._loader, self._open, model.name, spec, held)
         except Exception as error:  # whatever is wrong with it, other versions go on serving
             held.close()
             model.rejected[spec.number] = revision
@@ -363,16 +366,18 @@ class ModelManager:
             return False
         model.rejected.pop(spec.number, None)
         on_batch = self.on_batch and functools.partial(self.on_batch, model.name, spec.number)
-        version = LoadedVersion(model.name, spec, predictor, self.batching, self._worker, on_batch)
+        version = LoadedVersion(model.name, spec, predictor, self.batching, on_batch)
         model.loaded[spec.number] = version
         model.held_folders[spec.number] = held
         self._set_status(model, spec.number, "AVAILABLE")
         return True
 
-    def _open(self, spec: VersionSpec, held: contextlib.ExitStack) -> Predictor:
+    def _open(self, model: str, spec: VersionSpec, held: contextlib.ExitStack) -> Predictor:
         if spec.open is not None:
             held.enter_context(spec.open())
         predictor = self._load(spec.folder)
+        if (mode := self.batching.mode(model)) != "auto":
+            set_row_independence(predictor, mode)
         if self._started:  # other versions serve meanwhile, so all signatures are prepared first
             prepare_signatures(predictor)
         return predictor
@@ -406,4 +411,3 @@ class ModelManager:
             while self._draining:
                 await asyncio.wait(self._draining)
         self._loader.shutdown()
-        self._worker.shutdown()

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['RUNTIMES', 'Predictor', 'prepare_runtime', 'SessionPredictor', 'EagerPredictor', 'example_columns', 'LiteRTPredictor',
-           'blank_row', 'load_predictor', 'prepare_signatures', 'find_golden', 'golden_rows', 'model_format',
-           'allowed_difference', 'warm_up']
+           'blank_row', 'load_predictor', 'set_row_independence', 'prepare_signatures', 'find_golden', 'golden_rows',
+           'model_format', 'allowed_difference', 'warm_up']
 
 # %% ../../nbs/library/serving/01_runtimes.ipynb #a43ae0ec
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from mlkit._compat.tensorflow import (
 from ..errors import ModelError, ParameterError, ServingError, did_you_mean, join_names
 from ..export.golden import GOLDEN_FILE, TOLERANCES, Golden, check_outputs, load_golden
 from ..export.litert_runtime import LiteRTModel, find_litert_folder
-from ..export.protos import parse_message
+from ..export.protos import parse_message, read_records
 from mlkit.export.signatures import (
     CLASSIFY,
     PREDICT,
@@ -37,12 +38,13 @@ from mlkit.export.signatures import (
     read_signatures,
 )
 from ..runs.run import find_model_version
-from .protocol import read_predict
+from .protocol import read_predict, read_tensors
 
 # %% ../../nbs/library/serving/01_runtimes.ipynb #c1db3f39
 class Predictor(Protocol):
     """Loaded model version."""
 
+    folder: Path  # of the version
     signatures: dict[str, SignatureInfo]
 
     def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -90,6 +92,57 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else repr(error)
 
 # %% ../../nbs/library/serving/01_runtimes.ipynb #c68b7ce2
+def _read_callable_signatures(folder: Path) -> dict[str, SignatureInfo]:
+    """Signatures of a SavedModel; raises ModelError where one needs Python functions."""
+    signatures = read_signatures(folder)
+    if names := [name for name, signature in signatures.items() if signature.has_python_code]:
+        raise ModelError(
+            f"{folder}: {join_names(names)} calls Python functions (tf.py_function, tf.numpy_function), which a "
+            "SavedModel does not contain. Write them with TensorFlow operations, and export the model again."
+        )
+    return signatures
+
+
+def _check_variables(folder: Path, signatures: Mapping[str, SignatureInfo]) -> None:
+    """Raise ModelError where a signature reads variables that are not restored from the model's files."""
+    for name, signature in signatures.items():
+        if signature.unrestored:
+            raise ModelError(
+                f"{folder}: {name} reads variables without values in the model: {join_names(signature.unrestored, 3)}. "
+                "tf.saved_model.save writes a Keras 3 model like this. Write it with model.export(FOLDER) instead, or "
+                "serve it with --runtime eager."
+            )
+
+
+def _is_callable(signatures: Mapping[str, SignatureInfo], name: str) -> bool:
+    """Whether a signature exists and has no composite tensors."""
+    if name not in signatures:
+        return False
+    signature = signatures[name]
+    return all(info.tensor for info in (*signature.inputs.values(), *signature.outputs.values()))
+
+
+def _as_output(values: Any) -> np.ndarray:
+    """Output as an array; TensorFlow returns single texts and numbers as Python objects."""
+    if type(values) is np.ndarray:
+        return values
+    return np.array(values, object if isinstance(values, bytes | str) else None)
+
+
+class _SessionCall(NamedTuple):
+    """Prepared call of a signature."""
+
+    call: Callable[..., list]  # function of the inputs, which returns the computed outputs
+    inputs: list[str]  # names in the order of the arguments
+    outputs: list[str]  # names of the computed outputs
+    copied: dict[str, str]  # input by the name of an output that is the same tensor
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        values = self.call(*[inputs[name] for name in self.inputs])
+        outputs = {name: _as_output(value) for name, value in zip(self.outputs, values, strict=True)}
+        return outputs | {name: inputs[source] for name, source in self.copied.items()} if self.copied else outputs
+
+
 class SessionPredictor:
     """SavedModel in a TensorFlow session, called on the client's thread."""
 
@@ -97,31 +150,36 @@ class SessionPredictor:
         self,
         folder: Path,  # of one version
     ):
-        self.folder, self.signatures = folder, read_signatures(folder)
-        self._calls: dict[str, Any] = {}
+        self.folder, self.signatures = folder, _read_callable_signatures(folder)
+        _check_variables(folder, self.signatures)
+        self._calls: dict[str, _SessionCall] = {}
         self._lock, self._closed, self._session = threading.Lock(), False, None
         try:
             self._session = open_session(folder)
-            if "serving_default" in self.signatures:
+            if _is_callable(self.signatures, "serving_default"):
                 self._prepare_call("serving_default")
         except Exception as error:  # TensorFlow raises many types
             if self._session is not None:
                 self._session.close()
             raise ModelError(f"{folder} holds no model that can be loaded: {_first_line(error)}") from error
 
-    def _prepare_call(self, name: str) -> Any:
+    def _prepare_call(self, name: str) -> "_SessionCall":
         with self._lock:
             if name in self._calls or self._closed:
                 return self._calls.get(name)
-            signature = self.signatures[name]
-            feeds, fetches = ([info.tensor for info in part.values()] for part in (signature.inputs, signature.outputs))
-            self._calls[name] = session_callable(self._session, feeds, fetches)
+            feeds = {info.tensor: name for name, info in self.signatures[name].inputs.items()}
+            fetches = {name: info.tensor for name, info in self.signatures[name].outputs.items()}
+            computed = {name: tensor for name, tensor in fetches.items() if tensor not in feeds}
+            copied = {name: feeds[tensor] for name, tensor in fetches.items() if tensor in feeds}
+            call = session_callable(self._session, list(feeds), list(computed.values()))
+            self._calls[name] = _SessionCall(call, list(feeds.values()), list(computed), copied)
             return self._calls[name]
 
     def prepare(self) -> None:
         """Prepare all signatures; from any thread."""
         for name in self.signatures:
-            self._prepare_call(name)
+            if _is_callable(self.signatures, name):
+                self._prepare_call(name)
 
     def run(
         self,
@@ -132,10 +190,9 @@ class SessionPredictor:
         info = find_signature(self.signatures, signature)
         try:
             call = self._calls.get(info.name) or self._prepare_call(info.name)
-            outputs = call(*[inputs[name] for name in info.inputs])
+            return call.run(inputs)
         except Exception as error:
             raise _as_serving_error(error) from error
-        return dict(zip(info.outputs, outputs, strict=True))
 
     def close(self) -> None:
         """Release the memory; no call may be in progress."""
@@ -154,7 +211,7 @@ class EagerPredictor:
     ):
         import tensorflow
 
-        self.folder, self.signatures, self._tensorflow = folder, read_signatures(folder), tensorflow
+        self.folder, self.signatures, self._tensorflow = folder, _read_callable_signatures(folder), tensorflow
         try:
             self._model = tensorflow.saved_model.load(str(folder))
         except Exception as error:  # TensorFlow raises many types
@@ -175,7 +232,7 @@ class EagerPredictor:
             outputs = function(**{name: constant(values, specs[name].dtype) for name, values in arguments.items()})
         except Exception as error:
             raise _as_serving_error(error) from error
-        return {name: outputs[name].numpy() for name in info.outputs}
+        return {name: _as_output(outputs[name].numpy()) for name in info.outputs}
 
     def close(self) -> None:
         """Release the memory, as far as TensorFlow releases it."""
@@ -345,9 +402,15 @@ def load_predictor(
     folder: Path | str,  # of one version
     runtime: str = "tensorflow",  # one of RUNTIMES
     precision: str = "float32",  # of a converted model, one of mlkit.export.litert.KINDS
+    batching: str = "auto",  # whether rows of several requests share a batch: auto, on or off
 ) -> Predictor:
     """Load a model version; raises ParameterError, NotFoundError, ModelError for what cannot be loaded."""
-    folder = Path(folder)
+    predictor = _load(Path(folder), runtime, precision)
+    set_row_independence(predictor, batching)
+    return predictor
+
+
+def _load(folder: Path, runtime: str, precision: str) -> Predictor:
     if runtime == "litert":
         return LiteRTPredictor(folder, precision)
     if runtime not in RUNTIMES:
@@ -357,6 +420,19 @@ def load_predictor(
     if not (folder / "saved_model.pb").is_file():
         raise ModelError(f"{folder} holds no SavedModel: there is no saved_model.pb in it.")
     return SessionPredictor(folder) if runtime == "tensorflow" and has_tested_sessions() else EagerPredictor(folder)
+
+
+def set_row_independence(
+    predictor: Predictor,
+    mode: str = "auto",  # auto: as the model's export has found; on or off: as configured
+) -> None:
+    """Record in the signatures whether rows of several requests may share a batch; raises ModelError."""
+    golden = find_golden(predictor.folder)
+    independent = mode == "on" or (mode == "auto" and golden is not None and golden.independent_rows)
+    predictor.signatures = {
+        name: replace(info, has_independent_rows=independent, takes_missing_values=golden is not None)
+        for name, info in predictor.signatures.items()
+    }
 
 
 def prepare_signatures(predictor: Predictor) -> None:
@@ -416,29 +492,59 @@ def warm_up(
     golden: Golden | None,  # from `find_golden`
     tolerance: float = TOLERANCES["float32"],  # for differences from the stored predictions
 ) -> int:  # number of requests
-    """Warm up a model with its golden requests; raises ModelError when its predictions differ from the stored ones."""
-    signature = predictor.signatures.get("serving_default")
-    if signature is None or not all(_is_supported(info) for info in signature.inputs.values()):
-        return 0
-    rows = golden.instances if golden else ()
-    requests = [{"instances": [row]} for row in rows] + ([{"instances": rows}] if rows else [])
+    """Warm up a model with its stored requests; raises ModelError where it fails or predicts something else."""
+    if golden is None:
+        return _warm_up_litert(predictor) if isinstance(predictor, LiteRTPredictor) else _replay_warm_up_file(predictor)
+    requests = [*({"instances": [row]} for row in golden.instances), {"instances": golden.instances}]
     try:
         calls = [read_predict(json.dumps(request).encode(), predictor.signatures) for request in requests]
-        batches = [call.inputs for call in calls] or [blank_row(signature.inputs)]
+        batches = [call.inputs for call in calls]
         outputs = [predictor.run("serving_default", inputs) for inputs in batches][-1]  # of all rows as one batch
         for inputs in (batches * _ROUNDS)[:_ROUNDS]:
             predictor.run("serving_default", inputs)
     except ServingError as error:
-        if rows:
-            raise ModelError(f"The model does not answer its golden requests: {error}") from error
-        return 0
-    if golden:
-        _check_predictions(predictor, outputs, golden, tolerance)
+        raise ModelError(f"The model does not answer its golden requests: {error}") from error
+    _check_predictions(predictor, outputs, golden, tolerance)
     return len(batches) + _ROUNDS
 
 
-def _is_supported(info: TensorInfo) -> bool:
-    return not isinstance(info.dtype, str) or info.dtype == _TEXT
+def _warm_up_litert(predictor: LiteRTPredictor) -> int:
+    """Call a converted model with zeros: it has no state that they could change."""
+    row = blank_row(predictor.signatures["serving_default"].inputs)
+    for _ in range(_ROUNDS):
+        predictor.run("serving_default", row)
+    return _ROUNDS
+
+
+def _warm_up_calls(predictor: Predictor) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Signature and inputs of the requests in a model's warm-up file."""
+    file = predictor.folder / "assets.extra" / "tf_serving_warmup_requests"
+    for record in read_records(file.read_bytes()) if file.is_file() else ():
+        log = parse_message("PredictionLog", record)
+        kind = log.WhichOneof("log_type")
+        if kind == "predict_log":
+            request = log.predict_log.request
+            signature = find_signature(predictor.signatures, request.model_spec.signature_name)
+            yield signature.name, read_tensors(signature, request.inputs)
+        elif kind in ("classify_log", "regress_log"):
+            request = getattr(log, kind).request
+            signature = find_signature(predictor.signatures, request.model_spec.signature_name)
+            examples = [example.SerializeToString() for example in request.input.example_list.examples]
+            yield signature.name, {name: np.array(examples, object) for name in signature.inputs}
+
+
+def _replay_warm_up_file(predictor: Predictor) -> int:
+    """Send the requests of a model's warm-up file; raises ModelError where one fails."""
+    count = 0
+    try:
+        for signature, inputs in _warm_up_calls(predictor):
+            predictor.run(signature, inputs)
+            count += 1
+    except (ServingError, OSError, ValueError) as error:
+        raise ModelError(
+            f"The model does not answer request {count + 1} of its file tf_serving_warmup_requests: {error}"
+        ) from error
+    return count
 
 
 def _check_predictions(

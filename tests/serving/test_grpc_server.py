@@ -52,7 +52,6 @@ from mlkit.serving.grpc_server import (
     CallInfo,
     get_status,
     predict,
-    read_inputs,
     read_output_filter,
     read_spec,
     reload_config,
@@ -60,6 +59,7 @@ from mlkit.serving.grpc_server import (
 )
 from mlkit.serving.model_manager import ModelManager
 from mlkit.serving.options import ServedPath
+from mlkit.serving.protocol import read_tensors
 from mlkit.serving.server import RunningServer
 from mlkit.serving.sources import FolderSource, ServingPlan, VersionSpec
 from mlkit.training import fit
@@ -522,7 +522,7 @@ def tensors(name: str, values: np.ndarray) -> Any:
 
 def test_tensors_become_the_arrays_of_a_signature() -> None:
     images = np.random.default_rng(0).random((2, 8, 8, 1)).astype("float32")
-    np.testing.assert_array_equal(read_inputs(DIGITS, tensors("image", images))["image"], images)
+    np.testing.assert_array_equal(read_tensors(DIGITS, tensors("image", images))["image"], images)
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ def test_tensors_become_the_arrays_of_a_signature() -> None:
 )
 def test_tensors_that_do_not_fit_are_rejected(message: str, name: str, values: np.ndarray) -> None:
     with pytest.raises(ServingError) as caught:
-        read_inputs(DIGITS, tensors(name, values))
+        read_tensors(DIGITS, tensors(name, values))
     assert message in str(caught.value)
 
 
@@ -543,7 +543,7 @@ def test_a_request_needs_a_model_inputs_and_known_outputs() -> None:
     with pytest.raises(ServingError, match="names no model"):
         read_spec(message_class("PredictRequest")().model_spec)
     with pytest.raises(ServingError, match="lacks inputs of 'serving_default': image"):
-        read_inputs(DIGITS, {})
+        read_tensors(DIGITS, {})
     assert read_output_filter(DIGITS, ["score"]) == ["score"]
     assert read_output_filter(DIGITS, []) == ["probabilities", "score"]
     with pytest.raises(ServingError, match=r"Did you mean 'score'\?"):

@@ -523,7 +523,8 @@ class Slow:
 
     def __init__(self, folder: Path):
         infos = {name: TensorInfo(name, np.dtype("float32"), (None,), name) for name in ("x", "y")}
-        signature = SignatureInfo("serving_default", {"x": infos["x"]}, {"y": infos["y"]}, PREDICT)
+        inputs, outputs = {"x": infos["x"]}, {"y": infos["y"]}
+        signature = SignatureInfo("serving_default", inputs, outputs, PREDICT, has_independent_rows=True)
         self.signatures, self.go, self.calls = {"serving_default": signature}, threading.Event(), 0
 
     def run(self, signature: str, inputs: dict) -> dict:
@@ -558,14 +559,14 @@ def test_a_full_queue_rejects_requests_and_deadlines_hold(tmp_path: Path) -> Non
             while slow.calls < 2:
                 await asyncio.sleep(0.001)
             late = ask(2, **{"request-timeout": "0.05"})
-            waiting = [ask(3) for _ in range(4)]
+            assert (await late).status_code == 504  # while the model is still busy
+            waiting = [ask(3) for _ in range(5)]
             await asyncio.sleep(0.1)
             refused = await ask(4)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             slow.go.set()
-            assert (await late).status_code == 504
-            assert [answer.status_code for answer in await asyncio.gather(busy, *waiting)] == [200] * 5
-            assert slow.calls == 3  # the four were asked together
+            assert [answer.status_code for answer in await asyncio.gather(busy, *waiting)] == [200] * 6
+            assert slow.calls == 4  # four of the five were asked together
         await manager.close()
 
     asyncio.run(story())
