@@ -80,11 +80,16 @@ class JobInterruptedError(MlkitError):
     """A job was interrupted before its end."""
 
 # %% ../nbs/library/core/00_errors.ipynb #438695bd
+_LONGEST_NAME = 100  # characters; comparing longer names takes seconds, and they are no misspelt ones
+
+
 def did_you_mean(
     name: str,  # unknown name
     options: Iterable[str],  # known names
 ) -> str:  # " Did you mean 'x'?", or "" when no name is close
     """Suggest the closest known name, as a sentence to append to an error message."""
+    if len(name) > _LONGEST_NAME:
+        return ""
     lowered = {option.lower(): option for option in options}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     return f" Did you mean '{lowered[close[0]]}'?" if close else ""

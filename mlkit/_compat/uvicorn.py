@@ -17,6 +17,9 @@ _ATTRIBUTES = {
     *("pipeline", "scope", "server_state", "tasks", "transport", "url"),
 }
 
+_MAX_PIPELINED = 16  # requests of a connection that wait for the response to an earlier one
+_PARSE_BYTES = 65_536  # bytes parsed at once, which may hold some thousand requests
+
 Respond = Callable[[Any, dict, None, bytes], Awaitable[tuple[int, list[tuple[bytes, bytes]], bytes]]]
 
 
@@ -35,16 +38,18 @@ def guarded_protocol(
     error_body: Callable[[str], bytes],  # JSON body for a message
     connection_state: Callable[[asyncio.BaseTransport], Mapping[str, Any]],  # added to each request's `scope["state"]`
 ) -> type:
-    """HTTP protocol that closes idle connections and answers malformed requests in JSON.
+    """HTTP protocol that closes idle connections, limits pipelined requests and answers malformed ones in JSON.
 
     Sockets are limited. Without this, a client that opens connections and sends nothing, or half a head, could take
-    all of them.
+    all of them. Memory is limited, too: uvicorn reads on after each response, however many requests of the connection
+    are waiting, so a client that sends small requests and reads no response could fill it.
     """
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class GuardedProtocol(HttpToolsProtocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            self._unparsed = b""
             self._idle_timer = self.loop.call_later(idle_seconds, self._check_idle, None)
             if state := connection_state(transport):
                 self.app_state = self.app_state | state
@@ -52,6 +57,28 @@ def guarded_protocol(
         def connection_lost(self, exc: Exception | None) -> None:
             self._idle_timer.cancel()
             super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if not self._unparsed and len(data) <= _PARSE_BYTES and len(self.pipeline) <= _MAX_PIPELINED:
+                super().data_received(data)
+            else:
+                self._unparsed += data
+                self._parse_pipelined()
+
+        def _parse_pipelined(self) -> None:
+            while self._unparsed and len(self.pipeline) <= _MAX_PIPELINED and not self.transport.is_closing():
+                data, self._unparsed = self._unparsed[:_PARSE_BYTES], self._unparsed[_PARSE_BYTES:]
+                super().data_received(data)
+            if self._unparsed:
+                self.flow.pause_reading()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if len(self.pipeline) > _MAX_PIPELINED:
+                self.flow.pause_reading()
+            elif self._unparsed:
+                self.flow.pause_reading()
+                self.loop.call_soon(self._parse_pipelined)
 
         def _check_idle(self, last_cycle: Any) -> None:  # latest request at the previous check
             if self.cycle is last_cycle and (last_cycle is None or last_cycle.response_complete):
@@ -152,7 +179,7 @@ def direct_protocol(
                 self.on_response_complete()
 
         def on_response_complete(self) -> None:
-            if self.pipeline or self.transport.is_closing():
+            if self.pipeline or self._unparsed or self.transport.is_closing():
                 super().on_response_complete()
             else:  # without uvicorn's timer for each request: the idle check closes quiet connections
                 self.server_state.total_requests += 1

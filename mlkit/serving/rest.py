@@ -7,6 +7,7 @@ loaded with the first request that needs it. Request and response bodies are han
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -14,7 +15,7 @@ import logging
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +97,53 @@ def error_body(
     return write_error(ServingError("INVALID_ARGUMENT", message))
 
 
+class _BodyBudget:
+    """Reads request bodies within limits of bytes and seconds; all bodies in memory together are limited, too."""
+
+    def __init__(self, limit: int, total: int, seconds: float):
+        self._limit, self._total, self._seconds = limit, total, seconds
+        self._held, self._freed = 0, 0  # bytes in memory; bytes freed since memory was last returned
+
+    @contextlib.asynccontextmanager
+    async def read(
+        self, headers: Mapping[bytes, bytes], receive: Callable[[], Awaitable[dict]]
+    ) -> AsyncIterator[bytes]:
+        """Context manager that holds a body until its request has ended; raises ServingError beyond the budget."""
+        size = 0
+
+        async def receive_within_budget() -> dict:
+            nonlocal size
+            message = await receive()
+            received = len(message.get("body", b""))
+            size += received
+            self._held += received
+            if self._held > self._total:
+                raise ServingError(
+                    "UNAVAILABLE", f"Bodies of {self._total:,} bytes are in memory, which is the limit.", 1.0
+                )
+            return message
+
+        try:
+            async with asyncio.timeout(self._seconds):
+                body = await _read_body(headers, receive_within_budget, self._limit)
+            yield body
+        finally:
+            self._held -= size
+            self._freed += size
+            if self._freed > _TRIM_BYTES:
+                self._freed = 0
+                _return_free_memory()
+
+
+_TRIM_BYTES = 64 * 2**20  # freed bytes after which memory is returned to the system
+
+
+def _return_free_memory() -> None:
+    """Return freed memory to the system, where the C library can (glibc)."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 class ResponseCache:
     """Least-recently-used cache of response bodies, by version and request body."""
 
@@ -149,6 +197,7 @@ class RestApplication:
         manager: ModelManager,
         *,
         body_bytes: int = 64 * 2**20,  # largest request body
+        total_body_bytes: int = 256 * 2**20,  # bodies of all requests in progress
         cache_bytes: int = 0,  # size of the response cache; 0: no cache
         readiness: Callable[[], dict[str, Any]] | None = None,  # more fields for /readyz
         reload: Callable[[str], Awaitable[None]] | None = None,  # polls the sources; takes the principal's name
@@ -158,6 +207,7 @@ class RestApplication:
         on_denied: Callable[[str, str, ServingError], Awaitable[None]] | None = None,  # principal, action, error
     ):
         self.manager, self.body_bytes, self._readiness = manager, body_bytes, readiness or dict
+        self._bodies = _BodyBudget(body_bytes, total_body_bytes, manager.batching.timeout)
         self._reload, self._telemetry, self.auth = reload or (lambda principal: manager.reload()), telemetry, auth
         self._on_denied, self._identifies = on_denied, auth is not None or client_certificates
         self.cache = ResponseCache(cache_bytes) if cache_bytes else None
@@ -256,8 +306,13 @@ class RestApplication:
     ) -> tuple[list, bytes]:
         deadline = time.monotonic() + _timeout(headers, self.manager.batching.timeout)
         if body is None:
-            async with asyncio.timeout(self.manager.batching.timeout):
-                body = await _read_body(headers, receive, self.body_bytes)
+            async with self._bodies.read(headers, receive) as body:
+                return await self._infer_body(target, headers, body, deadline)
+        return await self._infer_body(target, headers, body, deadline)
+
+    async def _infer_body(
+        self, target: Target, headers: dict[bytes, bytes], body: bytes, deadline: float
+    ) -> tuple[list, bytes]:
         key = headers.get(b"traffic-key", b"").decode("latin-1")
         with self.manager.acquire(target.model, target.version, target.label, key) as version:
             infer = INFERENCE[target.verb] if self.cache is None else functools.partial(self._cached, target.verb)
@@ -347,10 +402,18 @@ def _timeout(headers: Mapping[bytes, bytes], default: float) -> float:
     return min(seconds, default)
 
 
+_LOOP_BYTES = 262_144  # largest body that is parsed on the event loop
+
+
+async def _convert(size: int, function: Callable, *arguments: Any) -> Any:
+    """Parse or write a body: a large one in a thread, so that the event loop goes on."""
+    return await asyncio.to_thread(function, *arguments) if size > _LOOP_BYTES else function(*arguments)
+
+
 async def _predict(version: LoadedVersion, body: bytes, deadline: float) -> bytes:
-    call = read_predict(body, version.signatures)
+    call = await _convert(len(body), read_predict, body, version.signatures)
     outputs = await version.run(call.signature.name, call.inputs, call.rows, deadline)
-    return write_predict(outputs, call.row_format)
+    return await _convert(sum(values.nbytes for values in outputs.values()), write_predict, outputs, call.row_format)
 
 
 async def _classify(version: LoadedVersion, body: bytes, deadline: float) -> bytes:
@@ -362,7 +425,7 @@ async def _regress(version: LoadedVersion, body: bytes, deadline: float) -> byte
 
 
 async def _predict_examples(version: LoadedVersion, body: bytes, deadline: float, method: str) -> tuple[dict, int]:
-    call = read_examples(body, version.signatures, method)
+    call = await _convert(len(body), read_examples, body, version.signatures, method)
     inputs = {next(iter(call.signature.inputs)): np.array(call.examples, object)}
     return await version.run(call.signature.name, inputs, len(call.examples), deadline), len(call.examples)
 
