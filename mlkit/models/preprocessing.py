@@ -606,6 +606,8 @@ def concatenate_features(
         parts.append(_row_vector(rows, make, name, width))
     for name, rows in table.words.items():
         parts.append(_text_vector(rows, make, name, width))
+    if not parts:
+        raise ValueError("The data set has no columns to encode, only images.")
     return make.concatenate(parts, "features")
 
 # %% ../../nbs/library/models/00_preprocessing.ipynb #96994d89
