@@ -6,7 +6,7 @@
 __all__ = ['RESERVED_VARIABLES', 'cpu_count', 'Section', 'RunsSettings', 'JobsSettings', 'KernelsSettings', 'TestsSettings',
            'GateSettings', 'SchemasSettings', 'DistributedSettings', 'SigningSettings', 'RegistrySettings',
            'ServingSettings', 'AuthSettings', 'Settings', 'known_settings', 'RawSetting', 'find_settings_file',
-           'read_settings_file', 'variable_name', 'read_environment', 'load_settings']
+           'read_settings_file', 'variable_name', 'read_environment', 'unknown_variables', 'load_settings']
 
 # %% ../nbs/library/core/01_config.ipynb #2ec29908
 import configparser
@@ -113,6 +113,12 @@ class ServingSettings(Section):
     """`[serving]`: logs of a model server, and cross-origin requests."""
 
     logs: Path = Field(Path("logs"), description="folder of the server's audit log and of logged requests")
+    batching: str = Field(
+        "auto",
+        description="whether rows of several requests share a batch: auto (models of mlkit whose rows are "
+        "independent), on, off, or for single models NAME=on, separated by commas",
+    )
+    max_body: int = Field(64, description="largest request body, in MiB", ge=1, le=2000)
     log_format: Literal["text", "json"] = Field("text", description="format of the server's log lines")
     access_log: Literal["all", "errors", "none"] = Field(
         "errors", description="requests for which a log line is written"
@@ -240,17 +246,32 @@ def variable_name(
 def read_environment(
     environment: Mapping[str, str],  # environment variables, usually os.environ
 ) -> dict[str, RawSetting]:  # by dotted name
-    """Read settings from environment variables; raises SettingsError for an unknown `MLKIT_` variable."""
+    """Read settings from environment variables."""
     names = {variable_name(name): name for name in known_settings()}
-    settings = {}
-    for variable, text in environment.items():
-        if not variable.startswith("MLKIT_") or variable in RESERVED_VARIABLES:
-            continue
-        if variable not in names:
-            hint = did_you_mean(variable, names)
-            raise SettingsError(f"Unknown environment variable {variable}.{hint} Known: {', '.join(names)}.")
-        settings[names[variable]] = RawSetting(text, f"environment variable {variable}", Path.cwd())
-    return settings
+    return {
+        names[variable]: RawSetting(text, f"environment variable {variable}", Path.cwd())
+        for variable, text in environment.items()
+        if variable in names
+    }
+
+
+# https://kubernetes.io/docs/concepts/containers/container-environment/, variables of services
+_SERVICE_VARIABLE = re.compile(r"MLKIT(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+
+
+def unknown_variables(
+    environment: Mapping[str, str],  # environment variables, usually os.environ
+) -> list[str]:  # one sentence each
+    """Warnings for variables that look like settings and are none."""
+    names = [variable_name(name) for name in known_settings()]
+    return [
+        f"The environment variable {variable} is no setting, and has no effect.{did_you_mean(variable, names)}"
+        for variable, text in environment.items()
+        if variable.startswith("MLKIT_")
+        and variable not in (*names, *RESERVED_VARIABLES)
+        and not _SERVICE_VARIABLE.fullmatch(variable)
+        and not (variable.endswith("_PORT") and "://" in text)
+    ]
 
 # %% ../nbs/library/core/01_config.ipynb #f4e06118
 def load_settings(

@@ -14,7 +14,7 @@ from mlkit.cli import (  # noqa: F401  isort: skip  (each adds its commands, in 
     project, test, data, run, runs, jobs, evaluation, export, signing, registry, serving, api_keys, predict,
 )  # fmt: skip
 from mlkit.cli.console import console, errors, parse_pairs
-from mlkit.config import load_settings, variable_name
+from mlkit.config import load_settings, unknown_variables, variable_name
 from mlkit.errors import JobInterruptedError, MlkitError
 
 
@@ -51,4 +51,6 @@ def options(
     """Options of every command."""
     overrides = parse_pairs(settings, "--set takes NAME=VALUE")
     load_settings(overrides)  # rejects what is wrong
+    for warning in unknown_variables(os.environ):
+        errors.print(f"[yellow]Warning:[/] {escape(warning)}", soft_wrap=True)
     os.environ.update({variable_name(name): value for name, value in overrides.items()})  # kernels inherit it

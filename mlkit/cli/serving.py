@@ -123,6 +123,7 @@ def serve(
     cache: Annotated[int, typer.Option(min=0, help="Megabytes of the response cache.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a request times out.")] = 30.0,
     queue_size: Annotated[int, typer.Option(min=1, help="Queued requests per model; more are rejected.")] = 1024,
+    batching_parameters_file: Annotated[Path | None, typer.Option(help="TF Serving's batching parameters.")] = None,
     unsigned: Annotated[bool, typer.Option("--unsigned", help="Serve registered models without signature.")] = False,
     engine: EngineOption = "local",
     replicas: Annotated[str, typer.Option(metavar="N|MIN-MAX", help="Replicas on Ray, scaled by load.")] = "",
@@ -146,6 +147,11 @@ def serve(
     for model in served if shadow else ():
         check_shadow(model, shadow)
     settings = load_settings()
+    batching = BatchingConfig(max_queued=queue_size, timeout=timeout, shared=settings.serving.batching)
+    if batching_parameters_file is not None:
+        batching = batching.with_tf_serving_file(batching_parameters_file)
+    for name in names:
+        batching.mode(name)  # rejects what is wrong
     auth, tls = read_options(settings)
     options = ServerOptions(
         tuple(served),
@@ -156,7 +162,8 @@ def serve(
         runtime,
         variant,
         verify=not unsigned,
-        batching=BatchingConfig(max_queued=queue_size, timeout=timeout),
+        batching=batching,
+        body_bytes=settings.serving.max_body * 2**20,
         shadow=shadow,
         cache_bytes=cache * 2**20,
         auth=auth,

@@ -129,6 +129,7 @@ SerializedExamples: examples=1 *bytes, context=2 bytes
 SerializedInput: example_list=1 SerializedExamples of kind, example_list_with_context=2 SerializedExamples of kind
 ExamplesRequest: model_spec=1 ModelSpec, input=2 SerializedInput
 SeveralRequest: tasks=1 *InferenceTask, input=2 SerializedInput
+BatchingParameters: max_batch_size=1 google.protobuf.Int64Value, max_enqueued_batches=3 google.protobuf.Int64Value
 SavedModel: saved_model_schema_version=1 int64, meta_graphs=2 *SavedModel.MetaGraph
 SavedModel.MetaGraph: meta_info_def=1 SavedModel.MetaInfo, graph_def=2 SavedModel.Graph, \
 saver_def=3 SavedModel.Saver, collection_def=4 string->SavedModel.Collection, signature_def=5 string->SignatureDef

@@ -53,7 +53,7 @@ from .state import CHAMPION, ModelState, check_alias, check_name, reduce_events
 from .tf_serving_config import serving_files
 from ..runs.query import matching_names
 from ..runs.record import RUN_FILE, Record, read_record
-from ..runs.run import SIGNATURE_FILE, Run
+from ..runs.run import SIGNATURE_FILE, Run, version_number
 
 # %% ../../nbs/library/registry/02_store.ipynb #d80f96c0
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ def find_version(
     version: int | str,  # number, or the run of a version: its id or a unique part of it
 ) -> int:
     """Number of a version; raises NotFoundError for none, a deleted one, or several."""
-    numbers = [int(version)] if str(version).isdigit() else _versions_of_run(state, str(version))
+    number = version_number(str(version))
+    numbers = _versions_of_run(state, str(version)) if number is None else [number]
     if len(numbers) > 1:
         raise NotFoundError(f"'{version}' could be any of the versions {join_names(numbers)} of {state.name}.")
     if not numbers or numbers[0] not in state.registered:
@@ -646,8 +647,9 @@ def _unregistered_folders(root: Path, states: Mapping[str, ModelState]) -> Itera
     """Folders that look like versions and are not registered."""
     for path in sorted(root.glob("*/[0-9]*")) + sorted(root.glob("*/.unregistered-*")):
         state = states.get(path.parent.name)
-        known = path.name.isdigit() and state and int(path.name) in state.versions
-        if not known and (path.name.isdigit() or path.name.startswith(".")):
+        number = version_number(path.name)
+        known = number is not None and state and number in state.versions
+        if not known and (number is not None or path.name.startswith(".")):
             yield f"{path.parent.name}/{path.name}: this folder is not registered; look at it, then delete it"
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATUS_COLORS', 'SIGNATURE_FILE', 'SIGNED_RECORD_FILE', 'Run', 'SavedFigure', 'status_html', 'run_html',
-           'find_model_version', 'check_unsigned']
+           'version_number', 'find_model_version', 'check_unsigned']
 
 # %% ../../nbs/library/runs/01_run.ipynb #a09e5bc7
 import contextlib
@@ -372,12 +372,19 @@ def _is_json(value: Any) -> bool:
         return False
 
 # %% ../../nbs/library/runs/01_run.ipynb #dc140e6d
+def version_number(
+    name: str,  # of a folder
+) -> int | None:
+    """Version number in the name of a folder; None where it is no plain decimal number of 64 bits."""
+    return int(name) if re.fullmatch("[0-9]{1,18}", name) else None
+
+
 def find_model_version(
     folder: Path,  # folder of a version, of several versions, or of a run
 ) -> Path | None:  # folder of the latest version; None without a SavedModel
     """Find the folder of an exported model version."""
     for parent in (folder, folder / "saved_model"):
-        versions = [path for path in parent.glob("[0-9]*") if path.name.isdigit()]
+        versions = [path for path in parent.glob("[0-9]*") if version_number(path.name) is not None]
         if (parent / "saved_model.pb").is_file():
             return parent
         if versions:

@@ -13,12 +13,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from google.protobuf import text_format
 
 from ..errors import ParameterError, ServingError
+from ..export.protos import message_class
 from ..export.signatures import SignatureInfo
 
 # %% ../../nbs/library/serving/02_batcher.ipynb #5715a728
@@ -49,6 +52,21 @@ class BatchingConfig:
                 )
             modes[name] = mode
         return modes.get(model, modes.get("", "auto"))
+
+    def with_tf_serving_file(
+        self,
+        path: Path,  # file for TF Serving's option --batching_parameters_file
+    ) -> "BatchingConfig":
+        """This configuration with TF Serving's: all models share batches; raises ParameterError for a damaged file."""
+        try:
+            parameters = text_format.Parse(
+                path.read_text(encoding="utf-8"), message_class("BatchingParameters")(), allow_unknown_field=True
+            )
+        except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+            raise ParameterError(f"{path} holds no batching parameters of TF Serving: {error}") from error
+        rows = parameters.max_batch_size.value or self.batch_rows
+        queued = rows * parameters.max_enqueued_batches.value or self.max_queued
+        return replace(self, batch_rows=rows, max_queued=queued, shared="on")
 
 # %% ../../nbs/library/serving/02_batcher.ipynb #9371ed19
 _QUANTILE, _RECENT_CALLS = 0.9, 32

@@ -97,6 +97,9 @@ def error_body(
     return write_error(ServingError("INVALID_ARGUMENT", message))
 
 
+_HELD_BODIES = 4  # bodies of the largest size that may be in memory at the same time
+
+
 class _BodyBudget:
     """Reads request bodies within limits of bytes and seconds; all bodies in memory together are limited, too."""
 
@@ -197,7 +200,6 @@ class RestApplication:
         manager: ModelManager,
         *,
         body_bytes: int = 64 * 2**20,  # largest request body
-        total_body_bytes: int = 256 * 2**20,  # bodies of all requests in progress
         cache_bytes: int = 0,  # size of the response cache; 0: no cache
         readiness: Callable[[], dict[str, Any]] | None = None,  # more fields for /readyz
         reload: Callable[[str], Awaitable[None]] | None = None,  # polls the sources; takes the principal's name
@@ -207,7 +209,7 @@ class RestApplication:
         on_denied: Callable[[str, str, ServingError], Awaitable[None]] | None = None,  # principal, action, error
     ):
         self.manager, self.body_bytes, self._readiness = manager, body_bytes, readiness or dict
-        self._bodies = _BodyBudget(body_bytes, total_body_bytes, manager.batching.timeout)
+        self._bodies = _BodyBudget(body_bytes, _HELD_BODIES * body_bytes, manager.batching.timeout)
         self._reload, self._telemetry, self.auth = reload or (lambda principal: manager.reload()), telemetry, auth
         self._on_denied, self._identifies = on_denied, auth is not None or client_certificates
         self.cache = ResponseCache(cache_bytes) if cache_bytes else None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..config import load_settings
 from ..errors import NotFoundError, SignatureError, join_names
+from ..runs.run import version_number
 
 # %% ../../nbs/library/serving/03_sources.ipynb #2d90e423
 class VersionSpec(NamedTuple):
@@ -79,18 +80,18 @@ class FolderSource:
     def poll(self) -> ServingPlan:
         """Poll the present plan, newest versions first."""
         if _contains_model(self.path, self.runtime):
-            number = int(self.path.name) if self.path.name.isdigit() else 1
-            return ServingPlan((VersionSpec(number, self.path),), 1)
-        folders = []
+            number = version_number(self.path.name)
+            return ServingPlan((VersionSpec(1 if number is None else number, self.path),), 1)
+        versions = []
         for parent in (self.path, self.path / "saved_model"):
             with contextlib.suppress(OSError):
-                folders += [
-                    folder
+                versions += [
+                    VersionSpec(number, folder)
                     for folder in parent.iterdir()
-                    if folder.name.isdigit() and _contains_model(folder, self.runtime)
+                    if (number := version_number(folder.name)) is not None and _contains_model(folder, self.runtime)
                 ]
-        versions = sorted(((int(folder.name), folder) for folder in folders), reverse=True)
-        return ServingPlan(tuple(VersionSpec(number, folder) for number, folder in versions), self.count)
+        versions.sort(key=lambda spec: (spec.number, spec.folder), reverse=True)
+        return ServingPlan(tuple(versions), self.count)
 
 # %% ../../nbs/library/serving/03_sources.ipynb #a351231b
 class RegistrySource:

@@ -599,7 +599,8 @@ def warmed_up(folder: Path) -> None:
     """Brings requests for TF Serving's warm-up, and rejects zeros."""
     import tensorflow as tf
 
-    from mlkit.export.golden_sampling import as_records, predict_log
+    from mlkit.export.golden_sampling import predict_log
+    from mlkit.export.protos import as_records
 
     calls = tf.Variable(0)
 
@@ -633,18 +634,18 @@ def make(root: Path, names: list[str] | None = None) -> None:
         ZOO[name].write(root / name / "1")
 
 
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
     """JSON values with bytes instead of {"b64": ...} and texts."""
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return [decode(item) for item in value]
     if isinstance(value, dict):
         return base64.b64decode(value["b64"])
     return value.encode() if isinstance(value, str) else value
 
 
-def _encode(tensor: Any) -> Any:
+def encode(values: Any) -> Any:
     """Values as JSON has them: numbers in full precision, bytes as base64."""
-    array = np.asarray(tensor.numpy(), object if tensor.dtype == "string" else None)
+    array = np.asarray(values, object if isinstance(values, bytes) else None)
     if array.dtype == object:
         return json.loads(json.dumps(array.tolist(), default=lambda data: {"b64": base64.b64encode(data).decode()}))
     return array.astype("float64").tolist() if array.dtype.kind in "fV" else array.tolist()
@@ -662,8 +663,8 @@ def predict(root: Path) -> dict[str, dict[str, list[Any]]]:
             specs = function.structured_input_signature[1]
             for request in requests:
                 request = DEFAULTS.get(name, {}) | request
-                inputs = {key: tf.constant(_decode(value), specs[key].dtype) for key, value in request.items()}
-                outputs = {key: _encode(value) for key, value in function(**inputs).items()}
+                inputs = {key: tf.constant(decode(value), specs[key].dtype) for key, value in request.items()}
+                outputs = {key: encode(value.numpy()) for key, value in function(**inputs).items()}
                 predictions.setdefault(name, {}).setdefault(signature, []).append(outputs)
     return predictions
 

@@ -1,6 +1,7 @@
 """SavedModels of other teams: the server predicts what `tf.saved_model.load` computes, for one client and for many."""
 
 import base64
+import functools
 import json
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 
 from mlkit.errors import MlkitError
+from mlkit.export.signatures import read_signatures
 from mlkit.serving import running_server
 from mlkit.serving.options import ServedPath
 from mlkit.serving.server import RunningServer
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, free_port
+from tests.serving import model_zoo
 from tests.serving.model_zoo import ZOO
 
 REJECTED = ("python_function", "keras_saved_by_tensorflow")  # by the session, when they are loaded
@@ -96,6 +99,50 @@ def test_a_client_gets_what_tensorflow_computes(
     with httpx.Client(base_url=server.url, timeout=60) as client:
         outputs = predict(client, name, signature, ZOO[name].requests[signature][number])
     check(outputs, expected[name][signature][number])
+
+
+def predict_grpc(channel: Any, zoo: Path, name: str, signature: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Outputs from a client of TF Serving's package."""
+    import tensorflow as tf
+    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = name, signature
+    infos = signatures_of(zoo / name / "1")[signature].inputs
+    for key, value in inputs.items():
+        dtype = tf.dtypes.as_dtype(infos[key].dtype)
+        array = np.array(model_zoo.decode(value), dtype.as_numpy_dtype)  # a list would lose large numbers
+        request.inputs[key].CopyFrom(tf.make_tensor_proto(array, dtype))
+    response = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=60)
+    outputs = {key: tf.make_ndarray(value) for key, value in response.outputs.items()}
+    return {key: model_zoo.encode(value) for key, value in outputs.items()}
+
+
+signatures_of = functools.cache(read_signatures)
+
+
+def test_sixteen_clients_of_two_processes_over_rest_and_grpc(zoo: Path, expected: dict) -> None:
+    grpc = pytest.importorskip("grpc")
+    pytest.importorskip("tensorflow_serving")
+    served = [ServedPath(name, str(zoo / name)) for name in ZOO if name not in REJECTED]
+    port = free_port()
+
+    def send_all(client_number: int) -> None:
+        order = np.random.default_rng(client_number).permutation(np.repeat(np.arange(len(REQUESTS)), 3))
+        with (
+            httpx.Client(base_url=server.url, timeout=60) as client,
+            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ):
+            for name, signature, number in (REQUESTS[index].values for index in order):
+                inputs, reference = ZOO[name].requests[signature][number], expected[name][signature][number]
+                if client_number % 2:
+                    outputs = predict_grpc(channel, zoo, name, signature, inputs)
+                    check(outputs if len(outputs) > 1 else next(iter(outputs.values())), reference)
+                else:
+                    check(predict(client, name, signature, inputs), reference)
+
+    with running_server(*served, processes=2, grpc_port=port) as server, ThreadPoolExecutor(16) as clients:
+        list(clients.map(send_all, range(16)))
 
 
 def test_sixteen_clients_get_what_tensorflow_computes(server: RunningServer, expected: dict) -> None:
