@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from mlkit._compat.tensorflow import has_tested_sessions
@@ -264,3 +266,32 @@ def test_several_labels_have_a_signature_each_without_tensorflow(tmp_path: Path)
                 np.testing.assert_allclose(converted[output].reshape(values.shape), values, rtol=1e-4, atol=1e-5)
     for predictor in (portable, exact):
         predictor.close()
+
+
+def test_a_model_takes_rows_as_it_was_trained_on_them(tmp_path: Path) -> None:
+    """null is a missing value, and whole numbers beyond 2^24 are rounded to float32, in golden requests as well."""
+    from mlkit._tensorflow import tf
+
+    rng, rows = np.random.default_rng(3), 300
+    table = pl.DataFrame({
+        "account": rng.integers(2**24, 2**31, rows),
+        "amount": np.where(rng.random(rows) < 0.2, np.nan, rng.normal(size=rows)),
+        "city": rng.choice(["Porto", "Lille", ""], rows),
+        "churned": rng.integers(0, 2, rows),
+    })  # fmt: skip
+    table.with_columns(pl.col("city").replace("", None), pl.col("amount").fill_nan(None)).write_csv(tmp_path / "a.csv")
+    data = load_dataset(str(tmp_path / "a.csv"), "churned")
+    version = export_saved_model(build_model("mlp", data), data, tmp_path / "model")
+    predictor = load_predictor(version)
+    assert warm_up(predictor, find_golden(version)) > 0
+    body = json.dumps({"instances": [{"account": 2**30 + 1, "amount": None, "city": None}]}).encode()
+    sent = predictor.run("serving_default", read_predict(body, predictor.signatures).inputs)
+    raw = {"account": np.float32([2**30 + 1]), "amount": np.float32([np.nan]), "city": np.array([b""], object)}
+    function = tf.saved_model.load(str(version)).signatures["serving_default"]
+    loaded = function(**{name: tf.constant(values) for name, values in raw.items()})
+    for name, values in loaded.items():
+        np.testing.assert_array_equal(sent[name], values.numpy())
+    foreign = {name: replace(info, takes_missing_values=False) for name, info in predictor.signatures.items()}
+    with pytest.raises(ServingError, match="takes float32, which cannot hold 1073741825 exactly"):
+        read_predict(body, foreign)
+    predictor.close()
