@@ -771,7 +771,7 @@ def test_a_kill_at_any_step_leaves_every_alias_at_one_complete_version(place: Pa
     assert all(before >= 5 and after >= 2 for before, after in output.values()), (
         output
     )  # kills before it counted, and after
-    assert output["register"][0] > 30, output
+    assert sum(output["register"]) > 30, output
 
 
 KILLED_AGAIN = (
