@@ -2181,6 +2181,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'mlkit/export/signatures.py'),
                                          'mlkit.export.signatures.SignatureInfo.columns': ( 'library/export/signatures.html#signatureinfo.columns',
                                                                                             'mlkit/export/signatures.py'),
+                                         'mlkit.export.signatures.SignatureInfo.composite_tensors': ( 'library/export/signatures.html#signatureinfo.composite_tensors',
+                                                                                                      'mlkit/export/signatures.py'),
                                          'mlkit.export.signatures.SignatureInfo.has_bounded_cost': ( 'library/export/signatures.html#signatureinfo.has_bounded_cost',
                                                                                                      'mlkit/export/signatures.py'),
                                          'mlkit.export.signatures.SignatureInfo.has_rows': ( 'library/export/signatures.html#signatureinfo.has_rows',

@@ -64,6 +64,11 @@ class SignatureInfo:
         tensors = [*self.inputs.values(), *self.outputs.values()]
         return bool(self.inputs) and all(info.shape and info.shape[0] is None for info in tensors)
 
+    @functools.cached_property
+    def composite_tensors(self) -> tuple[str, ...]:
+        """Names of ragged and sparse inputs and outputs."""
+        return tuple(info.name for info in (*self.inputs.values(), *self.outputs.values()) if not info.tensor)
+
     @property
     def is_batchable(self) -> bool:
         """Whether rows of several requests can be combined in one batch."""
@@ -233,13 +238,12 @@ def find_signature(
             f"There is no signature '{name}'.{did_you_mean(name, signatures)} The model has {join_names(signatures)}.",
         )
     signature = signatures[name]
-    if composite := [
-        info.name for info in (*signature.inputs.values(), *signature.outputs.values()) if not info.tensor
-    ]:
+    if signature.composite_tensors:
         raise ServingError(
             "UNIMPLEMENTED",
             f"Signature '{name}' has composite tensors (ragged or sparse), which no request can hold: "
-            f"{join_names(composite)}. Export a signature with dense tensors, for example x.to_tensor().",
+            f"{join_names(signature.composite_tensors)}. "
+            "Export a signature with dense tensors, for example x.to_tensor().",
         )
     if not _supports(signature, method):
         suitable = [info.name for info in signatures.values() if _supports(info, method)]

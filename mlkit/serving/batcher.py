@@ -298,6 +298,8 @@ class Batcher:
             return False
         if latency.seconds(rows) >= self._config.loop_seconds:
             return False
+        if not self._texts:
+            return True
         texts = (values for request in batch for name in self._texts for values in request.inputs[name].flat)
         return sum(map(len, texts)) <= _LOOP_TEXT_BYTES
 

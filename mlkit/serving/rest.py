@@ -405,17 +405,19 @@ def _timeout(headers: Mapping[bytes, bytes], default: float) -> float:
 
 
 _LOOP_BYTES = 262_144  # largest body that is parsed on the event loop
-
-
-async def _convert(size: int, function: Callable, *arguments: Any) -> Any:
-    """Parse or write a body: a large one in a thread, so that the event loop goes on."""
-    return await asyncio.to_thread(function, *arguments) if size > _LOOP_BYTES else function(*arguments)
+_LOOP_VALUES = 65_536  # largest output that is written on the event loop
 
 
 async def _predict(version: LoadedVersion, body: bytes, deadline: float) -> bytes:
-    call = await _convert(len(body), read_predict, body, version.signatures)
+    if len(body) > _LOOP_BYTES:
+        call = await asyncio.to_thread(read_predict, body, version.signatures)
+    else:
+        call = read_predict(body, version.signatures)
     outputs = await version.run(call.signature.name, call.inputs, call.rows, deadline)
-    return await _convert(sum(values.nbytes for values in outputs.values()), write_predict, outputs, call.row_format)
+    for values in outputs.values():
+        if values.size > _LOOP_VALUES:
+            return await asyncio.to_thread(write_predict, outputs, call.row_format)
+    return write_predict(outputs, call.row_format)
 
 
 async def _classify(version: LoadedVersion, body: bytes, deadline: float) -> bytes:
@@ -427,7 +429,10 @@ async def _regress(version: LoadedVersion, body: bytes, deadline: float) -> byte
 
 
 async def _predict_examples(version: LoadedVersion, body: bytes, deadline: float, method: str) -> tuple[dict, int]:
-    call = await _convert(len(body), read_examples, body, version.signatures, method)
+    if len(body) > _LOOP_BYTES:
+        call = await asyncio.to_thread(read_examples, body, version.signatures, method)
+    else:
+        call = read_examples(body, version.signatures, method)
     inputs = {next(iter(call.signature.inputs)): np.array(call.examples, object)}
     return await version.run(call.signature.name, inputs, len(call.examples), deadline), len(call.examples)
 

@@ -116,10 +116,7 @@ def _check_variables(folder: Path, signatures: Mapping[str, SignatureInfo]) -> N
 
 def _is_callable(signatures: Mapping[str, SignatureInfo], name: str) -> bool:
     """Whether a signature exists and has no composite tensors."""
-    if name not in signatures:
-        return False
-    signature = signatures[name]
-    return all(info.tensor for info in (*signature.inputs.values(), *signature.outputs.values()))
+    return name in signatures and not signatures[name].composite_tensors
 
 
 def _as_output(values: Any) -> np.ndarray:
