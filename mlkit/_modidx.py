@@ -4193,6 +4193,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'mlkit/serving/runtimes.py'),
                                         'mlkit.serving.runtimes._as_serving_error': ( 'library/serving/runtimes.html#_as_serving_error',
                                                                                       'mlkit/serving/runtimes.py'),
+                                        'mlkit.serving.runtimes._change_signatures': ( 'library/serving/runtimes.html#_change_signatures',
+                                                                                       'mlkit/serving/runtimes.py'),
                                         'mlkit.serving.runtimes._check_predictions': ( 'library/serving/runtimes.html#_check_predictions',
                                                                                        'mlkit/serving/runtimes.py'),
                                         'mlkit.serving.runtimes._check_variables': ( 'library/serving/runtimes.html#_check_variables',

@@ -25,7 +25,6 @@ from .protocol import VersionStatus
 from mlkit.serving.runtimes import (
     Predictor,
     allowed_difference,
-    find_golden,
     load_predictor,
     model_format,
     prepare_signatures,
@@ -223,7 +222,7 @@ def load_and_warm_up(
     predictor = load_predictor(folder, runtime, precision)
     code, requests, start = "FAILED_PRECONDITION", 0, time.monotonic()
     try:
-        requests = warm_up(predictor, find_golden(folder), allowed_difference(folder, model_format(predictor)))
+        requests = warm_up(predictor, predictor.golden, allowed_difference(folder, model_format(predictor)))
         code = "OK"
     except BaseException:
         predictor.close()
@@ -377,7 +376,7 @@ class ModelManager:
             held.enter_context(spec.open())
         predictor = self._load(spec.folder)
         if (mode := self.batching.mode(model)) != "auto":
-            set_row_independence(predictor, mode)
+            set_row_independence(predictor, mode == "on")
         if self._started:  # other versions serve meanwhile, so all signatures are prepared first
             prepare_signatures(predictor)
         return predictor

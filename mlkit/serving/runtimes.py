@@ -27,7 +27,7 @@ from mlkit._compat.tensorflow import (
 from ..errors import ModelError, ParameterError, ServingError, did_you_mean, join_names
 from ..export.golden import GOLDEN_FILE, TOLERANCES, Golden, check_outputs, load_golden
 from ..export.litert_runtime import LiteRTModel, find_litert_folder
-from ..export.protos import parse_message, read_records
+from ..export.protos import parse_message, read_records, serialized_examples
 from mlkit.export.signatures import (
     CLASSIFY,
     PREDICT,
@@ -46,6 +46,7 @@ class Predictor(Protocol):
 
     folder: Path  # of the version
     signatures: dict[str, SignatureInfo]
+    golden: Golden | None  # golden requests of the model, set by `load_predictor`
 
     def run(self, signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Predict on a batch; raises ServingError."""
@@ -399,11 +400,12 @@ def load_predictor(
     folder: Path | str,  # of one version
     runtime: str = "tensorflow",  # one of RUNTIMES
     precision: str = "float32",  # of a converted model, one of mlkit.export.litert.KINDS
-    batching: str = "auto",  # whether rows of several requests share a batch: auto, on or off
 ) -> Predictor:
     """Load a model version; raises ParameterError, NotFoundError, ModelError for what cannot be loaded."""
     predictor = _load(Path(folder), runtime, precision)
-    set_row_independence(predictor, batching)
+    golden = predictor.golden = find_golden(predictor.folder)
+    if golden is not None:
+        _change_signatures(predictor, has_independent_rows=golden.independent_rows, takes_missing_values=True)
     return predictor
 
 
@@ -421,15 +423,14 @@ def _load(folder: Path, runtime: str, precision: str) -> Predictor:
 
 def set_row_independence(
     predictor: Predictor,
-    mode: str = "auto",  # auto: as the model's export has found; on or off: as configured
+    independent: bool,
 ) -> None:
-    """Record in the signatures whether rows of several requests may share a batch; raises ModelError."""
-    golden = find_golden(predictor.folder)
-    independent = mode == "on" or (mode == "auto" and golden is not None and golden.independent_rows)
-    predictor.signatures = {
-        name: replace(info, has_independent_rows=independent, takes_missing_values=golden is not None)
-        for name, info in predictor.signatures.items()
-    }
+    """Configure whether rows of several requests may share a batch, whatever the model's export has found."""
+    _change_signatures(predictor, has_independent_rows=independent)
+
+
+def _change_signatures(predictor: Predictor, **fields: bool) -> None:
+    predictor.signatures = {name: replace(info, **fields) for name, info in predictor.signatures.items()}
 
 
 def prepare_signatures(predictor: Predictor) -> None:
@@ -518,16 +519,17 @@ def _warm_up_calls(predictor: Predictor) -> Iterator[tuple[str, dict[str, np.nda
     file = predictor.folder / "assets.extra" / "tf_serving_warmup_requests"
     for record in read_records(file.read_bytes()) if file.is_file() else ():
         log = parse_message("PredictionLog", record)
-        kind = log.WhichOneof("log_type")
-        if kind == "predict_log":
-            request = log.predict_log.request
-            signature = find_signature(predictor.signatures, request.model_spec.signature_name)
+        log_type = log.WhichOneof("log_type")
+        if log_type not in ("predict_log", "classify_log", "regress_log"):
+            continue
+        request = getattr(log, log_type).request
+        signature = find_signature(predictor.signatures, request.model_spec.signature_name)
+        if log_type == "predict_log":
             yield signature.name, read_tensors(signature, request.inputs)
-        elif kind in ("classify_log", "regress_log"):
-            request = getattr(log, kind).request
-            signature = find_signature(predictor.signatures, request.model_spec.signature_name)
-            examples = [example.SerializeToString() for example in request.input.example_list.examples]
-            yield signature.name, {name: np.array(examples, object) for name in signature.inputs}
+        else:
+            given = parse_message("SerializedInput", request.input.SerializeToString())
+            examples = np.array(serialized_examples(given), object)
+            yield signature.name, dict.fromkeys(signature.inputs, examples)
 
 
 def _replay_warm_up_file(predictor: Predictor) -> int:

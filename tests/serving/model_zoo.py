@@ -26,18 +26,17 @@ class ZooModel(NamedTuple):
 
     write: Callable[[Path], None]  # writes the version folder
     requests: dict[str, list[Inputs]]  # by signature
-    row_wise: frozenset[str] = frozenset()  # signatures that compute each row by itself
 
 
 ZOO: dict[str, ZooModel] = {}
 DEFAULTS = {"optional_inputs": {"scale": 10.0}}  # `tf.saved_model.load` does not fill them in; TF Serving does
 
 
-def zoo_model(*row_wise: str, **requests: list[Inputs]) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+def zoo_model(**requests: list[Inputs]) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
     """Register the function that writes a model."""
 
     def register(write: Callable[[Path], None]) -> Callable[[Path], None]:
-        ZOO[write.__name__] = ZooModel(write, requests, frozenset(row_wise))
+        ZOO[write.__name__] = ZooModel(write, requests)
         return write
 
     return register
@@ -67,7 +66,6 @@ def _function(*specs: Any, **options: Any) -> Callable:
 
 
 @zoo_model(
-    "serving_default",
     serving_default=[
         {
             "user_id": [2**53 + 1, -7],
@@ -105,7 +103,7 @@ def mixed_types(folder: Path) -> None:
     _save(folder, predict)
 
 
-@zoo_model("serving_default", serving_default=[{"x": [0.5, -3.25, 1e-3]}])
+@zoo_model(serving_default=[{"x": [0.5, -3.25, 1e-3]}])
 def odd_names(folder: Path) -> None:
     import tensorflow as tf
 
@@ -212,7 +210,7 @@ def no_inputs(folder: Path) -> None:
     _save(folder, predict, weights=weights)
 
 
-@zoo_model("embed", "rank", embed=[{"x": [1.0]}], rank=[{"x": [2.0, 4.0]}])
+@zoo_model(embed=[{"x": [1.0]}], rank=[{"x": [2.0, 4.0]}])
 def no_default_signature(folder: Path) -> None:
     import tensorflow as tf
 
@@ -332,7 +330,7 @@ def set_attention(folder: Path) -> None:
 # -- graphs with tables, loops, compiled functions, and errors
 
 
-@zoo_model("serving_default", serving_default=[{"word": ["apple", "chérie", "kiwi"], "key": [10, 2**53 + 1, 3]}])
+@zoo_model(serving_default=[{"word": ["apple", "chérie", "kiwi"], "key": [10, 2**53 + 1, 3]}])
 def lookup_tables(folder: Path) -> None:
     import tensorflow as tf
 
@@ -405,7 +403,6 @@ def failing(folder: Path) -> None:
 
 
 @zoo_model(
-    "serving_default",
     serving_default=[{"num": [[1, 2, 3, 4], [0, 0, 0, 0]], "city": [["oslo"], ["x"]], "shop_id": [5, 99]}],
 )
 def keras_functional(folder: Path) -> None:
@@ -421,7 +418,7 @@ def keras_functional(folder: Path) -> None:
     keras.Model({"num": numbers, "city": city, "shop_id": shop}, outputs).export(str(folder), verbose=False)
 
 
-@zoo_model("serving_default", serving_default=[{"text": ["the cat", "mat mat on"]}, {"text": [""]}])
+@zoo_model(serving_default=[{"text": ["the cat", "mat mat on"]}, {"text": [""]}])
 def keras_text(folder: Path) -> None:
     """Text vectorization, masking, GRU, batch normalization and dropout."""
     import keras
@@ -551,7 +548,7 @@ def classify_and_regress(folder: Path) -> None:
     _save(folder, {"serving_default": classify, "regression": regress, "parse": regress})
 
 
-@zoo_model("serving_default", serving_default=[{"inputs": [[1.0, 2.0, 3.0, 4.0]]}])
+@zoo_model(serving_default=[{"inputs": [[1.0, 2.0, 3.0, 4.0]]}])
 def keras_saved_by_tensorflow(folder: Path) -> None:
     """A Keras 3 model written by `tf.saved_model.save` instead of `model.export`."""
     import keras

@@ -1,6 +1,5 @@
 """SavedModels of other teams: the server predicts what `tf.saved_model.load` computes, for one client and for many."""
 
-import base64
 import functools
 import json
 import subprocess
@@ -50,11 +49,14 @@ def expected(zoo: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     return json.loads(subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True).stdout)
 
 
+def served_models(zoo: Path) -> list[ServedPath]:
+    return [ServedPath(name, str(zoo / name)) for name in ZOO if name not in REJECTED]
+
+
 @pytest.fixture(scope="module", params=["tensorflow", "eager"])
 def server(zoo: Path, request: pytest.FixtureRequest) -> Iterator[RunningServer]:
     """A server of all models."""
-    served = [ServedPath(name, str(zoo / name)) for name in ZOO if name not in REJECTED]
-    with running_server(*served, runtime=request.param) as running:
+    with running_server(*served_models(zoo), runtime=request.param) as running:
         yield running
 
 
@@ -67,15 +69,7 @@ def predict(client: httpx.Client, name: str, signature: str, inputs: dict[str, A
 
 def as_array(value: Any) -> np.ndarray:
     """Bytes where the response has text or base64, numbers in float64."""
-
-    def decode(item: Any) -> Any:
-        if isinstance(item, list):
-            return [decode(element) for element in item]
-        if isinstance(item, dict):
-            return base64.b64decode(item["b64"])
-        return item.encode() if isinstance(item, str) else item
-
-    decoded = decode(value)
+    decoded = model_zoo.decode(value)
     has_text = isinstance(decoded, bytes) or (isinstance(decoded, list) and "b'" in repr(decoded))
     return np.array(decoded, object if has_text else None)
 
@@ -85,11 +79,11 @@ def check(outputs: Any, reference: dict[str, Any]) -> None:
     named = {next(iter(reference)): outputs} if len(reference) == 1 else outputs
     assert named.keys() == reference.keys()
     for name, value in reference.items():
-        actual, wanted = as_array(named[name]), as_array(value)
-        if wanted.dtype == object or wanted.dtype.kind in "biu":
-            np.testing.assert_array_equal(actual, wanted, name)
+        actual, desired = as_array(named[name]), as_array(value)
+        if desired.dtype == object or desired.dtype.kind in "biu":
+            np.testing.assert_array_equal(actual, desired, name)
         else:
-            np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(("name", "signature", "number"), REQUESTS)
@@ -124,7 +118,6 @@ signatures_of = functools.cache(read_signatures)
 def test_sixteen_clients_of_two_processes_over_rest_and_grpc(zoo: Path, expected: dict) -> None:
     grpc = pytest.importorskip("grpc")
     pytest.importorskip("tensorflow_serving")
-    served = [ServedPath(name, str(zoo / name)) for name in ZOO if name not in REJECTED]
     port = free_port()
 
     def send_all(client_number: int) -> None:
@@ -141,7 +134,7 @@ def test_sixteen_clients_of_two_processes_over_rest_and_grpc(zoo: Path, expected
                 else:
                     check(predict(client, name, signature, inputs), reference)
 
-    with running_server(*served, processes=2, grpc_port=port) as server, ThreadPoolExecutor(16) as clients:
+    with running_server(*served_models(zoo), processes=2, grpc_port=port) as server, ThreadPoolExecutor(16) as clients:
         list(clients.map(send_all, range(16)))
 
 
