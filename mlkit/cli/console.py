@@ -21,7 +21,7 @@ from mlkit._display import format_number, format_seconds, format_value
 from mlkit._files import read_records
 from mlkit.errors import InputError, JobFailedError, MlkitError, StorageError
 from mlkit.runs.record import Record
-from mlkit.runs.run import STATUS_COLORS, Run
+from mlkit.runs.run import SIGNATURE_FILE, STATUS_COLORS, Run
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 errors = Console(stderr=True, highlight=False)
@@ -44,6 +44,12 @@ def print_line(
 ) -> None:
     """Print a sentence that the terminal may wrap, but that is not cut or folded."""
     console.print(text, soft_wrap=True)
+
+
+def print_unsigned(run: Run) -> None:
+    """Say that files were added to a signed run."""
+    if (run.folder / SIGNATURE_FILE).exists():
+        print_line(f"{run.id} is signed, and the new files are not: [bold]mlkit sign {escape(run.id)}[/] signs them")
 
 
 def print_next(

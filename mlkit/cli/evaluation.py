@@ -15,6 +15,7 @@ from mlkit.cli.console import (
     console,
     print_json,
     print_line,
+    print_unsigned,
     showing_progress,
     text_grid,
 )
@@ -65,8 +66,9 @@ def evaluate(
 
     if rules:
         read_rules(rules)
+    candidate = resolve_model(reference, variant)
     options = {
-        "run": resolve_model(reference, variant).reference,
+        "run": candidate.reference,
         "kind": variant,
         "dataset": data,
         "label": label,
@@ -88,6 +90,8 @@ def evaluate(
         _print_report(run, report)
         if result:
             _print_gate_result(result)
+            if candidate.run:
+                print_unsigned(candidate.run)
     if result and not result["passed"]:
         raise typer.Exit(1)
 
@@ -166,6 +170,7 @@ def gate(
         print_json(result)
     else:
         _print_gate_result(result)
+        print_unsigned(run)
         if passed:
             console.print(f"\nNext: [bold]mlkit sign {run.id[-4:]}[/]")
     if not passed:

@@ -14,6 +14,7 @@ from mlkit.cli.console import (
     parse_pairs,
     print_json,
     print_line,
+    print_unsigned,
     showing_progress,
     text_grid,
 )
@@ -48,6 +49,7 @@ def export(
         _print_exports(run, exports)
         print_line(f"\nModel card: {escape(str(card))}")
         print_line(f"Compare their predictions: [bold]mlkit parity {escape(run.id)}[/]")
+        print_unsigned(run)
     if any(result.state == "failed" for result in exports):
         raise typer.Exit(1)
 
@@ -136,6 +138,7 @@ def parity(
         right, whole = ("largest", "mean", "tolerance", "same class"), COLUMNS[:-1]
         console.print(text_grid(COLUMNS, result.rows(), right=right, whole=whole))
         print_line(f"\n{run.id}: {escape(result.reason)}")
+        print_unsigned(run)
     if not result.passed:
         raise typer.Exit(1)
     if not as_json:

@@ -14,6 +14,7 @@ from mlkit.cli.app import app, command_group
 from mlkit.cli.console import DONE, JsonOption, console, print_json, print_line, text_grid
 from mlkit.config import load_settings
 from mlkit.errors import InputError, MlkitError, NotFoundError, SignatureError
+from mlkit.runs.record import RUN_FILE
 from mlkit.runs.store import RunStore
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def generate(
         ("public key", str(public.path), "distribute it: it verifies your signatures"),
     ]
     console.print(text_grid(("", "file", ""), rows))
-    console.print(f"\n{escape(name)} signs with the key {public.fingerprint[:16]}. Next: [bold]mlkit sign latest[/]")
+    console.print(f"\n{escape(name)} signs with the key {public.fingerprint[:16]}.")
+    console.print("Next: [bold]mlkit gate latest[/], then [bold]mlkit sign latest[/]")
 
 
 def _key_record(key: Any) -> dict[str, str]:
@@ -139,7 +141,10 @@ def _make_signer(key: Path | None, certificate: Path | None, sigstore: bool) -> 
 
 def _print_signature(signature: "Signature", prefix: str = "") -> None:
     """Signer and the signed files in groups."""
-    print_line(f"{DONE} {escape(signature.folder.name)} {prefix}{escape(signature.summary)}\n")
+    print_line(f"{DONE} {escape(signature.folder.name)} {prefix}{escape(signature.summary)}")
+    for layer in signature.layers[1:]:
+        print_line(f"  layer {layer.layer}: {escape(layer.summary)}, {len(layer.files)} files")
+    print_line("")
     titles = ("signed", "files", "bytes")
     console.print(text_grid(titles, signature.rows(), right=titles[1:]))
 
@@ -152,10 +157,10 @@ def sign(
         Path | None, typer.Option(metavar="FILE", help="Certificate of the key, with its chain (PEM).")
     ] = None,
     sigstore: Annotated[bool, typer.Option("--sigstore", help="Sign with a login, through Sigstore.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing signature.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace all layers of a signature by one.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign all release artifacts of a run."""
+    """Sign all release artifacts of a run, or those added since."""
     from mlkit.registry.signing import read_public_keys, sign_folder
 
     signature = sign_folder(_find_folder(reference), _make_signer(key, certificate, sigstore), replace)
@@ -169,6 +174,24 @@ def sign(
     if signature.method == "key" and not signature.signer:
         print_line(f"\nThis key is not trusted here yet: its public key is not in {trusted}.")
     print_line(f"\nTo verify it, here or in a copy: [bold]mlkit verify {escape(reference)}[/]")
+    _print_next_step(signature.folder)
+
+
+def _print_next_step(folder: Path) -> None:
+    """The command that follows the signature of a run: the gate first, where it has no result yet."""
+    from mlkit.registry.signing import newest_model
+
+    if not (folder / RUN_FILE).exists() or not newest_model(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*.pb")
+    ):
+        return
+    if (folder / "gate.json").exists():
+        print_line(f"Next: [bold]mlkit register {escape(folder.name)} --name NAME[/]")
+    else:
+        print_line(
+            f"It has no gate result, which `mlkit register` requires. "
+            f"Next: [bold]mlkit gate {escape(folder.name)}[/], then [bold]mlkit sign[/] again for the result"
+        )
 
 
 def _signed_folder(reference: str) -> Path:

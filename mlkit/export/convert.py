@@ -143,9 +143,10 @@ def _log_files(run: Run, model: ModelFormat) -> None:
         run.log_artifact(file)
 
 
-def _check_exportable(run: Run) -> None:
-    """Raise InputError or NotFoundError for a run that no format can be added to."""
-    check_unsigned(run.folder)
+def _check_exportable(run: Run, replaced: Sequence[str]) -> None:
+    """Raise InputError or NotFoundError for a run that no format can be added to, or signed formats to replace."""
+    if any(find_format(run.folder, name) for name in replaced):
+        check_unsigned(run.folder)
     if run.status not in ("completed", "interactive"):
         raise InputError(f"{run.id} is {run.status}; only a run that has completed is exported.")
     if not find_format(run.folder, "savedmodel"):
@@ -159,9 +160,9 @@ def export_run(
     installed: Path | None = None,  # folder of `npm install`, or below; by default the working directory
     on_progress: Callable[[str], None] = lambda name: None,  # callback receives the name of the format being exported
 ) -> list[ExportResult]:
-    """Export a run's model to formats and update its card; raises InputError for a signed or unfinished run."""
+    """Export a run's model to formats and update its card; raises InputError for an unfinished run or signed files."""
     names = parse_formats(targets)
-    _check_exportable(run)
+    _check_exportable(run, names if replace else ())
     to_export = [name for name in names if replace or not find_format(run.folder, name)]
     if "litertjs" in to_export and "litert" not in names:  # the demo page contains it
         names = ["litert", *names]

@@ -19,7 +19,7 @@ from ..errors import join_names
 from .formats import FORMATS, find_formats
 from ..metrics import lower_is_better
 from ..runs.record import RUN_FILE, read_record
-from ..runs.run import Run, check_unsigned, find_model_version
+from ..runs.run import Run, find_model_version
 from ..runs.store import RunStore
 
 # %% ../../nbs/library/export/12_model_card.ipynb #85103cd9
@@ -479,8 +479,7 @@ def model_card(
 def write_card(
     run: Run,  # run with a model
 ) -> Path:  # model_card.md in the run
-    """Write a run's model card, replacing an earlier one; raises InputError for a signed run, or StorageError."""
-    check_unsigned(run.folder)
+    """Write a run's model card, replacing an earlier one; raises StorageError."""
     path = run.folder / "model_card.md"
     earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
     write_atomic(path, model_card(run, earlier))

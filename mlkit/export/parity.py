@@ -45,7 +45,7 @@ from mlkit.errors import (
 from .golden import TOLERANCES, Golden, ParityResult, compare_outputs, load_golden
 from .litert_runtime import load_litert
 from .model_card import write_card
-from ..runs.run import Run, check_unsigned, find_model_version
+from ..runs.run import Run, find_model_version
 
 # %% ../../nbs/library/export/14_parity.ipynb #cc43f0d1
 TARGETS = ("keras", "savedmodel", *(f"litert-{kind}" for kind in TOLERANCES), "browser", "tfjs", "server")
@@ -482,7 +482,6 @@ def check_parity(
     server: str = "",  # URL of the model on a server, http://localhost:8501/v1/models/NAME
 ) -> Parity:
     """Replay the golden requests and write parity.json; raises InputError for a target that cannot be tested."""
-    check_unsigned(run.folder)
     requested, limits = [_normalize_target(name) for name in targets], check_tolerances(tolerances or {})
     server = parse_model_url(server) if server else ""
     for target in requested:

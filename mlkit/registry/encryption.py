@@ -18,8 +18,7 @@ from typing import Any, BinaryIO
 
 from .._files import new_file
 from ..errors import InputError, NotFoundError, StorageError, join_names
-from .signing import _import_optional, _write_new_file, check_private, signed_files
-from ..runs.run import SIGNATURE_FILE
+from .signing import _import_optional, _write_new_file, check_private, signature_files, signed_files
 
 # %% ../../nbs/library/registry/05_encryption.ipynb #a6fb990e
 def new_encryption_key(
@@ -77,7 +76,7 @@ def encrypt_folder(
     files, findings = signed_files(folder, ())
     if findings:
         raise InputError(f"{folder.name} cannot be encrypted: {join_names(findings)}.")
-    files = sorted({*files, *(path for path in [folder / SIGNATURE_FILE] if path.is_file())})
+    files = sorted({*files, *signature_files(folder).values()})
     pyrage = _import_optional("pyrage")
     try:
         with (

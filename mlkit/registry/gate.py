@@ -29,7 +29,7 @@ from ..evaluation.slices import MIN_SLICE_ROWS, make_slices, measure_slices, sli
 from ..export.model_card import write_card
 from ..jobs.executor import ProgressCallback, run_job
 from ..metrics import MetricEstimate, compare_metrics, lower_is_better
-from .resolve import SAVED_MODEL, ModelRef, check_changeable, resolve_model
+from .resolve import SAVED_MODEL, ModelRef, resolve_model
 from ..runs.run import Run
 from ..runs.store import RunStore
 
@@ -430,7 +430,7 @@ def apply_gate(
     evaluated: EvaluatedModel,
     rules: GateRules,
     champion: EvaluatedModel | None = None,  # champion, evaluated on the same rows
-    also_save_in: Run | None = None,  # run that also stores the result, besides the model's own run if that is unsigned
+    also_save_in: Run | None = None,  # run that also stores the result, besides the model's own run
 ) -> GateResult:
     """Check a model and store the result; raises InputError, DatasetError or ParameterError for unsuitable rules."""
     candidate = evaluated.candidate
@@ -449,11 +449,11 @@ def apply_gate(
     }
     if champion:
         content |= {"against": champion.candidate.name, "evaluation_of_champion": champion.evaluation}
-    for run in filter(None, (candidate.unsigned_run, also_save_in)):
+    for run in filter(None, (candidate.run, also_save_in)):
         write_atomic(run.folder / GATE_FILE, json.dumps(content, indent=1))
         run.log_artifact(run.folder / GATE_FILE)
-    if candidate.unsigned_run:
-        write_card(candidate.unsigned_run)  # the model card contains the gate result
+    if candidate.run:
+        write_card(candidate.run)  # the model card contains the gate result
     return result
 
 
@@ -474,7 +474,6 @@ def run_gate(
     if run.record.status not in ("completed", "interactive"):
         raise InputError(f"{run.id} is {run.record.status}; only a completed run can be checked.")
     candidate = resolve_model(run.folder, store=store)
-    check_changeable(candidate)
     if against:
         check_champion(candidate, against, rules.label)
     evaluated = find_or_run_evaluation(store, candidate, run, rules, on_progress=on_progress, timeout=timeout)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ModelVersion', 'folder_digests', 'version_findings', 'hold_version', 'find_version', 'resolve_version',
-           'gate_evidence', 'LockedModel', 'make_version', 'Registry', 'version_row']
+           'gate_evidence', 'LockedModel', 'make_version', 'HeadSignature', 'read_head_signature', 'Registry',
+           'version_row']
 
 # %% ../../nbs/library/registry/02_store.ipynb #70e51b7b
 import contextlib
@@ -17,7 +18,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,8 +46,12 @@ from mlkit.registry.signing import (
     compare_files,
     newest_model,
     read_public_keys,
+    sign_statement,
+    signature_files,
     signed_files,
+    unattended_signer,
     verify_folder,
+    verify_statement,
     version_path,
 )
 from .state import CHAMPION, ModelState, check_alias, check_name, reduce_events
@@ -109,7 +114,7 @@ def folder_digests(
 ) -> tuple[dict[str, str], list[str]]:  # path -> sha256, and findings such as symbolic links
     """Digests of all files in a folder; raises StorageError where one cannot be read."""
     files, findings = signed_files(folder, ())
-    files += [path for path in [folder / SIGNATURE_FILE] if path.is_file() and not path.is_symlink()]
+    files += [path for path in signature_files(folder).values() if path.is_file() and not path.is_symlink()]
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(files)}, findings
 
 
@@ -242,7 +247,7 @@ def _verify_signer(folder: Path, run: Run, policy: TrustPolicy | None) -> tuple[
         policy = policy or TrustedKeys(tuple(read_public_keys(trusted)))
         if isinstance(policy, TrustedKeys) and not policy.keys:
             return "", [f"no key is trusted yet: {trusted} holds no public key (*.pub)"]
-        return verify_folder(folder, policy).signer, []
+        return join_names(verify_folder(folder, policy).signers), []
     except (SignatureError, MissingDependencyError) as error:
         message = str(error).replace(str(folder), str(run.folder)).replace(folder.name, run.id)
         return "", [message.rstrip(".")]
@@ -262,7 +267,7 @@ def _files_to_copy(run: Run) -> dict[str, Path]:  # path in the version -> file 
     if run.status not in ("completed", "interactive"):
         raise InputError(f"{run.id} is {run.status}; only a completed run can be registered.")
     files, findings = signed_files(run.folder)
-    files += [path for name in (RUN_FILE, SIGNATURE_FILE) if (path := run.folder / name).is_file()]
+    files += [path for path in (run.folder / RUN_FILE, *signature_files(run.folder).values()) if path.is_file()]
     paths = {path.relative_to(run.folder).as_posix(): path for path in files}
     number = newest_model(paths)
     if not number:
@@ -407,6 +412,66 @@ def make_version(root: Path, state: ModelState, number: int) -> ModelVersion:
         files=payload["files"],
     )
 
+# %% ../../nbs/library/registry/02_store.ipynb #e4b1f2a1
+@dataclass(frozen=True)
+class HeadSignature:
+    """Verified or rejected signature of an audit log."""
+
+    number: int = 0  # of the signed event; 0: the log is not signed
+    digest: str = ""  # of the signed event
+    signer: str = ""  # name of the trusted key
+    finding: str = ""  # why the signature is not accepted
+
+
+def _head_statement(event: Event) -> dict[str, Any]:
+    """In-toto statement about the audit log up to an event."""
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": "audit_log.jsonl", "digest": {"sha256": event.digest}}],
+        "predicateType": "urn:mlkit:audit-log-head:v1",
+        "predicate": {"number": event.number},
+    }
+
+
+def _head_signer() -> Callable[[Event], bytes] | None:
+    """Function that signs the last event of a log; None without a key that can be used unattended."""
+    signer = unattended_signer()
+    return None if signer is None else lambda event: sign_statement(signer, _head_statement(event))
+
+
+def read_head_signature(
+    log: AuditLog,
+) -> HeadSignature:
+    """Read and verify the signature of an audit log; raises StorageError for an unreadable file."""
+    try:
+        envelope = log.signature_path.read_bytes()
+    except FileNotFoundError:
+        return HeadSignature()
+    except OSError as error:
+        raise StorageError(f"Cannot read {log.signature_path}: {error.strerror}.") from error
+    try:
+        statement, signer = verify_statement(envelope, read_public_keys(load_settings().signing.trusted_keys))
+        number, digest = statement["predicate"]["number"], statement["subject"][0]["digest"]["sha256"]
+        if statement != _head_statement(Event(number, datetime.now(UTC), "", "", digest=digest)):
+            return HeadSignature(finding="it is a statement about something else")
+    except (SignatureError, MissingDependencyError) as error:
+        return HeadSignature(finding=str(error))
+    except (KeyError, TypeError, IndexError):
+        return HeadSignature(finding="it is a statement about something else")
+    return HeadSignature(number, digest, signer)
+
+
+def _head_finding(signature: HeadSignature, events: Sequence[Event]) -> str:
+    """What is wrong with a signed audit log; "" for a valid or missing signature."""
+    number = signature.number
+    if signature.finding:
+        return f"the signature of the audit log (audit_log.sig) is not accepted: {signature.finding}"
+    if number > len(events):
+        return f"the audit log was truncated: it has {len(events)} events, and {signature.signer} has signed {number}"
+    if number and events[number - 1].digest != signature.digest:
+        return f"the audit log was rewritten: event {number} is not the one that {signature.signer} has signed"
+    return ""
+
 # %% ../../nbs/library/registry/02_store.ipynb #213dbc4c
 class Registry:
     """Model versions in a folder, with aliases, traffic split and audit log."""
@@ -416,7 +481,7 @@ class Registry:
         root: Path | str | None = None,  # by default the setting registry.root
     ):
         self.root = Path(root or load_settings().registry.root).absolute()
-        self.log = AuditLog(self.root / "audit_log.jsonl", functools.partial(serving_files, self.root))
+        self.log = AuditLog(self.root / "audit_log.jsonl", functools.partial(serving_files, self.root), _head_signer)
 
     def revision(self) -> tuple[int, ...]:
         """A value that differs after each change; cheap enough to poll."""
@@ -567,13 +632,15 @@ class Registry:
         self,
         head: str = "",  # digest of an event that was noted elsewhere, or its beginning
     ) -> list[str]:  # findings; empty when all is well
-        """Verify audit log, versions and derived files."""
+        """Verify audit log, its signature, versions and derived files."""
         try:
+            signature = read_head_signature(self.log)  # before the events, of which there may be more by then
             events = self.log.events()
             states = reduce_events(events)
         except StorageError as error:
             return [str(error)]
-        return list(_registry_findings(self.root, events, states, head))
+        findings = [finding] if (finding := _head_finding(signature, events)) else []
+        return findings + list(_registry_findings(self.root, events, states, head))
 
     def write_config(self) -> Path:
         """Update models.config from the audit log; raises NotFoundError, StorageError."""

@@ -399,9 +399,9 @@ SIGNED_RECORD_FILE = "signed.json"
 def check_unsigned(
     folder: Path,  # run folder
 ) -> None:
-    """Check that a run may be changed; raises InputError when it is signed."""
+    """Check that files of a run may be replaced; raises InputError when it is signed."""
     if (folder / SIGNATURE_FILE).exists():
         raise InputError(
-            f"{folder.name} is signed: a new file would invalidate the signature. Remove {SIGNATURE_FILE} and "
+            f"{folder.name} is signed: a signed file cannot be replaced. Remove {SIGNATURE_FILE} and "
             f"{SIGNED_RECORD_FILE}, and sign it again afterwards."
         )

@@ -66,7 +66,6 @@ def test_a_copy_is_verified_and_changes_are_named(signed: Run, tmp_path: Path, m
         ("verify elsewhere/saved_model", 1),  # without a signature of its own
         ("verify nowhere/at/all", 2),
         ("export latest --to litert-init8", 2),
-        ("export latest --to litert-int8", 2),  # a signed run
         ("verify churn@champion", 2),  # nothing is registered here
     ],
 )

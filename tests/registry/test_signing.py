@@ -621,11 +621,12 @@ def test_a_failed_encryption_leaves_no_file(
     assert sorted(path.name for path in place.rglob("*.age*")) == ["model.age"]
 
 
-def test_what_is_signed_is_not_added_to(run: Run, place: Path) -> None:
+def test_what_is_signed_is_not_replaced(run: Run, place: Path) -> None:
     check_unsigned(run.folder)
     sign_folder(run.folder, KeySigner(place / "secret" / "alice.pem"))
     with pytest.raises(
-        InputError, match=r"is signed: .* Remove model\.sig and signed\.json, and sign it again afterwards"
+        InputError,
+        match=r"is signed: a signed file cannot be replaced\. Remove model\.sig and signed\.json, and sign it again",
     ):
         check_unsigned(run.folder)
     for name in ("model.sig", "signed.json"):
