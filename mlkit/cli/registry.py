@@ -15,7 +15,7 @@ from mlkit.runs.store import RunStore
 
 if TYPE_CHECKING:
     from mlkit.registry.audit_log import Event
-    from mlkit.registry.store import ModelVersion, Registry
+    from mlkit.registry.store import HeadSignature, ModelVersion, Registry
 
 models = command_group("models", "Publish", "List, check, split traffic, delete, mirror.")
 ModelArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a model.")]
@@ -283,17 +283,31 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Verify audit log and files; exit code 1 for a difference."""
+    from mlkit.registry.store import read_head_signature
+
     registry = _registry()
-    findings = registry.check(head)
+    findings, signature = registry.check(head), read_head_signature(registry.log)
     if as_json:
-        print_json({"intact": not findings, "findings": findings})
+        signed = {"signer": signature.signer, "signed_event": signature.number}
+        print_json({"intact": not findings, "findings": findings} | signed)
     else:
         for finding in findings:
             print_line(f"{FAILED} {escape(finding)}")
         if not findings:
             versions = sum(len(state.versions) for state in registry.states().values())
-            console.print(f"{DONE} {len(registry.events())} events and {versions} versions are as they were written")
+            count = len(registry.events())
+            console.print(f"{DONE} {count} events and {versions} versions are as they were written")
+            if count:
+                print_line(_signature_text(signature, count))
     raise typer.Exit(1 if findings else 0)
+
+
+def _signature_text(signature: "HeadSignature", count: int) -> str:
+    """Who signed the audit log, and how many events nobody has signed."""
+    if not signature.number:
+        return "The audit log is not signed: no signing key that needs no typed passphrase was used to change it"
+    unsigned = f"; {count - signature.number} later events are not signed" if count > signature.number else ""
+    return f"The audit log is signed by {escape(signature.signer)} up to event {signature.number}{unsigned}"
 
 
 @models.command(epilog="Example: mlkit models config --base /models")
