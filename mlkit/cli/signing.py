@@ -15,6 +15,7 @@ from mlkit.cli.console import DONE, JsonOption, console, print_json, print_line,
 from mlkit.config import load_settings
 from mlkit.errors import InputError, MlkitError, NotFoundError, SignatureError
 from mlkit.runs.record import RUN_FILE
+from mlkit.runs.run import find_model_version
 from mlkit.runs.store import RunStore
 
 if TYPE_CHECKING:
@@ -179,11 +180,7 @@ def sign(
 
 def _print_next_step(folder: Path) -> None:
     """The command that follows the signature of a run: the gate first, where it has no result yet."""
-    from mlkit.registry.signing import newest_model
-
-    if not (folder / RUN_FILE).exists() or not newest_model(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*.pb")
-    ):
+    if not (folder / RUN_FILE).exists() or not find_model_version(folder / "saved_model"):
         return
     if (folder / "gate.json").exists():
         print_line(f"Next: [bold]mlkit register {escape(folder.name)} --name NAME[/]")

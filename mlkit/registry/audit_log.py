@@ -197,7 +197,7 @@ class AuditLog:
 
     def _write_signature(self, signature: bytes) -> None:
         try:
-            with new_file(self.signature_path) as temporary:
+            with new_file(self.signature_path, durable=False) as temporary:
                 _write(temporary, signature)
         except OSError as error:
             raise as_storage_error(error, self.signature_path, "the change was made, but is not signed") from error

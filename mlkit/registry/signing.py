@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Signer', 'MUTABLE_PATHS', 'UNRELEASED_PATHS', 'REWRITABLE_PATHS', 'ARTIFACT_TYPES', 'TrustPolicy', 'check_private',
            'PublicKey', 'read_public_key', 'read_public_keys', 'new_key', 'read_passphrase', 'has_passphrase',
-           'KeySigner', 'sign_statement', 'verify_statement', 'unattended_signer', 'CertificateSigner',
-           'SigstoreSigner', 'layer_names', 'signature_files', 'signed_files', 'artifact_type', 'signed_record',
-           'changed_fields', 'compare_files', 'Signature', 'Bundle', 'read_bundle', 'read_bundles', 'version_path',
-           'newest_model', 'expected_files', 'sign_folder', 'TrustedKeys', 'TrustedAuthorities', 'TrustedIdentity',
-           'verify_folder']
+           'KeySigner', 'sign_statement', 'verify_statement', 'unattended_key', 'CertificateSigner', 'SigstoreSigner',
+           'layer_names', 'signature_files', 'signed_files', 'artifact_type', 'signed_record', 'changed_fields',
+           'compare_files', 'Signature', 'Bundle', 'read_bundle', 'read_bundles', 'version_path', 'newest_model',
+           'expected_files', 'sign_folder', 'TrustedKeys', 'TrustedAuthorities', 'TrustedIdentity', 'verify_folder']
 
 # %% ../../nbs/library/registry/04_signing.ipynb #a31b73bb
 import base64
@@ -225,11 +224,11 @@ def _key_algorithm(key: Any) -> Any:
 
 
 def sign_statement(
-    signer: KeySigner,
+    key: Any,  # private key of `cryptography`, from `unattended_key`
     statement: Mapping[str, Any],  # in-toto statement
 ) -> bytes:  # DSSE envelope
-    """Sign a statement; raises InputError for an unusable key."""
-    key, payload = _load_private(signer.key, signer.passphrase), json.dumps(statement, sort_keys=True).encode()
+    """Sign a statement."""
+    payload = json.dumps(statement, sort_keys=True).encode()
     signature = key.sign(_dsse_bytes(payload), _key_algorithm(key))
     entry = {"keyid": _fingerprint(key.public_key()), "sig": base64.b64encode(signature).decode()}
     content = {"payload": base64.b64encode(payload).decode(), "payloadType": _STATEMENT_TYPE, "signatures": [entry]}
@@ -263,9 +262,9 @@ def verify_statement(
         raise SignatureError(f"its signature is not by {trusted.name}, whose key it names") from None
     return statement, trusted.name
 
-
-def unattended_signer() -> KeySigner | None:
-    """Signer with the key of the settings, where it needs no prompt for a passphrase; None without such a key.
+# %% ../../nbs/library/registry/04_signing.ipynb #b7d02c5e
+def unattended_key() -> Any | None:  # private key of `cryptography`
+    """Private key of the settings, where it needs no prompt for a passphrase; None without such a key.
 
     Raises InputError for a key that others can read or that cannot be opened.
     """
@@ -276,8 +275,7 @@ def unattended_signer() -> KeySigner | None:
     passphrase = read_passphrase(signing.passphrase) if encrypted else None
     if encrypted and not passphrase:
         return None
-    _load_private(signing.key, passphrase)  # an unusable key is found before anything is changed
-    return KeySigner(signing.key, passphrase)
+    return _load_private(signing.key, passphrase)
 
 # %% ../../nbs/library/registry/04_signing.ipynb #f761cfad
 @dataclass(frozen=True)
@@ -829,7 +827,7 @@ def _write_signature(
         raise StorageError(f"{folder} could not be signed: {error}") from error
     return hashing.digests or {}
 
-
+# %% ../../nbs/library/registry/04_signing.ipynb #c41f9a06
 def _new_files(
     folder: Path, files: list[Path], lower: Sequence[Bundle], record_path: Path
 ) -> tuple[list[Path], dict[str, str]]:
@@ -948,7 +946,7 @@ def _verify_signature(folder: Path, bundle: Bundle, config: Any, files: list[Pat
                 raise SignatureError(f"The signature {bundle.path} is invalid: {reason}") from error
     return hashing.digests or {}
 
-
+# %% ../../nbs/library/registry/04_signing.ipynb #d9e3a7b4
 def verify_folder(
     folder: Path | str,  # folder of a run, a copy of it, or any other folder
     trust: TrustPolicy,  # for the signers of all layers
@@ -1002,8 +1000,7 @@ def _verify_layers(
         own = [paths[path] for path in _own(signed, bundle) if path in paths]
         below = [folder / layer_names(bundle.layer - 1)[0]] if bundle.layer > 1 else []
         present |= _verify_signature(folder, bundle, config, [*own, *below])
-    unsigned = {path: file_sha256(file) for path, file in paths.items() if path not in present}
-    return {path: present.get(path) or unsigned[path] for path in paths}
+    return {path: present.get(path) or file_sha256(file) for path, file in paths.items()}
 
 
 def _unsigned_hint(folder: Path, findings: Sequence[str]) -> str:

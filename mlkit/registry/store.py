@@ -49,7 +49,7 @@ from mlkit.registry.signing import (
     sign_statement,
     signature_files,
     signed_files,
-    unattended_signer,
+    unattended_key,
     verify_folder,
     verify_statement,
     version_path,
@@ -423,20 +423,20 @@ class HeadSignature:
     finding: str = ""  # why the signature is not accepted
 
 
-def _head_statement(event: Event) -> dict[str, Any]:
+def _head_statement(number: int, digest: str) -> dict[str, Any]:
     """In-toto statement about the audit log up to an event."""
     return {
         "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": "audit_log.jsonl", "digest": {"sha256": event.digest}}],
+        "subject": [{"name": "audit_log.jsonl", "digest": {"sha256": digest}}],
         "predicateType": "urn:mlkit:audit-log-head:v1",
-        "predicate": {"number": event.number},
+        "predicate": {"number": number},
     }
 
 
 def _head_signer() -> Callable[[Event], bytes] | None:
     """Function that signs the last event of a log; None without a key that can be used unattended."""
-    signer = unattended_signer()
-    return None if signer is None else lambda event: sign_statement(signer, _head_statement(event))
+    key = unattended_key()
+    return None if key is None else lambda event: sign_statement(key, _head_statement(event.number, event.digest))
 
 
 def read_head_signature(
@@ -452,7 +452,7 @@ def read_head_signature(
     try:
         statement, signer = verify_statement(envelope, read_public_keys(load_settings().signing.trusted_keys))
         number, digest = statement["predicate"]["number"], statement["subject"][0]["digest"]["sha256"]
-        if statement != _head_statement(Event(number, datetime.now(UTC), "", "", digest=digest)):
+        if statement != _head_statement(number, digest):
             return HeadSignature(finding="it is a statement about something else")
     except (SignatureError, MissingDependencyError) as error:
         return HeadSignature(finding=str(error))

@@ -21,15 +21,6 @@ from mlkit.runs import RunStore
 
 
 @pytest.fixture
-def place(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with Alice's keys, in which we stand."""
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("MLKIT_SIGNING_KEY", str(project / "secret" / "alice.pem"))
-    new_key(project / "secret" / "alice.pem", project / "keys" / "alice.pub")
-    return project
-
-
-@pytest.fixture
 def registry(place: Path) -> Registry:
     """A registry with three events."""
     with RunStore(place / "runs").create("train") as run:

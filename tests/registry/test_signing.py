@@ -59,15 +59,6 @@ def make_run(root: Path) -> Run:
 
 
 @pytest.fixture
-def place(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with Alice's keys, in which we stand."""
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("MLKIT_SIGNING_KEY", str(project / "secret" / "alice.pem"))
-    new_key(project / "secret" / "alice.pem", project / "keys" / "alice.pub")
-    return project
-
-
-@pytest.fixture
 def run(place: Path) -> Run:
     """A run that is not signed yet."""
     return make_run(place / "runs")
